@@ -1,0 +1,274 @@
+"""Batches: every random number of a sample is a function of (seed, epoch, sample), so nothing needs saved state.
+
+The sampler yields keys (epoch, position). Whoever draws the sample, a worker or the main process, seeds the
+three generators that transforms use from the key and puts them back afterwards. A run can therefore go on
+in the middle of an epoch, with any number of workers, by leaving out the first batches.
+
+With Lightning: ``Trainer(use_distributed_sampler=False)``, the sharding is done here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
+from torchvision.datasets.folder import default_loader
+
+from amod.errors import UserError
+from amod.training.sources import Split, one_line
+
+Key = tuple[int, int]  # (epoch, position in the split)
+log = logging.getLogger(__name__)
+
+
+def mix(*key: int) -> int:
+    """32 well-mixed bits that depend on nothing but the key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+
+
+@contextmanager
+def kept_rng() -> Iterator[None]:
+    """Leave python's, numpy's and torch's CPU generators as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Samples(Dataset):
+    """Draws whole batches: ``__getitems__`` maps keys to (images, labels, indices) and skipped files.
+
+    A UserError is returned, not raised: torch would wrap what a worker raises into a page of traceback.
+    ``refill`` keeps the batch size when files are skipped (Mixup needs an even batch) by repeating others.
+    """
+
+    def __init__(self, split: Split, transform: Any, seed: int | None, skip: bool, refill: bool) -> None:
+        self.split, self.transform, self.seed, self.skip, self.refill = split, transform, seed, skip, refill
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int]:
+        """(image (3, H, W), label, index in the source) of one key."""
+        epoch, position = key
+        index = int(self.split.indices[position])
+        image = self._open(index)
+        if self.seed is not None:
+            seed = mix(self.seed, epoch, index)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+        return self.transform(image), int(self.split.source.labels[index]), index
+
+    def __getitems__(self, keys: Sequence[Key]) -> UserError | tuple[list[Any], list[str]]:
+        samples, skipped = [], []
+        with kept_rng():
+            for key in keys:
+                try:
+                    samples.append(self[key])
+                except UserError as error:
+                    if not self.skip:
+                        return UserError(f"{error}; data.on_error=skip leaves such images out")
+                    skipped.append(str(error))
+        if not samples:
+            return UserError(f"no image of a batch of {len(keys)} can be read; the first: {skipped[0]}")
+        if self.refill:
+            samples += [samples[i % len(samples)] for i in range(len(keys) - len(samples))]
+        return samples, skipped
+
+    def _open(self, index: int) -> Image.Image:
+        images = self.split.source.images
+        if isinstance(images, np.ndarray):
+            return Image.fromarray(images[index]).convert("RGB")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                return default_loader(images[index])
+        except Exception as error:  # PIL's plugins raise whatever the bytes lead to
+            raise UserError(f"{images[index]}: cannot be read ({one_line(error)})") from error
+
+
+def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
+    if isinstance(batch, UserError):
+        return batch
+    samples, skipped = batch
+    return tuple(default_collate(samples)), skipped
+
+
+class Loader(DataLoader):
+    """Yields (images, labels, indices); raises the workers' UserErrors here; counts what was skipped."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # type: ignore[override]
+        count, first = 0, ""
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            batch, skipped = batch
+            if skipped:
+                count, first = count + len(skipped), first or skipped[0]
+                log.warning("%d unreadable images skipped in this pass; the first: %s", count, first)
+            yield batch
+
+
+class EpochSampler(Sampler[Key]):
+    """One rank's keys of one epoch in an order drawn from (seed, epoch), leaving out the first ``start``.
+
+    Step k of all ranks together holds the same samples as step k of one process with the same global batch.
+    """
+
+    def __init__(self, size: int, seed: int, rank: int, world_size: int) -> None:
+        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        """Of the whole epoch, ``start`` or not; the same on every rank."""
+        return self.size // self.world_size
+
+    def __iter__(self) -> Iterator[Key]:
+        order = np.random.RandomState(mix(self.seed, self.epoch)).permutation(self.size)
+        share = order[self.rank : len(self) * self.world_size : self.world_size][self.start :]
+        return iter([(self.epoch, position) for position in share.tolist()])
+
+
+class TrainLoader(Loader):
+    """A loader whose state is (epoch, batches given out); Lightning saves and restores it with a checkpoint.
+
+    Iteration starts lazily, at the first ``next``: by then Lightning has restored the state and set the epoch,
+    whichever it does first. Setting another epoch than the restored one starts that epoch from its beginning.
+    """
+
+    @property
+    def keys(self) -> EpochSampler:
+        return self.batch_sampler.sampler  # type: ignore[union-attr, return-value]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # type: ignore[override]
+        self.batches = self.keys.start // self.batch_sampler.batch_size  # type: ignore[union-attr]
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.keys.epoch, "batches": getattr(self, "batches", 0)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.keys.epoch = state["epoch"]
+        self.keys.start = state["batches"] * self.batch_sampler.batch_size  # type: ignore[union-attr]
+
+
+def transforms(
+    input_cfg: Mapping[str, Any], augment: Mapping[str, Any], crop_pct: float | None
+) -> tuple[Any, Any]:
+    """(for training, for evaluation). Grey images arrive as RGB.
+
+    Only what ``augment`` sets is done, timm's defaults (flip, jitter, crop) do not apply; with nothing set,
+    training images are resized and normalised exactly as in evaluation. ``crop_pct`` overrides the model's:
+    1 keeps small images whole.
+    """
+    geometry = {key: input_cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
+    evaluation = create_transform(
+        **geometry, crop_pct=crop_pct or input_cfg["crop_pct"], crop_mode=input_cfg.get("crop_mode")
+    )
+    augment = {key: value for key, value in augment.items() if value is not None}
+    if not augment:
+        return evaluation, evaluation
+    known = inspect.signature(create_transform).parameters
+    if unknown := sorted(set(augment) - set(known)):
+        raise UserError(f"schedule.augment.{unknown[0]}: unknown; timm's create_transform has {', '.join(known)}")
+    off = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None}
+    try:
+        return create_transform(**{**geometry, **off, **augment}, is_training=True), evaluation
+    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"schedule.augment={dict(augment)}: refused by timm: {one_line(error)}") from error
+
+
+class DataModule(LightningDataModule):
+    """Train, val and test loaders over three splits, sharded over the trainer's processes.
+
+    Training drops the last, smaller batch of an epoch unless it is the only one. Evaluation splits exactly:
+    rank r gets samples r, r + world, ..., none twice, so ranks may differ by one sample.
+    """
+
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        splits: Mapping[str, Split],
+        input_cfg: Mapping[str, Any],
+        augment: Mapping[str, Any],
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.splits, self.batch_size, self.eval_batch_size, self.seed = splits, batch_size, eval_batch_size, seed
+        self.num_workers, self.skip = cfg["num_workers"], cfg["on_error"] == "skip"
+        self.train_transform, self.eval_transform = transforms(input_cfg, augment, cfg.get("crop_pct"))
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.splits["train"].source.classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {key: len(split) for key, split in self.splits.items()}
+
+    def train_dataloader(self) -> TrainLoader:
+        split = self.splits["train"]
+        rank, world = self._rank()
+        sampler = EpochSampler(len(split), self.seed, rank, world)
+        if not len(sampler):
+            raise UserError(f"{len(split)} training images cannot be shared by {world} processes")
+        batches = BatchSampler(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
+        samples = Samples(split, self.train_transform, self.seed, self.skip, refill=True)
+        return TrainLoader(samples, batch_sampler=batches, **self._options())
+
+    def val_dataloader(self) -> Loader:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> Loader:
+        return self._eval_loader("test")
+
+    def _eval_loader(self, key: str) -> Loader:
+        rank, world = self._rank()
+        keys = [(0, position) for position in range(rank, len(self.splits[key]), world)]
+        samples = Samples(self.splits[key], self.eval_transform, None, self.skip, refill=False)
+        return Loader(samples, batch_sampler=BatchSampler(keys, self.eval_batch_size, False), **self._options())
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _options(self) -> dict[str, Any]:
+        workers = self.num_workers
+        if workers is None:
+            here = self.trainer.num_devices if self.trainer else 1
+            workers = min(8, len(os.sched_getaffinity(0)) // here)
+        return {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": collate,
+            "generator": torch.Generator(),  # the loader draws a base seed; not from the model's generator
+        }
