@@ -1,0 +1,87 @@
+"""The ways to score tokens. A new router is one small class here, its name in ``ROUTERS``, and one YAML file.
+
+A router sees the tokens that enter its block, x (B, N, D), and, if it asks for them, the scores that the block
+before left (Eq. 4), and returns scores (B, N) in float32. Only their order decides which tokens are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from amod.errors import UserError
+
+
+class Router(nn.Module):
+    """Base: no parameters, and the kept tokens' update is not weighted."""
+
+    reads_attention = False
+    """Whether it needs the column mean of the previous block's map; block 0 has none."""
+    differentiable = False
+    """Whether a gradient flows back through that column mean."""
+
+    def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
+        """(B, N, D), (B, N) or None -> (B, N) float32."""
+        raise NotImplementedError
+
+    def multiplier(self, scores: Tensor) -> Tensor | None:
+        """(B, N) -> r (B, N), the factor on a kept token's update f(x); None stands for 1."""
+        return None
+
+
+class AttentionRouter(Router):
+    """A-MoD (Eq. 4 and 5): R_j is the column mean of the previous block's attention; nothing multiplies."""
+
+    reads_attention = True
+
+    def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
+        assert attention is not None, "convert() refuses a block that has no attention before it"
+        return attention
+
+
+class AttentionWeightedRouter(AttentionRouter):
+    """A.5's ablation: A-MoD's scores, used as in Eq. 2, so that they multiply and carry a gradient."""
+
+    differentiable = True
+
+    def multiplier(self, scores: Tensor) -> Tensor:
+        return scores
+
+
+class LinearRouter(Router):
+    """Standard MoD (Eq. 1 and 2): r_i = w . x_i, no bias, and x'_i = r_i f(x_i) + x_i gives w its gradient.
+
+    Args:
+        activation: ``none`` as in the paper, or ``sigmoid`` on the score.
+    """
+
+    def __init__(self, dim: int, activation: str = "none") -> None:
+        super().__init__()
+        if activation not in ("none", "sigmoid"):
+            raise UserError(f"activation={activation!r}: choose none (as in the paper) or sigmoid")
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(dim))
+        nn.init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)  # nn.Linear's own default
+
+    def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            scores = x.float() @ self.weight.float()
+        return scores.sigmoid() if self.activation == "sigmoid" else scores
+
+    def multiplier(self, scores: Tensor) -> Tensor:
+        return scores
+
+
+class RandomRouter(Router):
+    """The control that the paper lacks: uniform scores, new at every call, from torch's global generator."""
+
+    def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
+        return torch.rand(x.shape[:2], device=x.device)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "attention": AttentionRouter,
+    "attention_weighted": AttentionWeightedRouter,
+    "linear": LinearRouter,
+    "random": RandomRouter,
+}
