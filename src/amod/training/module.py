@@ -1,0 +1,192 @@
+"""The training and evaluation steps of one model.
+
+Everything random in a training step (Mixup, drop path, a random router) is drawn from (seed, epoch, batch, process),
+never from a generator that runs on. A run that was killed and goes on therefore repeats exactly what it would have
+done, and needs no saved generator state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule, Trainer
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from amod.errors import UserError
+
+Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), labels (B,), sample indices (B,)
+
+
+def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:
+    """Share of the full learning rate at optimiser step `step` (0-based) of `steps`.
+
+    Linear from 1 / warmup to 1, then a half cosine from 1 to `floor`.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def training_steps(trainer: Trainer) -> int:
+    """Optimiser steps of the whole training.
+
+    Lightning's ``estimated_stepping_batches`` would set the loader up before a checkpoint is restored, and the place
+    in the epoch would be lost.
+    """
+    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs  # type: ignore[operator]
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+class Classifier(LightningModule):
+    """Trains `model` by the settings of ``schedule``; ``model(images) -> logits``."""
+
+    def __init__(self, model: nn.Module, schedule: Mapping[str, Any], num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+        self.seed = seed
+        decay = schedule["ema_decay"]
+        self.ema = ModelEmaV3(model, decay=decay).requires_grad_(False) if decay is not None else None
+        self.mixup = None
+        if schedule["mixup"] > 0 or schedule["cutmix"] > 0:
+            self.mixup = Mixup(
+                mixup_alpha=schedule["mixup"],
+                cutmix_alpha=schedule["cutmix"],
+                label_smoothing=schedule["label_smoothing"],
+                num_classes=num_classes,
+            )
+        self.train_loss = MeanMetric()
+        self.train_loss.persistent(True)  # so that a run resumed inside an epoch reports the whole epoch's mean
+        self.metrics = nn.ModuleDict(
+            {
+                split: MetricCollection(
+                    {
+                        "loss": MeanMetric(),
+                        "top1": MulticlassAccuracy(num_classes, average="micro"),
+                        "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+                    },
+                    compute_groups=False,
+                )
+                for split in ("val", "test")
+            }
+        )
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and kept: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    # --- training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._seed(self.current_epoch, batch_idx, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels, self.indices = batch
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)
+            loss = F.cross_entropy(self.model(images), targets)
+        else:
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule["label_smoothing"])
+        if not torch.isfinite(loss):
+            self._stop(f"the loss is {loss.item()}")
+        self.train_loss.update(loss.detach(), len(images))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.precision == "16-mixed":
+            return  # its scaler skips steps whose gradient overflows
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            self._stop(f"the gradient's norm is {norm.item()}")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("train/loss", self.train_loss.compute())
+        self.train_loss.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        name, lr = self.schedule["optimizer"], self.schedule["lr"]
+        if name not in list_optimizers():
+            raise UserError(f"schedule.optimizer={name}: timm has no such optimiser; try adamw or sgd")
+        optimizer = create_optimizer_v2(
+            self.model,
+            opt=name,
+            lr=lr,
+            weight_decay=self.schedule["weight_decay"],
+            momentum=self.schedule["momentum"],
+        )
+        steps = training_steps(self.trainer)
+        warmup = round(self.schedule["warmup_epochs"] / self.schedule["epochs"] * steps)
+        floor = self.schedule["min_lr"] / lr
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, warmup, floor))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _seed(self, *key: int) -> None:
+        torch_seed, numpy_seed = np.random.SeedSequence([self.seed, *key]).generate_state(2)
+        torch.manual_seed(int(torch_seed))
+        np.random.seed(int(numpy_seed))
+
+    def _stop(self, what: str) -> None:
+        indices = self.indices.tolist()
+        shown = ", ".join(map(str, indices[:8])) + (f", ... ({len(indices)} in all)" if len(indices) > 8 else "")
+        raise UserError(
+            f"{what} at step {self.global_step} (epoch {self.current_epoch}, samples {shown}); try a lower schedule.lr "
+            f"than {self.schedule['lr']:g}, schedule.clip_grad=1, or trainer.precision=32-true; the last checkpoint is "
+            "as it was"
+        )
+
+    # --- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._seed()
+
+    def on_test_epoch_start(self) -> None:
+        self._seed()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _evaluate(self, split: str, batch: Batch) -> None:
+        images, labels, _ = batch
+        logits = self.evaluated(images).float()
+        metrics = self.metrics[split]
+        metrics["loss"].update(F.cross_entropy(logits, labels), len(labels))  # type: ignore[index]
+        for name in ("top1", "top5"):
+            metrics[name].update(logits, labels)  # type: ignore[index]
+
+    def _report(self, split: str) -> None:
+        """Logs SPLIT/loss, SPLIT/top1 and SPLIT/top5, the accuracies in percent."""
+        values = self.metrics[split].compute()  # type: ignore[operator]
+        self.log_dict({f"{split}/{k}": v if k == "loss" else 100 * v for k, v in values.items()})
+        self.metrics[split].reset()  # type: ignore[operator]

@@ -1,0 +1,290 @@
+"""One run, one folder: train, resume, test at the end, and measure again from the folder alone.
+
+A run folder holds config.yaml (resolved), environment.json, metrics.csv (a row per epoch), checkpoints/last.ckpt and
+best.ckpt, and once the run is finished weights.safetensors (the best epoch's), curves.png and summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+from timm.models import load_state_dict
+from torch import nn
+
+from amod.errors import UserError
+from amod.flops import count_flops
+from amod.training.callbacks import AtomicCheckpoints, RunRecorder, rounded, write_atomically
+from amod.training.data import build_datamodule
+from amod.training.module import Classifier
+from amod.training.settings import CONF, evaluation_config, saved_config
+from amod.training.weights import build, input_config, one_line
+from amod.vit import RoutedViT
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> None:
+    """Train, or go on with, the run of ``cfg.run_dir``; test its best epoch once; write the summary."""
+    quiet()
+    folder = Path(cfg.run_dir)
+    finished = folder / "summary.json"
+    if finished.exists():
+        say(f"{folder} is finished and is not repeated; another run_dir starts a new run")
+        show(json.loads(finished.read_text()))
+        return
+
+    interactive = sys.stdout.isatty() if cfg.trainer.enable_progress_bar is None else cfg.trainer.enable_progress_bar
+    recorder = RunRecorder(folder, cfg.checkpoint_every_steps, print_rows=not interactive)
+    trainer = make_trainer(
+        cfg.trainer,
+        callbacks=[recorder, *([RichProgressBar()] if interactive else [])],
+        enable_progress_bar=interactive,
+        plugins=[AtomicCheckpoints()],
+    )
+    seed_everything(cfg.seed, verbose=False)
+    inputs = input_config(cfg.model)
+    data = build_datamodule(
+        cfg.data, inputs, cfg.schedule.augment, cfg.schedule.batch_size, cfg.schedule.eval_batch_size, cfg.seed
+    )
+    built = build(cfg, data.num_classes)
+    module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
+    compute = compute_of(built.model, cfg, inputs["input_size"])
+    say(f"{cfg.data.name}: {data.sizes['train']} train, {data.sizes['val']} val, {data.sizes['test']} test images")
+    say(f"{cfg.model.label}, router {cfg.router.name}: {compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters")
+
+    start_folder(cfg, folder)
+    trainer.loggers = loggers(cfg, folder)
+
+    last = folder / "checkpoints/last.ckpt"
+    resumed = last.exists()
+    if resumed:
+        say(f"resuming {folder}")
+    elif built.adapted:
+        trainer.validate(module, datamodule=data, verbose=False)
+        recorder.untrained = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
+        say(f"before training: val top-1 {recorder.untrained['val/top1']:.2f} %")
+    trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+
+    best = torch.load(folder / "checkpoints/best.ckpt", map_location="cpu", weights_only=True)
+    module.load_state_dict(best["state_dict"])
+    trainer.test(module, datamodule=data, verbose=False)
+    tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
+    summary = {
+        "model": cfg.model.label,
+        "data": cfg.data.name,
+        **compute,
+        "seed": cfg.seed,
+        "val_top1_untrained": recorder.untrained.get("val/top1"),
+        "val_top1": recorder.best.get("val/top1"),
+        "test_top1": tested["test/top1"],
+        "test_top5": tested["test/top5"],
+        "best_epoch": recorder.best["epoch"],
+        "epochs": len(recorder.rows),
+        "seconds": recorder.seconds,
+    }
+    if trainer.is_global_zero:
+        weights = {key: value.contiguous() for key, value in module.evaluated.state_dict().items()}
+        write_atomically(folder / "weights.safetensors", save(weights))
+        plot_curves(recorder, folder / "curves.png")
+        write_atomically(finished, (json.dumps(summary, indent=2) + "\n").encode())
+    show(summary)
+    say(f"run folder: {folder}")
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Measure the weights of the finished run in ``cfg.run`` on ``cfg.split``, from the folder alone."""
+    quiet()
+    run, folder = evaluation_config(cfg), Path(cfg.run)
+    weights = folder / "weights.safetensors"
+    if not weights.exists():
+        raise UserError(f"run={folder}: is not finished, it has no weights.safetensors; resume it with its own command")
+    run.model.checkpoint, run.model.pretrained = None, False
+    inputs = input_config(run.model)
+    data = build_datamodule(run.data, inputs, {}, run.schedule.batch_size, run.schedule.eval_batch_size, run.seed)
+    model = build(run, data.num_classes).model
+    try:
+        model.load_state_dict(load_state_dict(str(weights)))
+    except Exception as error:
+        raise UserError(f"{weights}: cannot be read as this run's weights ({one_line(error)})") from error
+    run.schedule.ema_decay = None  # the weights are the average already
+    module = Classifier(model, run.schedule, data.num_classes, run.seed)
+    trainer = make_trainer(run.trainer, enable_progress_bar=sys.stdout.isatty())
+    measure = trainer.test if cfg.split == "test" else trainer.validate
+    (values,) = measure(module, datamodule=data, verbose=False)
+    for key in ("top1", "top5"):
+        say(f"{cfg.split} {key.replace('top', 'top-')} {values[f'{cfg.split}/{key}']:.4f} %")
+    return values
+
+
+def make_trainer(arguments: DictConfig, **ours: Any) -> Trainer:
+    """Lightning's Trainer with the arguments of the config and ours; what it refuses is a UserError."""
+    given = {**OmegaConf.to_container(arguments), "logger": False, **ours}  # type: ignore[dict-item]
+    try:
+        return Trainer(**given)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"trainer: Lightning refuses these arguments ({one_line(error)})") from error
+
+
+def compute_of(model: nn.Module, cfg: DictConfig, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """What the model costs, and which blocks keep how many tokens."""
+    routed = isinstance(model, RoutedViT) and bool(model.blocks_routed)
+    vit = model.vit if isinstance(model, RoutedViT) else model
+    tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
+    kept = model.tokens_kept(tokens) if routed else tokens
+    return {
+        "router": cfg.router.name,
+        "capacity": model.capacity if routed else 1.0 if cfg.router.name == "none" else cfg.capacity,
+        "capacity_granted": kept / tokens,
+        "tokens": tokens,
+        "tokens_kept": {str(block): kept for block in model.blocks_routed} if routed else {},
+        "blocks_routed": list(model.blocks_routed) if routed else [],
+        "depth": len(vit.blocks),
+        "gflops": count_flops(model, input_size) / 1e9,
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------
+
+
+@rank_zero_only
+def start_folder(cfg: DictConfig, folder: Path) -> None:
+    """Make the folder with the config and the environment, unless a run to resume has made it."""
+    if (folder / "config.yaml").exists():
+        return
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(saved_config(cfg)).encode())
+    except OSError as error:
+        raise UserError(f"run_dir={folder}: cannot be written ({one_line(error)}); choose another folder") from error
+
+
+def environment() -> dict[str, Any]:
+    """The code's commit and the versions it ran with; nothing that names a person or a machine."""
+    packages = ("torch", "torchvision", "timm", "lightning", "hydra-core", "torchmetrics", "numpy")
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{name: version(name) for name in packages},
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(CONF), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
+    """What logger= asks for besides metrics.csv."""
+    if cfg.logger.name == "csv":
+        return []
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    kept = folder / "wandb-id.txt"
+    if not kept.exists() and rank_zero_only.rank == 0:
+        kept.write_text(wandb.util.generate_id() + "\n")
+    logger = WandbLogger(
+        project=cfg.logger.project,
+        name=cfg.logger.run_name,
+        id=kept.read_text().strip(),
+        resume="allow",
+        save_dir=folder,
+        config={"amod": OmegaConf.to_container(saved_config(cfg))},
+        settings=wandb.Settings(x_disable_meta=True, x_disable_machine_info=True, disable_git=True, silent=True),
+    )
+    try:
+        _ = logger.experiment
+    except wandb.Error as error:
+        raise UserError(
+            f"logger=wandb: {one_line(error)}; run `wandb login`, or set WANDB_MODE=offline to log without an account"
+        ) from error
+    return [logger]
+
+
+def plot_curves(recorder: RunRecorder, path: Path) -> None:
+    """Loss and accuracy by epoch, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, keys in ((loss, ("train/loss", "val/loss")), (accuracy, ("val/top1", "val/top5"))):
+        for key in keys:
+            points = [(row["epoch"] + 1, row[key]) for row in recorder.rows if key in row]
+            if key in recorder.untrained:
+                points.insert(0, (0, recorder.untrained[key]))
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key) if points else None
+        axis.set_xlabel("epoch (0: before training)" if recorder.untrained else "epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    loss.set_ylabel("loss")
+    accuracy.set_ylabel("accuracy (%)")
+    best = recorder.best
+    if "val/top1" in best:
+        accuracy.set_title(f"best: {best['val/top1']:.2f} % after epoch {best['epoch'] + 1:.0f}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- the terminal -------------------------------------------------------------------------------------------------
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@rank_zero_only
+def show(summary: dict[str, Any]) -> None:
+    """The summary as a table."""
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        if isinstance(value, float):
+            value = f"{value:.4f}".rstrip("0").rstrip(".")
+        elif isinstance(value, dict):
+            value = ", ".join(f"{k}: {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(key, "" if value is None else str(value))
+    Console().print(table)
+
+
+def quiet() -> None:
+    """Our own notes on stdout; Lightning's banners and advice off."""
+    logging.getLogger("amod").setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+    logging.getLogger("amod").handlers = [logging.StreamHandler(sys.stdout)]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning|torchmetrics")

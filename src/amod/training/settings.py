@@ -1,0 +1,442 @@
+"""From the command line to a checked config, without importing torch, so that a mistake is answered at once.
+
+``launch`` is what the commands call. It composes the config a first time and checks it, so that every mistake which
+the config alone shows is one line, and only then lets Hydra run the job (or the sweep, or print its help).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from amod.errors import UserError
+from amod.placement import routed_blocks
+
+CONF = Path(__file__).parents[3] / "conf"
+
+# Routers that score tokens by the attention map of the block before them.
+ATTENTION_ROUTERS = ("attention", "attention_weighted")
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+
+
+def adapt(new: Any, old: Any, *, _root_: DictConfig) -> Any:
+    """``${adapt:new,old}`` in a config: `old` when model.checkpoint is set (adapting), else `new` (from scratch)."""
+    return old if _root_.model.checkpoint else new
+
+
+def stamp() -> str:
+    """``${stamp:}``: the SLURM job's id, so that all its processes and its requeued self agree, else the time."""
+    return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+
+
+OmegaConf.register_new_resolver("adapt", adapt, replace=True)
+OmegaConf.register_new_resolver("stamp", stamp, use_cache=True, replace=True)
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+
+def launch(job: Callable[[DictConfig], None], config_name: str, check: Callable[[DictConfig], None]) -> None:
+    """Run `job` with the config of the command line.
+
+    A UserError, of `check` or of `job`, becomes ``error: ...`` and exit status 2. Anything else is a fault of ours and
+    keeps its traceback.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    parser = get_args_parser()
+    parser.error = _argument_error  # type: ignore[method-assign]
+
+    def guarded(cfg: DictConfig) -> None:
+        OmegaConf.resolve(cfg)
+        with one_line_errors():
+            job(cfg)
+
+    with one_line_errors():
+        args = parser.parse_args()
+        if not (args.hydra_help or args.shell_completion or args.info or args.experimental_rerun):
+            for overrides in jobs_of(args.overrides, args.multirun):
+                cfg = compose_config(config_name, overrides)
+                if not (args.help or args.cfg):
+                    check(cfg)
+            if not args.multirun and not (args.help or args.cfg) and "run_dir" in cfg:
+                # The processes that Lightning starts for DDP get this command line: they must use the same folder.
+                sys.argv.append(f"run_dir='{cfg.run_dir}'")
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+class one_line_errors:  # noqa: N801 (used as `with one_line_errors():`)
+    """Turns a UserError into one line on stderr and exit status 2."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError):
+            print(f"error: {message_of(error)}", file=sys.stderr)
+            sys.exit(2)
+
+
+def message_of(error: UserError) -> str:
+    """The error's message on one line, without the traceback that a DataLoader worker or another process adds."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.rpartition("UserError: ")[2]
+    return " ".join(text.split())
+
+
+def _argument_error(message: str) -> NoReturn:
+    raise UserError(f"{message}; settings are written key=value, --help lists them")
+
+
+def jobs_of(overrides: list[str], multirun: bool) -> Iterable[list[str]]:
+    """The overrides of each job: one list, or with --multirun one per combination."""
+    if not multirun:
+        return [overrides]
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if any(o.startswith("hydra/sweeper=") for o in overrides):  # another sweeper's values are its own affair
+        return []
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(_explain_syntax(error)) from None
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+
+
+# --- composing, with Hydra's errors on one line -------------------------------------------------------------------
+
+
+def compose_config(config_name: str, overrides: list[str]) -> DictConfig:
+    """The composed config with everything resolved. Hydra's and OmegaConf's own errors become UserErrors."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            cfg = compose(config_name, overrides)
+            OmegaConf.resolve(cfg)
+        except OverrideParseException as error:
+            raise UserError(_explain_syntax(error)) from None
+        except MissingConfigException as error:
+            raise UserError(_explain_choice(error)) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_explain_key(config_name, overrides, error)) from None
+    return cfg
+
+
+def _explain_syntax(error: Exception) -> str:
+    text = str(error)
+    override = getattr(error, "override", None) or text
+    if "group override must be a string" in text:
+        return f"{override!r}: a group takes the name of one of its choices, as in router=attention"
+    return f"{override!r} cannot be read as a setting; write key=value without spaces, as in capacity=0.125"
+
+
+def _explain_choice(error: MissingConfigException) -> str:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    options = sorted(error.options or [])
+    if not group or not options:
+        return " ".join(str(error).split())
+    return f"{group}={choice}: no such choice; choose one of {', '.join(options)}{did_you_mean(choice, options)}"
+
+
+def _explain_key(config_name: str, overrides: list[str], error: Exception) -> str:
+    text = str(error)
+    match = re.search(r"Could not (?:override|append[^']*) '([^']+)'", text)
+    key = match.group(1) if match else ""
+    override = next((o for o in overrides if o.lstrip("+~").partition("=")[0].partition("@")[0] == key), "")
+    if not override:
+        return " ".join(text.split())
+    if "group override must be a string" in text or "is not a string" in text:
+        return f"{override}: a group takes the name of one of its choices"
+    plain = [o for o in overrides if "=" in o and (CONF / o.partition("=")[0]).is_dir()]
+    known = keys_of(compose(config_name, plain))
+    parent = key.rpartition(".")[0]
+    siblings = [k for k in known if parent and k.startswith(f"{parent}.")]
+    reason = f"{override}: there is no setting {key}"
+    if parent in ("model.kwargs", "schedule.augment"):
+        return f"{reason} yet; add it as +{override}"
+    hint = did_you_mean(key, known)
+    if siblings and not hint:
+        return f"{reason}; {parent} has {', '.join(k.removeprefix(f'{parent}.') for k in siblings)}"
+    return f"{reason}{hint}; `--help` lists all settings"
+
+
+def keys_of(cfg: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a nested mapping, groups included."""
+    keys = []
+    for key in cfg:
+        keys.append(f"{prefix}{key}")
+        value = cfg._get_node(key) if isinstance(cfg, DictConfig) else cfg[key]
+        if isinstance(value, DictConfig) and not value._is_none():
+            keys += keys_of(value, f"{prefix}{key}.")
+    return keys
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# --- checking values ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a numeric setting may be."""
+
+    low: float
+    high: float = math.inf
+    above_low: bool = False  # `low` itself is not allowed
+    integer: bool = False
+    optional: bool = False  # null is allowed
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.integer else "a number"
+        if self.high < math.inf:
+            span = f" in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+        else:
+            span = f" above {self.low:g}" if self.above_low else f" of at least {self.low:g}"
+        return kind + span + (" or null" if self.optional else "")
+
+    def allows(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) or not isinstance(value, int if self.integer else (int, float)):
+            return False
+        above = value > self.low if self.above_low else value >= self.low
+        return above and value <= self.high and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A non-empty string, or null where `optional`."""
+
+    optional: bool = False
+
+    def __str__(self) -> str:
+        return "a name or path" + (" or null" if self.optional else "")
+
+    def allows(self, value: Any) -> bool:
+        return (value is None and self.optional) or (isinstance(value, str) and bool(value.strip()))
+
+
+@dataclass(frozen=True)
+class Flag:
+    def __str__(self) -> str:
+        return "true or false"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+
+POSITIVE = Number(0, above_low=True)
+COUNT = Number(1, integer=True)
+RULES: dict[str, Number | Text | Flag] = {
+    "capacity": Number(0, 1, above_low=True),
+    "budget": Number(0, above_low=True, optional=True),
+    "seed": Number(0, 2**32 - 1, integer=True),
+    "run_dir": Text(),
+    "checkpoint_every_steps": Number(1, integer=True, optional=True),
+    "model.name": Text(),
+    "model.label": Text(),
+    "model.pretrained": Flag(),
+    "model.checkpoint": Text(optional=True),
+    "model.drop_path": Number(0, 1),
+    "router.depth": Number(1, integer=True, optional=True),
+    "router.keep_prefix": Flag(),
+    "data.root": Text(optional=True),
+    "schedule.epochs": COUNT,
+    "schedule.batch_size": COUNT,
+    "schedule.eval_batch_size": COUNT,
+    "schedule.accumulate": COUNT,
+    "schedule.optimizer": Text(),
+    "schedule.lr": POSITIVE,
+    "schedule.momentum": Number(0, 1),
+    "schedule.weight_decay": Number(0),
+    "schedule.warmup_epochs": Number(0),
+    "schedule.min_lr": Number(0),
+    "schedule.clip_grad": Number(0, above_low=True, optional=True),
+    "schedule.label_smoothing": Number(0, 1),
+    "schedule.mixup": Number(0),
+    "schedule.cutmix": Number(0),
+    "schedule.ema_decay": Number(0, 1, optional=True),
+    "trainer.max_epochs": Number(1, integer=True),
+    "trainer.num_nodes": COUNT,
+}
+GROUPS = ("model", "model.kwargs", "router", "placement", "data", "schedule", "schedule.augment", "trainer", "logger")
+
+
+def check_train(cfg: DictConfig) -> None:
+    """Everything about a training config that is known without building the model or reading the data."""
+    for group in GROUPS:
+        if not isinstance(OmegaConf.select(cfg, group), DictConfig):
+            raise UserError(
+                f"{group}={OmegaConf.select(cfg, group)}: must stay a group of settings; set its keys one by one"
+            )
+    check_values(cfg)
+    check_placement(cfg)
+    check_tokens(cfg)
+    if cfg.schedule.min_lr > cfg.schedule.lr:
+        raise UserError(f"schedule.min_lr={cfg.schedule.min_lr}: must not exceed schedule.lr={cfg.schedule.lr}")
+    if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
+        raise UserError(
+            f"schedule.warmup_epochs={cfg.schedule.warmup_epochs}: must not exceed schedule.epochs={cfg.schedule.epochs}"
+        )
+    if cfg.model.checkpoint is not None:
+        check_checkpoint(cfg.model.checkpoint)
+    check_run_dir(cfg)
+
+    from amod.training.data import check_data
+
+    check_data(cfg.data)
+
+
+def check_values(cfg: DictConfig) -> None:
+    for key, rule in RULES.items():
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, group) if group else cfg
+        if name in node and not rule.allows(node[name]):
+            raise UserError(f"{key}={_shown(node[name])}: must be {rule}")
+
+
+def check_placement(cfg: DictConfig) -> None:
+    blocks = cfg.placement.blocks
+    if blocks is None:
+        return
+    shown = f"placement.blocks={_shown(blocks)}"
+    if not OmegaConf.is_list(blocks) or not blocks:
+        raise UserError(f"{shown}: must be a list of 0-based block indices such as [1,4,7], or null for the name's own")
+    depth = depth_of(cfg.model) or 1000  # an unknown depth is checked when the model is built
+    try:
+        routed_blocks(list(blocks), depth, reads_attention=cfg.router.name in ATTENTION_ROUTERS)
+    except UserError as error:
+        raise UserError(f"{shown}: {str(error).removeprefix('placement: ')}") from None
+
+
+def check_tokens(cfg: DictConfig) -> None:
+    """A routed block must keep at least one token. Models whose name does not tell are checked when built."""
+    tokens = tokens_of(cfg.model)
+    if tokens is None or cfg.router.name in ("none", "isoflop") or cfg.budget is not None:
+        return
+    if math.floor(cfg.capacity * tokens) < 1:
+        raise UserError(
+            f"capacity={cfg.capacity}: keeps none of {cfg.model.label}'s {tokens} tokens; the least is "
+            f"{math.ceil(10000 / tokens) / 10000:g} (one token)"
+        )
+
+
+def depth_of(model: Mapping[str, Any]) -> int | None:
+    """Blocks of a timm ViT as far as its settings or its name tell, else None."""
+    if "depth" in model["kwargs"]:
+        return model["kwargs"]["depth"]
+    sizes = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32}
+    return next((depth for size, depth in sizes.items() if f"_{size}_patch" in model["name"]), None)
+
+
+def tokens_of(model: Mapping[str, Any]) -> int | None:
+    """Tokens of a timm ViT, class token included, as far as its settings or its name tell, else None."""
+    match = re.search(r"^(?:vit|deit|deit3)_\w+?_patch(\d+)_(\d+)(?:\.|$)", model["name"])
+    patch = model["kwargs"].get("patch_size", match and int(match.group(1)))
+    pixels = model["kwargs"].get("img_size", match and int(match.group(2)))
+    if not isinstance(patch, int) or not isinstance(pixels, int) or "dist" in model["name"]:
+        return None
+    return (pixels // patch) ** 2 + 1
+
+
+def check_checkpoint(path: str) -> None:
+    file = Path(path)
+    if file.is_dir() and ((file / "weights.safetensors").exists() or (file / "checkpoints").is_dir()):
+        return
+    if not file.exists():
+        raise UserError(
+            f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder"
+        )
+    if file.is_dir():
+        raise UserError(f"model.checkpoint={path}: this folder is no run, it has no weights.safetensors; name the file")
+    if file.suffix not in CHECKPOINT_SUFFIXES:
+        raise UserError(
+            f"model.checkpoint={path}: not a kind of checkpoint known here; give {', '.join(CHECKPOINT_SUFFIXES)} "
+            "or a run folder"
+        )
+
+
+# --- the run folder -----------------------------------------------------------------------------------------------
+
+# Where a run happens and what it prints: these may change when it is resumed.
+FREE_TO_CHANGE = ("run_dir", "data.root", "data.num_workers", "trainer.enable_progress_bar", "checkpoint_every_steps")
+
+
+def check_run_dir(cfg: DictConfig) -> None:
+    """The folder must be new, empty, or hold a run of this very config."""
+    folder = Path(cfg.run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir={folder}: is a file; name a folder")
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"run_dir={folder}: holds other files and no run; name a new folder")
+        return
+    before, now = OmegaConf.load(saved), saved_config(cfg)
+    for key in sorted({*keys_of(before), *keys_of(now)}):
+        old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
+        if key not in FREE_TO_CHANGE and not isinstance(new, DictConfig) and old != new:
+            raise UserError(
+                f"run_dir={folder}: holds a run with {key}={_shown(old)}, not {_shown(new)}; use the same settings to "
+                "resume it, or another run_dir"
+            )
+
+
+def saved_config(cfg: DictConfig) -> DictConfig:
+    """The resolved config as the run folder keeps it: without the folder's own name, so that it can be moved."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("run_dir")
+    return OmegaConf.create(plain)
+
+
+def check_evaluate(cfg: DictConfig) -> None:
+    if cfg.run is None:
+        raise UserError("run: say which run folder, as in run=runs/digits/some-run")
+    if not (Path(str(cfg.run)) / "config.yaml").exists():
+        raise UserError(f"run={cfg.run}: no config.yaml there; name the folder of a run that src/train.py made")
+    if cfg.split not in ("test", "val"):
+        raise UserError(f"split={cfg.split}: choose test or val")
+    rule = Number(0, integer=True, optional=True)
+    if not rule.allows(cfg.data.num_workers):
+        raise UserError(f"data.num_workers={_shown(cfg.data.num_workers)}: must be {rule}")
+
+    from amod.training.data import check_data
+
+    check_data(evaluation_config(cfg).data)
+
+
+def evaluation_config(cfg: DictConfig) -> DictConfig:
+    """The run's own config with the evaluation's non-null settings over it."""
+    run = OmegaConf.load(Path(cfg.run) / "config.yaml")
+    for group in ("data", "trainer"):
+        for key, value in cfg[group].items():
+            if value is not None:
+                run[group][key] = value
+    return run
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if OmegaConf.is_list(value):
+        return "[" + ",".join(map(str, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,257 @@
+"""A timm model with weights from the hub's cache or a local file, made into the routed variant that a config asks for."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from timm.data import resolve_model_data_config
+from timm.models import VisionTransformer, load_state_dict
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from amod.errors import UserError
+from amod.flops import PAPER_DEPTHS, count_flops, isoflop_depth
+from amod.vit import convert, truncate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model, and whether its head came with its weights (so that its accuracy before any training means something)."""
+
+    model: nn.Module
+    adapted: bool
+
+
+def create_vit(model: Mapping[str, Any], num_classes: int, pretrained: bool = False) -> VisionTransformer:
+    """The timm model of a ``model`` config. Raises UserError for a name or an argument that timm does not have."""
+    name = model["name"]
+    kwargs = OmegaConf.to_container(model["kwargs"]) if isinstance(model["kwargs"], DictConfig) else dict(model["kwargs"])
+    try:
+        known = timm.is_model(name)
+    except ValueError:
+        known = False
+    if not known:
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"), 3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"model.name={name}: timm {timm.__version__} has no such model{hint}")
+    try:
+        vit = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, drop_path_rate=model["drop_path"], **kwargs
+        )
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"model.name={name} with model.kwargs={kwargs}: timm refuses: {error}") from error
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(f"model.name={name}: is a {type(vit).__name__}; routing needs a VisionTransformer of timm")
+    return vit
+
+
+def input_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What images the model takes: timm's resolve_model_data_config, at the image size that was asked for."""
+    with torch.device("meta"):
+        vit = create_vit(model, num_classes=1)
+    return {**resolve_model_data_config(vit), "input_size": (vit.in_chans, *vit.patch_embed.img_size)}
+
+
+def build(cfg: DictConfig, num_classes: int) -> Built:
+    """The model that ``model``, ``router``, ``placement`` and ``capacity`` ask for, its weights loaded."""
+    state: dict[str, Tensor] = {}
+    if cfg.model.checkpoint is not None:
+        vit = create_vit(cfg.model, num_classes)
+        state = read_state(Path(cfg.model.checkpoint))
+    elif cfg.model.pretrained:
+        vit = pretrained_vit(cfg.model, num_classes)
+    else:
+        vit = create_vit(cfg.model, num_classes)
+
+    routers = {key: state.pop(key) for key in list(state) if key.startswith("routers.")}
+    if cfg.router.name != "isoflop":
+        adapted = load_vit(vit, state, cfg.model.checkpoint) if state else head_is_pretrained(cfg, num_classes, vit)
+        model = variant(vit, cfg)
+        if state:
+            load_routers(model, routers)
+        return Built(model, adapted)
+
+    depth = isoflop_blocks(vit, cfg)
+    blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    if state and blocks == depth:  # an isoFLOP model's own checkpoint
+        vit = truncate(vit, depth)
+        return Built(vit, load_vit(vit, state, cfg.model.checkpoint))
+    adapted = load_vit(vit, state, cfg.model.checkpoint) if state else head_is_pretrained(cfg, num_classes, vit)
+    log.info("isoFLOP: the first %d of %d blocks are kept", depth, len(vit.blocks))
+    return Built(truncate(vit, depth), adapted)
+
+
+def variant(vit: VisionTransformer, cfg: DictConfig) -> nn.Module:
+    """The routed model around `vit` (dense for router=none)."""
+    return convert(
+        vit,
+        router=cfg.router.name,
+        capacity=cfg.capacity,
+        placement=placement_of(cfg),
+        keep_prefix=cfg.router.get("keep_prefix", False),
+        activation=cfg.router.get("activation", "none"),
+        budget=None if cfg.budget is None or cfg.router.name == "none" else cfg.budget * 1e9,
+    )
+
+
+def placement_of(cfg: DictConfig) -> str | list[int]:
+    return cfg.placement.name if cfg.placement.blocks is None else list(cfg.placement.blocks)
+
+
+def isoflop_blocks(vit: VisionTransformer, cfg: DictConfig) -> int:
+    """Depth of the isoFLOP model: router.depth, else by the budget, else the paper's pin, else amod.isoflop_depth."""
+    size = (vit.in_chans, *vit.patch_embed.img_size)
+    if cfg.router.depth is not None:
+        return cfg.router.depth
+    if cfg.budget is not None:
+        fits = [d for d in range(1, len(vit.blocks) + 1) if count_flops(truncate(vit, d), size) <= cfg.budget * 1e9]
+        if not fits:
+            raise UserError(f"budget={cfg.budget}: even one block of {cfg.model.name} costs more GFLOPs; raise it")
+        return max(fits)
+    if cfg.placement.blocks is None and cfg.placement.name == "alternate" and not cfg.model.kwargs:
+        pinned = PAPER_DEPTHS.get(cfg.model.name.partition(".")[0], {}).get(cfg.capacity)
+        if pinned is not None:
+            return pinned
+    return isoflop_depth(vit, cfg.capacity, placement_of(cfg), size)
+
+
+# --- pretrained weights -------------------------------------------------------------------------------------------
+
+
+def pretrained_vit(model: Mapping[str, Any], num_classes: int) -> VisionTransformer:
+    """timm's pretrained model through the Hugging Face hub's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        return create_vit(model, num_classes, pretrained=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "No pretrained weights" in str(error):
+            raise UserError(
+                f"model.pretrained=true: timm has no pretrained weights for {model['name']}; set model.pretrained=false "
+                "or model.checkpoint=FILE"
+            ) from error
+        cfg = timm.get_pretrained_cfg(model["name"])
+        repo = cfg.hf_hub_id if cfg is not None else None
+        folder = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" if repo else HF_HUB_CACHE
+        raise UserError(
+            f"model.pretrained=true: no usable weights of {model['name']} in {folder}, and they could not be fetched "
+            f"({one_line(error)}); run once with a network, or set HF_HOME to a cache that holds them, or give "
+            "model.checkpoint=FILE, or train from scratch with model.pretrained=false"
+        ) from error
+
+
+def head_is_pretrained(cfg: DictConfig, num_classes: int, vit: VisionTransformer) -> bool:
+    if not cfg.model.pretrained:
+        return False
+    classes = vit.pretrained_cfg.get("num_classes")
+    if classes != num_classes:
+        log.info("the pretrained head has %s classes, the data %d: a new head is trained", classes, num_classes)
+    return classes == num_classes
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A model's state dict from .safetensors, a timm .pth/.pt, our .ckpt or a run folder. Never runs pickled code."""
+    if path.is_dir():
+        files = [path / "weights.safetensors", path / "checkpoints/best.ckpt", path / "checkpoints/last.ckpt"]
+        found = [file for file in files if file.exists()]
+        if not found:
+            raise UserError(f"model.checkpoint={path}: this run has no checkpoint yet")
+        path = found[0]
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"model.checkpoint={path}: no such file") from error
+    except Exception as error:  # whatever the bytes make the readers raise
+        if "weights_only" in str(error):
+            raise UserError(
+                f"model.checkpoint={path}: refused, it holds more than tensors (pickled code would run); save the state "
+                "dict alone, best as .safetensors"
+            ) from error
+        raise UserError(f"model.checkpoint={path}: cannot be read as a checkpoint ({one_line(error)})") from error
+    for prefix in ("ema.module.", "model."):  # our own .ckpt: the moving average where there is one
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            break
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"model.checkpoint={path}: holds no state dict of tensors; give a model's weights")
+    return state
+
+
+def load_vit(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> bool:
+    """Load a state dict into `vit`; whether the head fitted.
+
+    A head of other classes is left out and said so, position embeddings of another image size are resized by timm and
+    said so. Any other difference is a UserError that lists the keys.
+    """
+    name = vit.pretrained_cfg.get("architecture", "this model")
+    wanted = vit.state_dict()
+    embedding = state.get("pos_embed")
+    patch, wanted_patch = state.get("patch_embed.proj.weight"), wanted["patch_embed.proj.weight"]
+    if patch is None or patch.dim() != 4 or patch.shape == wanted_patch.shape:
+        try:
+            state = checkpoint_filter_fn(dict(state), vit)
+        except Exception as error:  # timm's reshaping of a checkpoint that is not this model's
+            raise UserError(f"model.checkpoint={source}: is no checkpoint of {name} ({one_line(error)})") from error
+    if embedding is not None and "pos_embed" in state and state["pos_embed"].shape != embedding.shape:
+        log.info("position embeddings resized from %d to %d tokens", embedding.shape[1], state["pos_embed"].shape[1])
+
+    heads = [key for key in wanted if key.startswith(("head.", "head_dist."))]
+    adapted = all(key in state and state[key].shape == wanted[key].shape for key in heads)
+    if not adapted:
+        found = next((len(state[key]) for key in heads if key in state), None)
+        log.info(
+            "the checkpoint's head %s: a new head of %d classes is trained",
+            f"has {found} classes" if found else "is missing",
+            len(wanted[heads[0]]),
+        )
+        state = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}
+        state.update({key: wanted[key] for key in heads})
+
+    problems = [f"{key} is missing" for key in wanted if key not in state]
+    problems += [f"{key} is not of this model" for key in state if key not in wanted]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if problems:
+        raise UserError(
+            f"model.checkpoint={source}: is no checkpoint of {name} as configured: {shortened(problems)}; choose the "
+            "model= it was trained with"
+        )
+    vit.load_state_dict(state)
+    return adapted
+
+
+def load_routers(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The routers' own weights from a checkpoint; what a dense checkpoint lacks starts fresh, and is said so."""
+    wanted = {key for key in model.state_dict() if key.startswith("routers.")}
+    if dropped := sorted(set(state) - wanted):
+        log.info("router weights of the checkpoint that this model does not use: %s", shortened(dropped))
+    if fresh := sorted(wanted - set(state)):
+        log.info("routers that start from fresh weights: %s", shortened(fresh))
+    model.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
+
+
+def shortened(items: list[str], most: int = 6) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, for a message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
