@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.errors import UserError
     from amod.flops import PAPER_DEPTHS, capacity_for_budget, count_flops, isoflop_depth
     from amod.routing import RoutedLayer, Routing
@@ -29,7 +29,18 @@ _HOME = {
     "convert": "vit",
     "truncate": "vit",
 }
-__all__ = list(_HOME)
+__all__ = [
+    "PAPER_DEPTHS",
+    "RoutedLayer",
+    "RoutedViT",
+    "Routing",
+    "UserError",
+    "capacity_for_budget",
+    "convert",
+    "count_flops",
+    "isoflop_depth",
+    "truncate",
+]
 
 
 def __getattr__(name: str):

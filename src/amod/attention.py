@@ -20,10 +20,11 @@ Four ways to the same numbers. ``attend`` chooses, by what was measured (see ``d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 TILE_BYTES = 2 << 20
 """Size of a tile of the map. 1 to 2 MiB, about a core's second-level cache, was fastest for N = 50 to 4097."""
@@ -123,7 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, differentiable
     return F.scaled_dot_product_attention(q, k, v), column_mean(q.detach(), k.detach())
 
 
-def attention_with_scores(attn: nn.Module, x: Tensor, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+def attention_with_scores(attn: Any, x: Tensor, differentiable: bool = False) -> tuple[Tensor, Tensor]:
     """timm's ``Attention.forward`` (B, N, D) -> (B, N, D), with the scores (B, N) of its map beside it.
 
     Its own projections, q/k norms, gate and dropouts are used; only the product in the middle is ours.

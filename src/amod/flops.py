@@ -28,13 +28,14 @@ PAPER_DEPTHS: dict[str, dict[float, int]] = {
 """Depth of the paper's isoFLOP models by timm name and capacity, recovered from the FLOPs of Table 1."""
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _is_norm(module: Any) -> bool:
     return isinstance(getattr(module, "normalized_shape", None), tuple | list)
 
 
-def _layers(module: nn.Module, tokens: int) -> int:
+def _layers(module: Any, tokens: int) -> int:
     """Linear layers and norms under ``module``, each applied to ``tokens`` tokens."""
     total = 0
+    layer: Any
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             total += tokens * layer.in_features * layer.out_features
@@ -46,13 +47,11 @@ def _layers(module: nn.Module, tokens: int) -> int:
                 total += 5 * tokens * sum(map(prod, _shapes(norm))) * (layer.num_heads - 1)
             total += 2 * tokens**2 * layer.num_heads * layer.head_dim  # Q K^T and A V
         elif "Attention" in type(layer).__name__ or "DiffParallel" in type(layer).__name__:
-            raise UserError(
-                f"count_flops: attention of type {type(layer).__name__} has no rule in amod.flops"
-            )
+            raise UserError(f"count_flops: attention of type {type(layer).__name__} has no rule in amod.flops")
     return total
 
 
-def _shapes(norm: nn.Module) -> list[Any]:
+def _shapes(norm: Any) -> list[Any]:
     return [norm.normalized_shape] if _is_norm(norm) else []
 
 
@@ -62,19 +61,18 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 22
     Args:
         model: a :class:`RoutedViT` or a timm ``VisionTransformer``; on any device, meta included.
     """
-    routed = isinstance(model, RoutedViT)
-    vit = model.vit if routed else model
+    routed = model if isinstance(model, RoutedViT) else None
+    vit: Any = routed.vit if routed else model
     check_model(vit)
-    assert isinstance(vit, VisionTransformer)
     patches, total = _patches(vit, input_size)
     tokens = patches + vit.num_prefix_tokens
     total += _layers(vit.norm_pre, tokens) + _layers(vit.norm, tokens) + _pool(vit, patches, tokens)
     for name in ("fc_norm", "head", "head_dist"):
         total += _layers(getattr(vit, name, nn.Identity()), 1)
     for i, block in enumerate(vit.blocks):
-        if routed and i in model.blocks_routed:
-            total += _layers(block, model.tokens_kept(tokens))
-            if isinstance(model.routers[str(i)], LinearRouter):
+        if routed and i in routed.blocks_routed:
+            total += _layers(block, routed.tokens_kept(tokens))
+            if isinstance(routed.routers[str(i)], LinearRouter):
                 total += tokens * vit.embed_dim
         else:
             total += _layers(block, tokens)
@@ -86,9 +84,7 @@ def _patches(vit: VisionTransformer, input_size: tuple[int, int, int]) -> tuple[
     embed = vit.patch_embed
     channels, height, width = input_size
     if not isinstance(embed, PatchEmbed):
-        raise UserError(
-            f"count_flops: patch embedding of type {type(embed).__name__} has no rule in amod.flops"
-        )
+        raise UserError(f"count_flops: patch embedding of type {type(embed).__name__} has no rule in amod.flops")
     if channels != vit.in_chans:
         raise UserError(f"input_size={tuple(input_size)}: this model takes {vit.in_chans} channels")
     fixed = embed.img_size if embed.strict_img_size else None
@@ -109,11 +105,7 @@ def _pool(vit: VisionTransformer, patches: int, tokens: int) -> int:
     keys = tokens if vit.pool_include_prefix else patches
     latents = pool.latent_len
     per_latent = [pool.q, pool.q_norm, pool.proj, pool.norm, pool.mlp]
-    macs = (
-        sum(_layers(layer, latents) for layer in per_latent)
-        + _layers(pool.kv, keys)
-        + _layers(pool.k_norm, keys)
-    )
+    macs = sum(_layers(layer, latents) for layer in per_latent) + _layers(pool.kv, keys) + _layers(pool.k_norm, keys)
     return macs + 2 * latents * keys * pool.num_heads * pool.head_dim
 
 
@@ -121,9 +113,7 @@ def default_input_size(vit: VisionTransformer) -> tuple[int, int, int]:
     return (vit.in_chans, *vit.patch_embed.img_size)
 
 
-def _routed_flops(
-    vit: VisionTransformer, kept: int, tokens: int, router: str, blocks: Any, input_size: Any
-) -> int:
+def _routed_flops(vit: VisionTransformer, kept: int, tokens: int, router: str, blocks: Any, input_size: Any) -> int:
     """FLOPs of ``vit`` with ``blocks`` at K = ``kept`` tokens, without building the routed model."""
     total = count_flops(vit, input_size)
     for i in blocks:

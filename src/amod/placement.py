@@ -30,9 +30,7 @@ def routed_blocks(placement: str | Sequence[int], depth: int, reads_attention: b
         blocks = list(placement)
     for i in blocks:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth:
-            raise UserError(
-                f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model"
-            )
+            raise UserError(f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")
         if i == 0 and reads_attention:
             raise UserError(
                 "placement: block 0 has no block before it whose attention could route it; start at block 1, "

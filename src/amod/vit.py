@@ -7,7 +7,7 @@ goes from timm to a routed model and back. ``truncate`` is the isoFLOP baseline.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -23,7 +23,7 @@ from amod.routers import ROUTERS, LinearRouter, Router
 from amod.routing import RoutedLayer, Routing, put, refine, take, tokens_kept, top_k, weigh_update
 
 
-def run_block(block: nn.Module, x: Tensor, scored: bool, differentiable: bool = False):
+def run_block(block: Any, x: Tensor, scored: bool, differentiable: bool = False):
     """A timm block, (B, N, D) -> (B, N, D); if ``scored``, also the column mean (B, N) of its attention map.
 
     Any block can be run; one that is to be scored must pass :func:`check_scorable`.
@@ -39,7 +39,7 @@ def run_block(block: nn.Module, x: Tensor, scored: bool, differentiable: bool = 
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), scores
 
 
-def check_scorable(block: nn.Module, index: int) -> None:
+def check_scorable(block: Any, index: int) -> None:
     """Refuse a block whose attention map :func:`run_block` cannot read."""
     if type(block) not in (Block, ResPostBlock) or type(block.attn) is not Attention:
         kind = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
@@ -56,9 +56,7 @@ class RoutedViT(nn.Module):
     timm's ``set_grad_checkpointing``, ``no_weight_decay`` and ``group_matcher`` work as on the timm model.
     """
 
-    def __init__(
-        self, vit: VisionTransformer, routers: dict[int, Router], capacity: float, keep_prefix: bool
-    ) -> None:
+    def __init__(self, vit: VisionTransformer, routers: dict[int, Router], capacity: float, keep_prefix: bool) -> None:
         super().__init__()
         self.vit = vit
         self.routers = nn.ModuleDict({str(i): router for i, router in routers.items()})
@@ -86,15 +84,13 @@ class RoutedViT(nn.Module):
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
         kept = self.tokens_kept(x.shape[1]) if self.blocks_routed else 0
         prefix = vit.num_prefix_tokens if self.keep_prefix else 0
-        attention: Tensor | None = (
-            None  # scores (B, N) left by the block before, for a router that reads them
-        )
+        attention: Tensor | None = None  # scores (B, N) left by the block before, for a router that reads them
         for i, block in enumerate(vit.blocks):
             scored = i in self._scored
             if i not in self.blocks_routed:
                 x, attention = self._run(block, x, scored)
                 continue
-            router = self.routers[str(i)]
+            router: Any = self.routers[str(i)]
             scores = router(x, attention)
             indices = top_k(scores.detach(), kept, prefix)
             before = take(x, indices)
@@ -224,9 +220,7 @@ def truncate(vit: VisionTransformer, depth: int) -> VisionTransformer:
     """The isoFLOP baseline: a copy of ``vit`` with its first ``depth`` blocks, final norm and head kept."""
     check_model(vit)
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= len(vit.blocks):
-        raise UserError(
-            f"depth={depth!r}: must be a whole number from 1 to {len(vit.blocks)}, the model's depth"
-        )
+        raise UserError(f"depth={depth!r}: must be a whole number from 1 to {len(vit.blocks)}, the model's depth")
     short = copy.copy(vit)  # share everything for a moment, so that the dropped blocks are never copied
     short._modules = {**vit._modules, "blocks": vit.blocks[:depth]}
     short = copy.deepcopy(short)
