@@ -48,41 +48,51 @@ LAYOUTS = {
         "it can only be had by hand: github.com/pytorch/vision/issues/7545 says where",
     ),
     "pets": Layout(
-        "oxford-iiit-pet", ("images/*.jpg", "annotations/trainval.txt", "annotations/test.txt"), _DOWNLOAD, True
+        "oxford-iiit-pet",
+        ("images/*.jpg", "annotations/trainval.txt", "annotations/test.txt"),
+        _DOWNLOAD,
+        True,
     ),
     "fashion_mnist": Layout(
         "FashionMNIST/raw",
-        tuple(f"{part}-ubyte*" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")),
+        tuple(
+            f"{part}-ubyte*"
+            for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        ),
         f"{_DOWNLOAD}, or install Debian's package dataset-fashion-mnist",
         True,
     ),
     "digits": Layout("", (), "it comes with scikit-learn"),
-    "folder": Layout("", ("*/*",), "point data.root at a folder of class folders, or of train/ [val/] [test/]"),
+    "folder": Layout(
+        "", ("*/*",), "point data.root at a folder of class folders, or of train/ [val/] [test/]"
+    ),
 }
 
 
 def check_data(cfg: Mapping[str, Any]) -> None:
     """Raise UserError for a wrong value or a missing file of the ``data`` config; loads nothing, reads nothing."""
-    choices = {"name": tuple(LAYOUTS), "on_error": ("stop", "skip"), "train_on": ("train", "train+val")}
+    choices = {
+        "name": tuple(LAYOUTS),
+        "on_error": ("stop", "skip"),
+        "train_on": ("train", "train+val"),
+        "download": (True, False),
+    }
     for key, allowed in choices.items():
         if key in cfg and cfg[key] not in allowed:
-            raise UserError(f"data.{key}={cfg[key]}: must be one of {', '.join(allowed)}")
-    for key in ("val_fraction", "test_fraction"):
-        if key in cfg and not (_is_number(cfg[key]) and 0 < cfg[key] < 1):
-            raise UserError(f"data.{key}={cfg[key]}: must be a number between 0 and 1")
+            raise UserError(f"data.{key}={cfg[key]}: must be one of {', '.join(map(str, allowed))}")
+    for key in ("val_fraction", "test_fraction", "crop_pct"):
+        value, most = cfg.get(key), 1.0 if key == "crop_pct" else 0.99
+        if value is not None and not (type(value) in (int, float) and 0 < value <= most):
+            raise UserError(f"data.{key}={value}: must be a number above 0, at most {most}")
     for key, least in (("num_workers", 0), ("num_classes", 2), ("split_seed", 0)):
         value = cfg.get(key)
-        if value is not None and not (isinstance(value, int) and value is not True and value >= least):
+        if value is not None and not (type(value) is int and value >= least):
             raise UserError(f"data.{key}={value}: must be a whole number of at least {least}")
     layout = LAYOUTS[cfg["name"]]
     if not cfg.get("download"):
         locate(cfg)
     elif not layout.can_download:
         raise UserError(f"data.download=true: data={cfg['name']} cannot be downloaded; {layout.get}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def locate(cfg: Mapping[str, Any]) -> Path:
@@ -103,7 +113,9 @@ def locate(cfg: Mapping[str, Any]) -> Path:
     place = places[0]
     if not place.is_dir():
         looked = ", ".join(map(str, places))
-        raise UserError(f"data={name}: no data in {looked}; {layout.get}, or set data.root=FOLDER (or AMOD_DATA)")
+        raise UserError(
+            f"data={name}: no data in {looked}; {layout.get}, or set data.root=FOLDER (or AMOD_DATA)"
+        )
     missing = [pattern for pattern in layout.files if not _found(place, pattern)]
     elsewhere = _found_deeper(place, missing[0])
     hint = f"found {elsewhere}: move it to where it belongs" if elsewhere else layout.get

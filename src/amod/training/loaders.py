@@ -188,12 +188,16 @@ def transforms(
     evaluation = create_transform(
         **geometry, crop_pct=crop_pct or input_cfg["crop_pct"], crop_mode=input_cfg.get("crop_mode")
     )
-    augment = {key: value for key, value in augment.items() if value is not None}
+    augment = {
+        k: v if isinstance(v, (str, float, int)) else tuple(v) for k, v in augment.items() if v is not None
+    }
     if not augment:
         return evaluation, evaluation
     known = inspect.signature(create_transform).parameters
     if unknown := sorted(set(augment) - set(known)):
-        raise UserError(f"schedule.augment.{unknown[0]}: unknown; timm's create_transform has {', '.join(known)}")
+        raise UserError(
+            f"schedule.augment.{unknown[0]}: unknown; timm's create_transform has {', '.join(known)}"
+        )
     off = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None}
     try:
         return create_transform(**{**geometry, **off, **augment}, is_training=True), evaluation
@@ -219,7 +223,12 @@ class DataModule(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.splits, self.batch_size, self.eval_batch_size, self.seed = splits, batch_size, eval_batch_size, seed
+        self.splits, self.batch_size, self.eval_batch_size, self.seed = (
+            splits,
+            batch_size,
+            eval_batch_size,
+            seed,
+        )
         self.num_workers, self.skip = cfg["num_workers"], cfg["on_error"] == "skip"
         self.train_transform, self.eval_transform = transforms(input_cfg, augment, cfg.get("crop_pct"))
 
@@ -255,7 +264,9 @@ class DataModule(LightningDataModule):
         rank, world = self._rank()
         keys = [(0, position) for position in range(rank, len(self.splits[key]), world)]
         samples = Samples(self.splits[key], self.eval_transform, None, self.skip, refill=False)
-        return Loader(samples, batch_sampler=BatchSampler(keys, self.eval_batch_size, False), **self._options())
+        return Loader(
+            samples, batch_sampler=BatchSampler(keys, self.eval_batch_size, False), **self._options()
+        )
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -55,8 +55,6 @@ class Split:
         order = np.random.RandomState(seed).permutation(len(self))
         order = order[np.argsort(self.labels[order], kind="stable")]
         count = round(fraction * len(self))
-        if not 0 < count < len(self):
-            raise UserError(f"a fraction of {fraction} of {len(self)} images leaves an empty split; change it")
         comb = ((np.arange(count) + 0.5) * len(self) / count).astype(int)
         part = np.zeros(len(self), dtype=bool)
         part[order[comb]] = True
@@ -76,13 +74,19 @@ def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
     except Exception as error:  # whatever torchvision and scipy make of a broken file
         raise UserError(f"data={name}: cannot be read from {folder} ({one_line(error)})") from error
 
-    for source in parts.values():
+    for key, source in parts.items():
+        if not len(source.labels):
+            raise UserError(f"data={name}: no {key} images in {folder}")
         _check(name, source, cfg.get("num_classes"))
     splits = {key: Split(source, np.arange(len(source.labels))) for key, source in parts.items()}
-    if "test" not in splits:
-        splits["train"], splits["test"] = splits["train"].cut(cfg["test_fraction"], cfg["split_seed"])
-    if "val" not in splits:
-        splits["train"], splits["val"] = splits["train"].cut(cfg["val_fraction"], cfg["split_seed"])
+    for key in ("test", "val"):
+        if key not in splits:
+            whole, fraction = splits["train"], cfg[f"{key}_fraction"]
+            splits["train"], splits[key] = whole.cut(fraction, cfg["split_seed"])
+            if not (len(splits["train"]) and len(splits[key])):
+                raise UserError(
+                    f"data.{key}_fraction={fraction}: leaves {key} or train empty, of {len(whole)} images"
+                )
     return {key: splits[key] for key in ("train", "val", "test")}
 
 
@@ -91,8 +95,6 @@ def one_line(error: BaseException) -> str:
 
 
 def _check(name: str, source: Source, num_classes: int | None) -> None:
-    if not len(source.labels):
-        raise UserError(f"data={name}: a split has no images")
     if num_classes is not None and len(source.classes) != num_classes:
         raise UserError(f"data.num_classes={num_classes}: data={name} has {len(source.classes)} classes")
     wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(source.classes)))
@@ -105,7 +107,11 @@ def _check(name: str, source: Source, num_classes: int | None) -> None:
 
 
 def _download(name: str, root: Path) -> None:
-    sets = {"flowers": datasets.Flowers102, "pets": datasets.OxfordIIITPet, "fashion_mnist": datasets.FashionMNIST}
+    sets = {
+        "flowers": datasets.Flowers102,
+        "pets": datasets.OxfordIIITPet,
+        "fashion_mnist": datasets.FashionMNIST,
+    }
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{name}.lock"):  # the processes of a multi-device run arrive together
@@ -156,7 +162,10 @@ def _cars(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
 
 def _pets(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     """3680 trainval and 3669 test images."""
-    data = {key: datasets.OxfordIIITPet(folder.parent, part) for key, part in (("train", "trainval"), ("test",) * 2)}
+    data = {
+        key: datasets.OxfordIIITPet(folder.parent, part)
+        for key, part in (("train", "trainval"), ("test",) * 2)
+    }
     return {key: _source(d._images, d._labels, d.classes) for key, d in data.items()}
 
 
@@ -167,7 +176,9 @@ def _fashion_mnist(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
         images = _read_idx(next(folder.glob(f"{prefix}-images-idx3-ubyte*")), 3)
         labels = _read_idx(next(folder.glob(f"{prefix}-labels-idx1-ubyte*")), 1)
         if len(images) != len(labels):
-            raise UserError(f"data=fashion_mnist: {len(images)} {prefix} images but {len(labels)} labels in {folder}")
+            raise UserError(
+                f"data=fashion_mnist: {len(images)} {prefix} images but {len(labels)} labels in {folder}"
+            )
         parts[key] = Source(images, labels.astype(np.int64), list(datasets.FashionMNIST.classes))
     return parts
 
@@ -178,7 +189,9 @@ def _digits(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return {"train": Source(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])}
+    return {
+        "train": Source(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])
+    }
 
 
 def _folder(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
@@ -209,7 +222,9 @@ def _folder_source(folder: Path) -> Source:
     try:
         data = datasets.ImageFolder(folder)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: {one_line(error)}; every class needs a folder with at least one image") from error
+        raise UserError(
+            f"{folder}: {one_line(error)}; every class needs a folder with at least one image"
+        ) from error
     return _source(*zip(*data.samples, strict=True), data.classes)
 
 

@@ -1,0 +1,645 @@
+"""Data: every set is read in its true format, splits are fixed, order and augmentation depend on the key alone."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
+from scipy.io import savemat
+
+from amod.errors import UserError
+from amod.training.data import LAYOUTS, build_datamodule, check_data
+from amod.training.loaders import EpochSampler, kept_rng
+from amod.training.sources import Source, Split
+
+CONF = Path(__file__).parents[2] / "conf" / "data"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+INPUT = {
+    "input_size": (3, 28, 28),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+}
+AUGMENT = {"scale": [0.5, 1.0], "ratio": [0.8, 1.25], "hflip": 0.5, "color_jitter": 0.4, "re_prob": 0.5}
+AUGMENT |= {"auto_augment": "rand-m9-mstd0.5-inc1", "re_mode": "pixel"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def config(name: str, **values) -> dict:
+    cfg = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), {"num_workers": 0, **values})
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def build(name: str, augment=None, batch_size=32, seed=0, **values):
+    return build_datamodule(config(name, **values), INPUT, augment, batch_size, batch_size, seed)
+
+
+def epoch(loader, number=0) -> list[tuple[torch.Tensor, ...]]:
+    loader.keys.set_epoch(number)
+    return list(loader)
+
+
+def same(one, other) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
+    )
+
+
+def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+# --- the sets -----------------------------------------------------------------------------------------------------
+
+SETS = {
+    # name: (how to write a small one, config, sizes, classes)
+    "flowers": (fakes.flowers, {}, (102, 102, 102), 102),
+    "cars": (fakes.cars, {"val_fraction": 0.5}, (196, 196, 196), 196),
+    "pets": (fakes.pets, {"val_fraction": 0.5}, (37, 37, 37), 37),
+    "fashion_mnist": (fakes.fashion_mnist, {}, (180, 20, 50), 10),
+    "imagenet": (fakes.imagenet, {"num_classes": 4, "val_fraction": 0.1}, (36, 4, 8), 4),
+    "folder": (fakes.image_folder, {}, (22, 2, 6), 3),
+    "digits": (lambda root: root, {}, (1294, 144, 359), 10),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_is_read_in_its_own_format(name, tmp_path, monkeypatch):
+    write, values, sizes, classes = SETS[name]
+    fakes.accept_fake_flowers(monkeypatch)
+    write(tmp_path)
+    data = build(name, root=str(tmp_path), **values)
+
+    assert tuple(data.sizes.values()) == sizes
+    assert data.num_classes == len(set(data.class_names)) == classes
+    for loader, split in (
+        (data.train_dataloader(), data.splits["train"]),
+        (data.val_dataloader(), data.splits["val"]),
+        (data.test_dataloader(), data.splits["test"]),
+    ):
+        images, labels, indices = next(iter(loader))
+        assert images.shape[1:] == (3, 28, 28)
+        assert (images.dtype, labels.dtype, indices.dtype) == (torch.float32, torch.int64, torch.int64)
+        assert torch.equal(labels, torch.from_numpy(split.source.labels[indices]))
+        assert len(np.unique(split.labels)) == classes or len(split) < classes
+
+
+def test_every_config_has_a_layout_and_checks():
+    assert {file.stem for file in CONF.glob("*.yaml")} == set(LAYOUTS)
+    for name in LAYOUTS:
+        assert config(name)["name"] == name
+        if LAYOUTS[name].can_download:
+            check_data(config(name, download=True, root="/nowhere"))
+
+
+def test_flowers_labels_are_those_of_its_mat_file(tmp_path, monkeypatch):
+    from scipy.io import loadmat
+
+    fakes.accept_fake_flowers(monkeypatch)
+    fakes.flowers(tmp_path)
+    labels = loadmat(tmp_path / "flowers-102/imagelabels.mat", squeeze_me=True)["labels"]
+    source = build("flowers", root=str(tmp_path)).splits["test"].source
+    for path, label in zip(source.images, source.labels, strict=True):
+        assert labels[int(Path(path).stem.removeprefix("image_")) - 1] == label + 1
+
+
+def test_flowers_train_and_val_pooled(tmp_path, monkeypatch):
+    fakes.accept_fake_flowers(monkeypatch)
+    data = build("flowers", root=str(fakes.flowers(tmp_path)), train_on="train+val", val_fraction=0.25)
+    assert data.sizes == {"train": 153, "val": 51, "test": 102}
+    assert data.splits["train"].source is data.splits["val"].source
+
+
+def test_cars_files_belong_to_their_part(tmp_path):
+    data = build("cars", root=str(fakes.cars(tmp_path, classes=196)))
+    assert data.class_names[3] == "Maker Model 3"
+    assert all("cars_train" in path for path in data.splits["val"].source.images)
+    assert all("cars_test" in path for path in data.splits["test"].source.images)
+
+
+def test_imagenet_without_meta_file_is_named_by_synset(tmp_path):
+    fakes.imagenet(tmp_path)
+    assert build("imagenet", root=str(tmp_path), num_classes=4, val_fraction=0.1).class_names[0] == "animal 0"
+    (tmp_path / "imagenet/meta.bin").unlink()
+    assert (
+        build("imagenet", root=str(tmp_path), num_classes=4, val_fraction=0.1).class_names[0] == "n01440764"
+    )
+
+
+def test_root_may_be_the_data_set_folder_itself(tmp_path):
+    fakes.pets(tmp_path)
+    check_data(config("pets", root=str(tmp_path / "oxford-iiit-pet")))
+
+
+def test_folder_keeps_the_parts_it_has(tmp_path):
+    fakes.image_folder(tmp_path, per_class=4, parts=("train", "val", "test"))
+    data = build("folder", root=str(tmp_path))
+    assert data.sizes == {"train": 12, "val": 12, "test": 12}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_fashion_mnist_pixels(tmp_path, compressed):
+    fakes.fashion_mnist(tmp_path, compressed=compressed)
+    data = build("fashion_mnist", root=str(tmp_path))
+    pixels = np.random.RandomState(50).randint(0, 256, (50, 28, 28), dtype=np.uint8)  # as fakes draws them
+    images, labels, _ = next(iter(data.test_dataloader()))
+    expected = torch.from_numpy(pixels[:32]).float()[:, None].expand(-1, 3, -1, -1) / 255
+    torch.testing.assert_close(images, (expected - 0.5) / 0.5)
+    assert labels.tolist() == [i % 10 for i in range(32)]
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_debians_fashion_mnist():
+    data = build("fashion_mnist", root="/nowhere")
+    assert data.sizes == {"train": 54_000, "val": 6_000, "test": 10_000}
+    assert np.bincount(data.splits["val"].labels).tolist() == [600] * 10
+    images = data.splits["train"].source.images
+    assert round(float(images.mean()) / 255, 4) == 0.2860  # the mean that everyone normalises by
+
+
+# --- splits -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_is_stratified_disjoint_and_fixed():
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    split = Split(Source([""] * 100, labels, ["a", "b", "c"]), np.arange(100))
+    rest, part = split.cut(0.1, seed=0)
+    assert np.bincount(part.labels).tolist() == [5, 3, 2]
+    assert sorted([*rest.indices, *part.indices]) == list(range(100))
+    assert part.indices.tolist() == split.cut(0.1, seed=0)[1].indices.tolist()
+    assert part.indices.tolist() != split.cut(0.1, seed=1)[1].indices.tolist()
+
+
+def test_splits_do_not_depend_on_the_run_seed():
+    one, other = build("digits", seed=0), build("digits", seed=1)
+    for key in ("train", "val", "test"):
+        assert np.array_equal(one.splits[key].indices, other.splits[key].indices)
+    # The first test digits, so that a library update that moved the split would be noticed.
+    assert one.splits["test"].indices[:5].tolist() == [1, 14, 18, 30, 32]
+    together = np.concatenate([split.indices for split in one.splits.values()])
+    assert sorted(together) == list(range(1797))
+
+
+# --- transforms ---------------------------------------------------------------------------------------------------
+
+
+def test_without_augmentation_training_images_are_evaluation_images():
+    data = build("digits")
+    images, _, indices = next(iter(data.train_dataloader()))
+    plain = [data.eval_transform(data.train_dataloader().dataset._open(i)) for i in indices]
+    assert torch.equal(images, torch.stack(plain))
+
+
+def test_an_unset_augmentation_is_off(tmp_path):
+    """With hflip alone, an image is itself or its mirror image; timm's default crop and jitter stay away."""
+    data = build("digits", {"hflip": 0.5, "auto_augment": None})
+    flipped = 0
+    for images, _, indices in epoch(data.train_dataloader())[:3]:
+        for image, index in zip(images, indices, strict=True):
+            plain = data.eval_transform(data.train_dataloader().dataset._open(int(index)))
+            flipped += torch.equal(image, plain.flip(-1))
+            assert torch.equal(image, plain) or torch.equal(image, plain.flip(-1))
+    assert 0 < flipped < 96
+
+
+def test_small_images_are_not_cropped_in_evaluation(tmp_path):
+    fakes.fashion_mnist(tmp_path)
+    whole = build("fashion_mnist", root=str(tmp_path))
+    cropped = build("fashion_mnist", root=str(tmp_path), crop_pct=None)
+    assert len(whole.eval_transform.transforms) == len(cropped.eval_transform.transforms)
+    assert not torch.equal(next(iter(whole.test_dataloader()))[0], next(iter(cropped.test_dataloader()))[0])
+
+
+@pytest.mark.parametrize(
+    ("augment", "named"),
+    [
+        ({"hflop": 0.5}, "hflop"),
+        ({"auto_augment": "rnd"}, "rnd"),
+        ({"re_prob": 0.5, "re_mode": "x"}, "re_mode"),
+    ],
+)
+def test_wrong_augmentation(augment, named):
+    with pytest.raises(UserError) as error:
+        build("digits", augment)
+    one_line(error, "schedule.augment", named)
+
+
+# --- randomness and order -----------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_the_same_for_any_number_of_workers_and_differs_between_epochs_and_seeds():
+    zero = epoch(build("digits", AUGMENT, 256).train_dataloader(), 3)
+    assert same(zero, epoch(build("digits", AUGMENT, 256, num_workers=2).train_dataloader(), 3))
+    assert not same(zero, epoch(build("digits", AUGMENT, 256).train_dataloader(), 4))
+    assert not same(zero, epoch(build("digits", AUGMENT, 256, seed=1).train_dataloader(), 3))
+    indices = torch.cat([batch[2] for batch in zero])
+    assert len(indices) == len(indices.unique()) == 1294 // 256 * 256
+
+
+def test_augmentation_of_a_sample_does_not_depend_on_its_place_in_the_batch():
+    samples = build("digits", AUGMENT).train_dataloader().dataset
+    [alone], _ = samples.__getitems__([(2, 7)])
+    [_, _, third], _ = samples.__getitems__([(2, 3), (2, 5), (2, 7)])
+    [other], _ = samples.__getitems__([(3, 7)])
+    assert torch.equal(alone[0], third[0])
+    assert not torch.equal(alone[0], other[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state_of_the_process_alone(workers):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    with kept_rng():
+        before = draw()
+    epoch(build("digits", AUGMENT, 512, num_workers=workers).train_dataloader())
+    with kept_rng():
+        assert draw() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 4])
+def test_an_interrupted_epoch_goes_on_bit_for_bit(workers, done):
+    whole = epoch(build("digits", AUGMENT, 256, num_workers=workers).train_dataloader(), 2)
+
+    first = build("digits", AUGMENT, 256, num_workers=workers).train_dataloader()
+    first.keys.set_epoch(2)
+    batches = iter(first)
+    start = [next(batches) for _ in range(done)]
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    assert state == {"epoch": 2, "batches": done}
+
+    second = build("digits", AUGMENT, 256, num_workers=workers).train_dataloader()
+    second.load_state_dict(state)
+    assert len(second) == len(whole)
+    assert same(start + list(second), whole)
+    assert second.state_dict() == {"epoch": 2, "batches": len(whole)}
+    assert same(epoch(second, 3), epoch(build("digits", AUGMENT, 256).train_dataloader(), 3))
+
+
+class Recorder(LightningModule):
+    """Notes (epoch, first indices) of each batch; nothing is learnt."""
+
+    def __init__(self, seen: list) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = seen
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch_idx, batch[2][:4].tolist()))
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.weight)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+MOMENTS = {
+    "mid-epoch": {"every_n_train_steps": 2},
+    "after validation": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+    "end of epoch": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("limit", "workers"), [(1.0, 0), (3, 0), (3, 1)], ids=["whole", "limited", "worker"])
+def test_lightning_resumes_where_it_was(tmp_path, workers, limit, moment):
+
+    def run(seen, checkpoints=(), resume=None):
+        trainer = Trainer(
+            max_epochs=3,
+            limit_train_batches=limit,
+            limit_val_batches=1,
+            num_sanity_val_steps=0,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=bool(checkpoints),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=list(checkpoints),
+        )
+        trainer.fit(Recorder(seen), build("digits", None, 256, num_workers=workers), ckpt_path=resume)
+
+    whole: list = []
+    run(whole, [ModelCheckpoint(tmp_path, save_top_k=-1, **MOMENTS[moment])])
+    assert len(whole) == 3 * (5 if limit == 1.0 else 3)
+
+    for file in tmp_path.glob("*.ckpt"):
+        step = int(file.stem.split("step=")[1])
+        if step < len(whole):
+            seen: list = []
+            run(seen, resume=file)
+            assert seen == whole[step:], file.name
+
+
+def test_ranks_share_each_step_of_one_process():
+    alone = EpochSampler(23, 0, 0, 1)
+    ranks = [EpochSampler(23, 0, rank, 2) for rank in range(2)]
+    for sampler in (alone, *ranks):
+        sampler.set_epoch(1)
+    shares = [list(sampler) for sampler in ranks]
+    assert [len(share) for share in shares] == [11, 11] == [len(sampler) for sampler in ranks]
+    for step in range(2):  # 5 per rank are 10 together
+        together = {key for share in shares for key in share[step * 5 : step * 5 + 5]}
+        assert together == set(list(alone)[step * 10 : step * 10 + 10])
+
+
+def test_evaluation_shares_are_exact(monkeypatch):
+    data = build("digits", batch_size=16)
+    seen = []
+    for rank in range(4):
+        monkeypatch.setattr(data, "_rank", lambda rank=rank: (rank, 4))
+        seen += [index for batch in data.test_dataloader() for index in batch[2].tolist()]
+    assert sorted(seen) == data.splits["test"].indices.tolist()
+    assert len(seen) == 359
+
+
+def test_the_last_batch_is_dropped_only_beside_others(tmp_path):
+    assert [len(b[0]) for b in build("digits", batch_size=1000).train_dataloader()] == [1000]
+    assert [len(b[0]) for b in build("digits", batch_size=5000).train_dataloader()] == [1294]
+
+
+# --- wrong and broken input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"name": "flower"}, "flower"),
+        ({"on_error": "ignore"}, "ignore"),
+        ({"val_fraction": 0}, "data.val_fraction=0"),
+        ({"val_fraction": 1.5}, "1.5"),
+        ({"val_fraction": "half"}, "half"),
+        ({"test_fraction": -1}, "data.test_fraction=-1"),
+        ({"num_workers": -1}, "data.num_workers=-1"),
+        ({"num_workers": 1.5}, "1.5"),
+        ({"num_workers": True}, "True"),
+        ({"num_classes": 1}, "data.num_classes=1"),
+        ({"crop_pct": 0}, "data.crop_pct=0"),
+        ({"download": True}, "cannot be downloaded"),
+        ({"download": "maybe"}, "maybe"),
+    ],
+)
+def test_wrong_values(values, named):
+    with pytest.raises(UserError) as error:
+        check_data(config("digits") | values)
+    one_line(error, named)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "digits"])
+def test_missing_data_says_what_where_and_how(name, tmp_path):
+    with pytest.raises(UserError) as error:
+        check_data(config(name, root=str(tmp_path / "none"), fallback=[]))
+    how = "data.download=true" if LAYOUTS[name].can_download else LAYOUTS[name].get
+    one_line(error, f"data={name}", str(tmp_path / "none"), how, "data.root=FOLDER")
+
+
+def move_down(folder: Path) -> None:
+    """As when an archive is unpacked inside the folder of its own name."""
+    inner = folder.parent / "inner"
+    folder.rename(inner)
+    folder.mkdir()
+    inner.rename(folder / folder.name)
+
+
+def flat_val(root: Path) -> None:
+    for file in list((root / "imagenet/val").glob("*/*")):
+        file.rename(root / "imagenet/val" / file.name)
+    for folder in (root / "imagenet/val").iterdir():
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def rename(old: str, new: str):
+    return lambda root: (root / old).rename(root / new)
+
+
+def remove(*names: str):
+    return lambda root: [
+        shutil.rmtree(root / n) if (root / n).is_dir() else (root / n).unlink() for n in names
+    ]
+
+
+def write(name: str, data: bytes):
+    return lambda root: (root / name).write_bytes(data)
+
+
+def flowers_label(root: Path) -> None:
+    savemat(root / "flowers-102/imagelabels.mat", {"labels": np.full((1, 306), 103, dtype=np.uint8)})
+
+
+CARS = "stanford_cars"
+BROKEN = [
+    (
+        "cars",
+        remove(f"{CARS}/cars_test_annos_withlabels.mat"),
+        [f"{CARS}/cars_test_annos_withlabels.mat missing"],
+    ),
+    ("cars", lambda root: move_down(root / CARS), ["found", f"{CARS}/{CARS}", "move it"]),
+    (
+        "cars",
+        lambda root: move_down(root / CARS / "cars_train"),
+        ["cars_train/*.jpg missing", "cars_train/cars_train"],
+    ),
+    (
+        "cars",
+        rename(f"{CARS}/cars_test_annos_withlabels.mat", f"{CARS}/devkit/cars_test_annos_withlabels.mat"),
+        ["found", "devkit/cars_test_annos_withlabels.mat"],
+    ),
+    (
+        "cars",
+        rename(f"{CARS}/devkit/cars_test_annos.mat", f"{CARS}/cars_test_annos_withlabels.mat"),
+        ["cars_test_annos_withlabels.mat", "class"],
+    ),
+    (
+        "cars",
+        write(f"{CARS}/devkit/cars_meta.mat", b"not a mat file" * 20),
+        ["cars_meta.mat", "not the file"],
+    ),
+    ("flowers", remove("flowers-102/setid.mat"), ["flowers-102/setid.mat missing", "data.download=true"]),
+    ("flowers", remove("flowers-102/jpg"), ["flowers-102/jpg/*.jpg missing"]),
+    ("flowers", write("flowers-102/setid.mat", b"x" * 300), ["setid.mat", "not the file"]),
+    ("flowers", write("flowers-102/imagelabels.mat", b""), ["imagelabels.mat", "not the file"]),
+    ("flowers", rename("flowers-102/setid.mat", "flowers-102/imagelabels.mat"), ["setid.mat missing"]),
+    ("flowers", flowers_label, ["label 102", "outside 0..101", "image_0"]),
+    ("pets", remove("oxford-iiit-pet/annotations/test.txt"), ["annotations/test.txt missing"]),
+    (
+        "pets",
+        write("oxford-iiit-pet/annotations/test.txt", b"breed_01_100 one\n"),
+        ["data=pets", "oxford-iiit-pet"],
+    ),
+    ("pets", write("oxford-iiit-pet/annotations/test.txt", b""), ["data=pets", "oxford-iiit-pet"]),
+    (
+        "fashion_mnist",
+        remove("FashionMNIST/raw/t10k-labels-idx1-ubyte"),
+        ["t10k-labels-idx1-ubyte", "dataset-fashion-mnist"],
+    ),
+    (
+        "fashion_mnist",
+        write("FashionMNIST/raw/t10k-labels-idx1-ubyte", b"\0\0\x08\x01"),
+        ["t10k-labels-idx1-ubyte"],
+    ),
+    (
+        "fashion_mnist",
+        write("FashionMNIST/raw/train-images-idx3-ubyte", b"x" * 99),
+        ["train-images-idx3-ubyte"],
+    ),
+    ("imagenet", flat_val, ["imagenet/val/*/*", "one folder per synset"]),
+    ("imagenet", remove("imagenet/train"), ["imagenet/train/*/* missing"]),
+    ("imagenet", remove("imagenet/val/n01440764"), ["train and test differ", "n01440764"]),
+    ("imagenet", write("imagenet/meta.bin", b"nothing"), ["data=imagenet", "imagenet"]),
+    ("folder", lambda root: (root / "empty").mkdir(), ["empty", "at least one image"]),
+    ("folder", lambda root: (root / "train").mkdir(), ["train"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks", "parts"), BROKEN, ids=[f"{b[0]}-{i}" for i, b in enumerate(BROKEN)]
+)
+def test_broken_sets(name, breaks, parts, tmp_path, monkeypatch):
+    fakes.accept_fake_flowers(monkeypatch)
+    values = {"num_classes": 4, "val_fraction": 0.1} if name == "imagenet" else {}
+    SETS[name][0](tmp_path)
+    breaks(tmp_path)
+    with pytest.raises(UserError) as error:
+        build(name, root=str(tmp_path), **({"fallback": []} if name == "fashion_mnist" else {}), **values)
+    one_line(error, *parts)
+
+
+def test_a_fraction_that_leaves_nothing(tmp_path):
+    with pytest.raises(UserError) as error:
+        build("folder", root=str(fakes.image_folder(tmp_path)), val_fraction=0.01)
+    one_line(error, "data.val_fraction=0.01", "val", "24 images")
+
+
+def test_wrong_number_of_classes(tmp_path):
+    with pytest.raises(UserError) as error:
+        build("folder", root=str(fakes.image_folder(tmp_path)), num_classes=5)
+    one_line(error, "data.num_classes=5", "3 classes")
+
+
+def test_flowers_with_other_mat_files_fail_the_checksum(tmp_path):
+    with pytest.raises(UserError) as error:
+        build("flowers", root=str(fakes.flowers(tmp_path)))
+    one_line(error, "imagelabels.mat or setid.mat", "not the original")
+
+
+def test_a_failing_download_is_one_line(tmp_path, monkeypatch):
+    from torchvision.datasets import OxfordIIITPet
+
+    def fail(self):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(OxfordIIITPet, "_download", fail)
+    with pytest.raises(UserError) as error:
+        build("pets", root=str(tmp_path), download=True)
+    one_line(error, "data=pets", "download", str(tmp_path), "no route to host")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["truncated", "bomb", "gone"])
+def test_an_unreadable_image_stops_and_is_named(tmp_path, kind, workers):
+    fakes.image_folder(tmp_path, classes=2, per_class=40)
+    data = build("folder", root=str(tmp_path), num_workers=workers)
+    bad = Path(data.splits["train"].source.images[data.splits["train"].indices[0]])
+    {"truncated": fakes.truncate, "bomb": fakes.png_bomb, "gone": Path.unlink}[kind](bad)
+    with pytest.raises(UserError) as error:
+        epoch(data.train_dataloader())
+    one_line(error, str(bad), "data.on_error=skip")
+    assert "Caught" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_can_be_skipped(tmp_path, workers, caplog):
+    fakes.image_folder(tmp_path, classes=2, per_class=40)
+    data = build("folder", batch_size=8, root=str(tmp_path), num_workers=workers, on_error="skip")
+    split, test = data.splits["train"], data.splits["test"]
+    bad = [Path(s.source.images[i]) for s in (split, test) for i in s.indices[[0, 3, 4]]]
+    for file in bad:
+        fakes.truncate(file)
+
+    with caplog.at_level(logging.WARNING, "amod"):
+        batches = epoch(data.train_dataloader())
+    assert {len(batch[0]) for batch in batches} == {8}  # their places are filled: Mixup needs an even batch
+    assert not {0, 3, 4} & set(np.searchsorted(split.indices, torch.cat([b[2] for b in batches]).numpy()))
+    assert str(bad[0].parent) in caplog.records[-1].message
+
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "amod"):
+        tested = torch.cat([batch[2] for batch in data.test_dataloader()])
+    assert sorted(tested.tolist()) == sorted(set(test.indices) - set(test.indices[[0, 3, 4]]))
+    assert caplog.records[-1].message.startswith("3 unreadable images")
+
+
+def test_a_batch_of_unreadable_images_is_an_error(tmp_path):
+    fakes.image_folder(tmp_path, classes=2, per_class=10)
+    for file in tmp_path.glob("*/*.png"):
+        fakes.truncate(file)
+    with pytest.raises(UserError) as error:
+        epoch(build("folder", batch_size=4, root=str(tmp_path), on_error="skip").train_dataloader())
+    one_line(error, "no image of a batch of 4", ".png")
+
+
+def test_odd_images_become_rgb(tmp_path):
+    from PIL import Image
+
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number, mode in enumerate(["L", "RGBA", "P", "1", "I;16", "LA", "L", "L", "L", "L"]):
+            Image.new(mode, (40, 30)).save(tmp_path / label / f"{number}.png")
+        Image.new("CMYK", (40, 30)).save(tmp_path / label / "cmyk.jpg")
+    data = build("folder", root=str(tmp_path))
+    assert all(batch[0].shape[1:] == (3, 28, 28) for batch in data.train_dataloader())
+
+
+def test_a_user_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(UserError("one line")))
+    assert isinstance(error, UserError)
+    assert str(error) == "one line"
+
+
+# --- what commands rely on ----------------------------------------------------------------------------------------
+
+
+def test_checking_needs_no_heavy_import():
+    code = (
+        "import sys; from amod.training.data import check_data; from amod.errors import UserError\n"
+        "try: check_data({'name': 'flowers', 'root': '/nowhere'})\n"
+        "except UserError: print(sorted({'torch', 'torchvision', 'timm', 'lightning', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_fake_flowers_in_a_subprocess(tmp_path):
+    fakes.flowers(tmp_path)
+    code = (
+        "import sys; assert 'torchvision' not in sys.modules\n"
+        "from torchvision.datasets import Flowers102; print(len(Flowers102(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=fakes.fake_flowers_env(tmp_path))
+    assert done.stdout.strip() == "102", done.stderr
