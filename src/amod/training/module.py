@@ -56,6 +56,8 @@ class Classifier(LightningModule):
 
     def __init__(self, model: nn.Module, schedule: Mapping[str, Any], num_classes: int, seed: int) -> None:
         super().__init__()
+        if schedule["optimizer"] not in list_optimizers():
+            raise UserError(f"schedule.optimizer={schedule['optimizer']}: timm has none of that name; try adamw or sgd")
         self.model = model
         self.schedule = schedule
         self.seed = seed
@@ -127,12 +129,10 @@ class Classifier(LightningModule):
         self.train_loss.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        name, lr = self.schedule["optimizer"], self.schedule["lr"]
-        if name not in list_optimizers():
-            raise UserError(f"schedule.optimizer={name}: timm has no such optimiser; try adamw or sgd")
+        lr = self.schedule["lr"]
         optimizer = create_optimizer_v2(
             self.model,
-            opt=name,
+            opt=self.schedule["optimizer"],
             lr=lr,
             weight_decay=self.schedule["weight_decay"],
             momentum=self.schedule["momentum"],
@@ -160,10 +160,10 @@ class Classifier(LightningModule):
     # --- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._seed()
+        self._start("val")
 
     def on_test_epoch_start(self) -> None:
-        self._seed()
+        self._start("test")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -177,6 +177,10 @@ class Classifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._report("test")
 
+    def _start(self, split: str) -> None:
+        self._seed()  # a random router draws the same every time
+        self.metrics[split].reset()  # type: ignore[operator]
+
     def _evaluate(self, split: str, batch: Batch) -> None:
         images, labels, _ = batch
         logits = self.evaluated(images).float()
@@ -189,4 +193,3 @@ class Classifier(LightningModule):
         """Logs SPLIT/loss, SPLIT/top1 and SPLIT/top5, the accuracies in percent."""
         values = self.metrics[split].compute()  # type: ignore[operator]
         self.log_dict({f"{split}/{k}": v if k == "loss" else 100 * v for k, v in values.items()})
-        self.metrics[split].reset()  # type: ignore[operator]

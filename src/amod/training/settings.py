@@ -31,6 +31,8 @@ CONF = Path(__file__).parents[3] / "conf"
 
 # Routers that score tokens by the attention map of the block before them.
 ATTENTION_ROUTERS = ("attention", "attention_weighted")
+# Settings that are handed to timm.create_model, timm's create_transform, Lightning's Trainer and Hydra as they are.
+OPEN_GROUPS = ("model.kwargs.", "schedule.augment.", "trainer.", "hydra.")
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
@@ -73,10 +75,20 @@ def launch(job: Callable[[DictConfig], None], config_name: str, check: Callable[
                 cfg = compose_config(config_name, overrides)
                 if not (args.help or args.cfg):
                     check(cfg)
-            if not args.multirun and not (args.help or args.cfg) and "run_dir" in cfg:
-                # The processes that Lightning starts for DDP get this command line: they must use the same folder.
-                sys.argv.append(f"run_dir='{cfg.run_dir}'")
+            if not (args.multirun or args.help or args.cfg) and "run_dir" in cfg:
+                pin_run_dir(args.overrides, cfg.run_dir)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+def pin_run_dir(overrides: list[str], run_dir: str) -> None:
+    """Write the default folder, which holds the time, into the command line: Lightning starts the other processes of
+    DDP with the same command line, and they must use the same folder.
+    """
+    if any(override.startswith("run_dir=") for override in overrides):
+        return
+    quoted = run_dir.replace("\\", "\\\\").replace("'", "\\'")
+    at = sys.argv.index(overrides[0]) if overrides else len(sys.argv)
+    sys.argv.insert(at, f"run_dir='{quoted}'")
 
 
 class one_line_errors:  # noqa: N801 (used as `with one_line_errors():`)
@@ -124,25 +136,52 @@ def jobs_of(overrides: list[str], multirun: bool) -> Iterable[list[str]]:
 
 def compose_config(config_name: str, overrides: list[str]) -> DictConfig:
     """The composed config with everything resolved. Hydra's and OmegaConf's own errors become UserErrors."""
+    for override in overrides:
+        if override.startswith("~"):
+            raise UserError(f"{override}: settings cannot be removed; set key=null where null is allowed")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             cfg = compose(config_name, overrides)
             OmegaConf.resolve(cfg)
+            check_additions(config_name, overrides)
         except OverrideParseException as error:
             raise UserError(_explain_syntax(error)) from None
         except MissingConfigException as error:
             raise UserError(_explain_choice(error)) from None
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain_key(config_name, overrides, error)) from None
+        except ValueError as error:
+            raise UserError(_explain_group(overrides, error)) from None
     return cfg
 
 
+def check_additions(config_name: str, overrides: list[str]) -> None:
+    """A key added with + must be in a group that is passed on to a library: elsewhere it would be ignored silently."""
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if override.startswith("+") and not key.startswith(OPEN_GROUPS) and key not in known_keys(config_name, overrides):
+            raise UserError(f"{override}: there is no setting {key}; + adds to {', '.join(OPEN_GROUPS)} only")
+
+
+def known_keys(config_name: str, overrides: list[str]) -> list[str]:
+    """The keys of the config with the choices of groups that `overrides` make."""
+    choices = [o for o in overrides if "=" in o and (CONF / o.partition("=")[0]).is_dir()]
+    return keys_of(compose(config_name, choices))
+
+
 def _explain_syntax(error: Exception) -> str:
-    text = str(error)
-    override = getattr(error, "override", None) or text
-    if "group override must be a string" in text:
-        return f"{override!r}: a group takes the name of one of its choices, as in router=attention"
+    override = getattr(error, "override", None) or str(error)
     return f"{override!r} cannot be read as a setting; write key=value without spaces, as in capacity=0.125"
+
+
+def _explain_group(overrides: list[str], error: ValueError) -> str:
+    """Hydra: "Config group override must be a string or a list. Got float", without naming the override."""
+    for override in overrides:
+        group = CONF / override.partition("=")[0]
+        if group.is_dir() and not re.search(r"=[A-Za-z_/]\w*$", override.replace("=null", "=")):
+            choices = ", ".join(sorted(file.stem for file in group.glob("*.yaml")))
+            return f"{override}: choose one of {choices}"
+    return " ".join(str(error).split())
 
 
 def _explain_choice(error: MissingConfigException) -> str:
@@ -160,14 +199,11 @@ def _explain_key(config_name: str, overrides: list[str], error: Exception) -> st
     override = next((o for o in overrides if o.lstrip("+~").partition("=")[0].partition("@")[0] == key), "")
     if not override:
         return " ".join(text.split())
-    if "group override must be a string" in text or "is not a string" in text:
-        return f"{override}: a group takes the name of one of its choices"
-    plain = [o for o in overrides if "=" in o and (CONF / o.partition("=")[0]).is_dir()]
-    known = keys_of(compose(config_name, plain))
+    known = known_keys(config_name, overrides)
     parent = key.rpartition(".")[0]
     siblings = [k for k in known if parent and k.startswith(f"{parent}.")]
     reason = f"{override}: there is no setting {key}"
-    if parent in ("model.kwargs", "schedule.augment"):
+    if key.startswith(OPEN_GROUPS[:2]):
         return f"{reason} yet; add it as +{override}"
     hint = did_you_mean(key, known)
     if siblings and not hint:
@@ -207,7 +243,7 @@ class Number:
     def __str__(self) -> str:
         kind = "a whole number" if self.integer else "a number"
         if self.high < math.inf:
-            span = f" in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+            span = f" in {'(' if self.above_low else '['}{self.low:.10g}, {self.high:.10g}]"
         else:
             span = f" above {self.low:g}" if self.above_low else f" of at least {self.low:g}"
         return kind + span + (" or null" if self.optional else "")
@@ -235,6 +271,19 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.names)}"
+
+    def allows(self, value: Any) -> bool:
+        return str(value) in self.names
+
+
+@dataclass(frozen=True)
 class Flag:
     def __str__(self) -> str:
         return "true or false"
@@ -245,7 +294,7 @@ class Flag:
 
 POSITIVE = Number(0, above_low=True)
 COUNT = Number(1, integer=True)
-RULES: dict[str, Number | Text | Flag] = {
+RULES: dict[str, Number | Text | Choice | Flag] = {
     "capacity": Number(0, 1, above_low=True),
     "budget": Number(0, above_low=True, optional=True),
     "seed": Number(0, 2**32 - 1, integer=True),
@@ -258,6 +307,7 @@ RULES: dict[str, Number | Text | Flag] = {
     "model.drop_path": Number(0, 1),
     "router.depth": Number(1, integer=True, optional=True),
     "router.keep_prefix": Flag(),
+    "router.activation": Choice(("none", "sigmoid")),
     "data.root": Text(optional=True),
     "schedule.epochs": COUNT,
     "schedule.batch_size": COUNT,
@@ -276,6 +326,11 @@ RULES: dict[str, Number | Text | Flag] = {
     "schedule.ema_decay": Number(0, 1, optional=True),
     "trainer.max_epochs": Number(1, integer=True),
     "trainer.num_nodes": COUNT,
+    "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps", "tpu")),
+    "trainer.precision": Choice(("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64")),
+    "trainer.limit_train_batches": Number(0, optional=True),
+    "trainer.limit_val_batches": Number(0, optional=True),
+    "trainer.limit_test_batches": Number(0, optional=True),
 }
 GROUPS = ("model", "model.kwargs", "router", "placement", "data", "schedule", "schedule.augment", "trainer", "logger")
 
@@ -289,6 +344,7 @@ def check_train(cfg: DictConfig) -> None:
             )
     check_values(cfg)
     check_placement(cfg)
+    check_depth(cfg)
     check_tokens(cfg)
     if cfg.schedule.min_lr > cfg.schedule.lr:
         raise UserError(f"schedule.min_lr={cfg.schedule.min_lr}: must not exceed schedule.lr={cfg.schedule.lr}")
@@ -325,6 +381,13 @@ def check_placement(cfg: DictConfig) -> None:
         routed_blocks(list(blocks), depth, reads_attention=cfg.router.name in ATTENTION_ROUTERS)
     except UserError as error:
         raise UserError(f"{shown}: {str(error).removeprefix('placement: ')}") from None
+
+
+def check_depth(cfg: DictConfig) -> None:
+    depth = depth_of(cfg.model)
+    wanted = cfg.router.get("depth")
+    if wanted is not None and depth is not None and wanted > depth:
+        raise UserError(f"router.depth={wanted}: {cfg.model.label} has {depth} blocks; choose 1 to {depth}, or null")
 
 
 def check_tokens(cfg: DictConfig) -> None:

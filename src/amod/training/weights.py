@@ -88,8 +88,9 @@ def build(cfg: DictConfig, num_classes: int) -> Built:
         vit = truncate(vit, depth)
         return Built(vit, load_vit(vit, state, cfg.model.checkpoint))
     adapted = load_vit(vit, state, cfg.model.checkpoint) if state else head_is_pretrained(cfg, num_classes, vit)
+    short = truncate(vit, depth)
     log.info("isoFLOP: the first %d of %d blocks are kept", depth, len(vit.blocks))
-    return Built(truncate(vit, depth), adapted)
+    return Built(short, adapted)
 
 
 def variant(vit: VisionTransformer, cfg: DictConfig) -> nn.Module:
@@ -254,4 +255,4 @@ def shortened(items: list[str], most: int = 6) -> str:
 def one_line(error: BaseException) -> str:
     """Type and first line of an error, for a message."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:240]}" if lines else type(error).__name__
