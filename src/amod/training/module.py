@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
@@ -128,7 +129,7 @@ class Classifier(LightningModule):
         self.log("train/loss", self.train_loss.compute())
         self.train_loss.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         lr = self.schedule["lr"]
         optimizer = create_optimizer_v2(
             self.model,

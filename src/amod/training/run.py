@@ -11,7 +11,9 @@ import logging
 import platform
 import subprocess
 import sys
+import uuid
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
-from timm.models import load_state_dict
+from timm.models import VisionTransformer, load_state_dict
 from torch import nn
 
 from amod.errors import UserError
@@ -36,7 +38,7 @@ from amod.training.data import build_datamodule
 from amod.training.module import Classifier
 from amod.training.settings import CONF, evaluation_config, saved_config
 from amod.training.weights import build, input_config, one_line
-from amod.vit import RoutedViT
+from amod.vit import RoutedViT, default_tokens
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ def train(cfg: DictConfig) -> None:
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
     compute = compute_of(built.model, cfg, inputs["input_size"])
     say(f"{cfg.data.name}: {data.sizes['train']} train, {data.sizes['val']} val, {data.sizes['test']} test images")
-    say(f"{cfg.model.label}, router {cfg.router.name}: {compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters")
+    costs = f"{compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters"
+    say(f"{cfg.model.label}, router {cfg.router.name}: {costs}")
 
     start_folder(cfg, folder)
     trainer.loggers = loggers(cfg, folder)
@@ -80,7 +83,7 @@ def train(cfg: DictConfig) -> None:
     elif built.adapted:
         trainer.validate(module, datamodule=data, verbose=False)
         recorder.untrained = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
-        say(f"before training: val top-1 {recorder.untrained['val/top1']:.2f} %")
+        say(f"before training: val top-1 {recorder.untrained.get('val/top1')} %")
     trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
 
     best = torch.load(folder / "checkpoints/best.ckpt", map_location="cpu", weights_only=True)
@@ -94,8 +97,8 @@ def train(cfg: DictConfig) -> None:
         "seed": cfg.seed,
         "val_top1_untrained": recorder.untrained.get("val/top1"),
         "val_top1": recorder.best.get("val/top1"),
-        "test_top1": tested["test/top1"],
-        "test_top5": tested["test/top5"],
+        "test_top1": tested.get("test/top1"),
+        "test_top5": tested.get("test/top5"),
         "best_epoch": recorder.best["epoch"],
         "epochs": len(recorder.rows),
         "seconds": recorder.seconds,
@@ -109,7 +112,7 @@ def train(cfg: DictConfig) -> None:
     say(f"run folder: {folder}")
 
 
-def evaluate(cfg: DictConfig) -> dict[str, float]:
+def evaluate(cfg: DictConfig) -> Mapping[str, float]:
     """Measure the weights of the finished run in ``cfg.run`` on ``cfg.split``, from the folder alone."""
     quiet()
     run, folder = evaluation_config(cfg), Path(cfg.run)
@@ -145,17 +148,19 @@ def make_trainer(arguments: DictConfig, **ours: Any) -> Trainer:
 
 def compute_of(model: nn.Module, cfg: DictConfig, input_size: tuple[int, int, int]) -> dict[str, Any]:
     """What the model costs, and which blocks keep how many tokens."""
-    routed = isinstance(model, RoutedViT) and bool(model.blocks_routed)
     vit = model.vit if isinstance(model, RoutedViT) else model
-    tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
-    kept = model.tokens_kept(tokens) if routed else tokens
+    assert isinstance(vit, VisionTransformer)
+    tokens = default_tokens(vit)
+    blocks, kept, capacity = [], tokens, cfg.capacity if cfg.router.name == "isoflop" else 1.0
+    if isinstance(model, RoutedViT) and model.blocks_routed:
+        blocks, kept, capacity = list(model.blocks_routed), model.tokens_kept(tokens), model.capacity
     return {
         "router": cfg.router.name,
-        "capacity": model.capacity if routed else 1.0 if cfg.router.name == "none" else cfg.capacity,
+        "capacity": capacity,
         "capacity_granted": kept / tokens,
         "tokens": tokens,
-        "tokens_kept": {str(block): kept for block in model.blocks_routed} if routed else {},
-        "blocks_routed": list(model.blocks_routed) if routed else [],
+        "tokens_kept": {str(block): kept for block in blocks},
+        "blocks_routed": blocks,
         "depth": len(vit.blocks),
         "gflops": count_flops(model, input_size) / 1e9,
         "params": sum(p.numel() for p in model.parameters()),
@@ -210,8 +215,8 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     from lightning.pytorch.loggers import WandbLogger
 
     kept = folder / "wandb-id.txt"
-    if not kept.exists() and rank_zero_only.rank == 0:
-        kept.write_text(wandb.util.generate_id() + "\n")
+    if not kept.exists():
+        kept.write_text(uuid.uuid4().hex[:8] + "\n")
     logger = WandbLogger(
         project=cfg.logger.project,
         name=cfg.logger.run_name,
@@ -283,7 +288,8 @@ def show(summary: dict[str, Any]) -> None:
 
 def quiet() -> None:
     """Our own notes on stdout; Lightning's banners and advice off."""
-    logging.getLogger("amod").setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+    main_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    logging.getLogger("amod").setLevel(logging.INFO if main_process else logging.ERROR)
     logging.getLogger("amod").handlers = [logging.StreamHandler(sys.stdout)]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -91,7 +91,7 @@ def pin_run_dir(overrides: list[str], run_dir: str) -> None:
     sys.argv.insert(at, f"run_dir='{quoted}'")
 
 
-class one_line_errors:  # noqa: N801 (used as `with one_line_errors():`)
+class one_line_errors:
     """Turns a UserError into one line on stderr and exit status 2."""
 
     def __enter__(self) -> None:
@@ -159,7 +159,9 @@ def check_additions(config_name: str, overrides: list[str]) -> None:
     """A key added with + must be in a group that is passed on to a library: elsewhere it would be ignored silently."""
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
-        if override.startswith("+") and not key.startswith(OPEN_GROUPS) and key not in known_keys(config_name, overrides):
+        if not override.startswith("+") or key.startswith(OPEN_GROUPS):
+            continue
+        if key not in known_keys(config_name, overrides):
             raise UserError(f"{override}: there is no setting {key}; + adds to {', '.join(OPEN_GROUPS)} only")
 
 
@@ -327,7 +329,7 @@ RULES: dict[str, Number | Text | Choice | Flag] = {
     "trainer.max_epochs": Number(1, integer=True),
     "trainer.num_nodes": COUNT,
     "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps", "tpu")),
-    "trainer.precision": Choice(("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64")),
+    "trainer.precision": Choice(("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")),
     "trainer.limit_train_batches": Number(0, optional=True),
     "trainer.limit_val_batches": Number(0, optional=True),
     "trainer.limit_test_batches": Number(0, optional=True),
@@ -346,12 +348,11 @@ def check_train(cfg: DictConfig) -> None:
     check_placement(cfg)
     check_depth(cfg)
     check_tokens(cfg)
-    if cfg.schedule.min_lr > cfg.schedule.lr:
-        raise UserError(f"schedule.min_lr={cfg.schedule.min_lr}: must not exceed schedule.lr={cfg.schedule.lr}")
-    if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
-        raise UserError(
-            f"schedule.warmup_epochs={cfg.schedule.warmup_epochs}: must not exceed schedule.epochs={cfg.schedule.epochs}"
-        )
+    for smaller, larger in (("min_lr", "lr"), ("warmup_epochs", "epochs")):
+        if cfg.schedule[smaller] > cfg.schedule[larger]:
+            raise UserError(
+                f"schedule.{smaller}={cfg.schedule[smaller]}: must not exceed schedule.{larger}={cfg.schedule[larger]}"
+            )
     if cfg.model.checkpoint is not None:
         check_checkpoint(cfg.model.checkpoint)
     check_run_dir(cfg)
@@ -425,9 +426,7 @@ def check_checkpoint(path: str) -> None:
     if file.is_dir() and ((file / "weights.safetensors").exists() or (file / "checkpoints").is_dir()):
         return
     if not file.exists():
-        raise UserError(
-            f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder"
-        )
+        raise UserError(f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder")
     if file.is_dir():
         raise UserError(f"model.checkpoint={path}: this folder is no run, it has no weights.safetensors; name the file")
     if file.suffix not in CHECKPOINT_SUFFIXES:
@@ -490,6 +489,7 @@ def check_evaluate(cfg: DictConfig) -> None:
 def evaluation_config(cfg: DictConfig) -> DictConfig:
     """The run's own config with the evaluation's non-null settings over it."""
     run = OmegaConf.load(Path(cfg.run) / "config.yaml")
+    assert isinstance(run, DictConfig)
     for group in ("data", "trainer"):
         for key, value in cfg[group].items():
             if value is not None:

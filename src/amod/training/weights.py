@@ -1,4 +1,4 @@
-"""A timm model with weights from the hub's cache or a local file, made into the routed variant that a config asks for."""
+"""A timm model with weights from the hub's cache or a local file, made into the variant that a config asks for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """A model, and whether its head came with its weights (so that its accuracy before any training means something)."""
+    """A model, and whether its head came with its weights: then its accuracy before any training means something."""
 
     model: nn.Module
     adapted: bool
@@ -36,13 +36,14 @@ class Built:
 def create_vit(model: Mapping[str, Any], num_classes: int, pretrained: bool = False) -> VisionTransformer:
     """The timm model of a ``model`` config. Raises UserError for a name or an argument that timm does not have."""
     name = model["name"]
-    kwargs = OmegaConf.to_container(model["kwargs"]) if isinstance(model["kwargs"], DictConfig) else dict(model["kwargs"])
+    kwargs: dict[str, Any] = OmegaConf.to_object(OmegaConf.create({**model["kwargs"]}))  # type: ignore[assignment]
     try:
         known = timm.is_model(name)
     except ValueError:
         known = False
     if not known:
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"), 3)
+        models = timm.list_models("*vit*") + timm.list_models("deit*")
+        close = difflib.get_close_matches(name.partition(".")[0], models, 3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(f"model.name={name}: timm {timm.__version__} has no such model{hint}")
     try:
@@ -76,7 +77,7 @@ def build(cfg: DictConfig, num_classes: int) -> Built:
 
     routers = {key: state.pop(key) for key in list(state) if key.startswith("routers.")}
     if cfg.router.name != "isoflop":
-        adapted = load_vit(vit, state, cfg.model.checkpoint) if state else head_is_pretrained(cfg, num_classes, vit)
+        adapted = load_vit(vit, state, cfg.model) if state else head_is_pretrained(cfg, num_classes)
         model = variant(vit, cfg)
         if state:
             load_routers(model, routers)
@@ -86,8 +87,8 @@ def build(cfg: DictConfig, num_classes: int) -> Built:
     blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if state and blocks == depth:  # an isoFLOP model's own checkpoint
         vit = truncate(vit, depth)
-        return Built(vit, load_vit(vit, state, cfg.model.checkpoint))
-    adapted = load_vit(vit, state, cfg.model.checkpoint) if state else head_is_pretrained(cfg, num_classes, vit)
+        return Built(vit, load_vit(vit, state, cfg.model))
+    adapted = load_vit(vit, state, cfg.model) if state else head_is_pretrained(cfg, num_classes)
     short = truncate(vit, depth)
     log.info("isoFLOP: the first %d of %d blocks are kept", depth, len(vit.blocks))
     return Built(short, adapted)
@@ -139,8 +140,8 @@ def pretrained_vit(model: Mapping[str, Any], num_classes: int) -> VisionTransfor
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "No pretrained weights" in str(error):
             raise UserError(
-                f"model.pretrained=true: timm has no pretrained weights for {model['name']}; set model.pretrained=false "
-                "or model.checkpoint=FILE"
+                f"model.pretrained=true: timm has no pretrained weights for {model['name']}; set "
+                "model.pretrained=false or model.checkpoint=FILE"
             ) from error
         cfg = timm.get_pretrained_cfg(model["name"])
         repo = cfg.hf_hub_id if cfg is not None else None
@@ -152,10 +153,11 @@ def pretrained_vit(model: Mapping[str, Any], num_classes: int) -> VisionTransfor
         ) from error
 
 
-def head_is_pretrained(cfg: DictConfig, num_classes: int, vit: VisionTransformer) -> bool:
+def head_is_pretrained(cfg: DictConfig, num_classes: int) -> bool:
     if not cfg.model.pretrained:
         return False
-    classes = vit.pretrained_cfg.get("num_classes")
+    known = timm.get_pretrained_cfg(cfg.model.name)
+    classes = known.num_classes if known else None
     if classes != num_classes:
         log.info("the pretrained head has %s classes, the data %d: a new head is trained", classes, num_classes)
     return classes == num_classes
@@ -179,8 +181,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever the bytes make the readers raise
         if "weights_only" in str(error):
             raise UserError(
-                f"model.checkpoint={path}: refused, it holds more than tensors (pickled code would run); save the state "
-                "dict alone, best as .safetensors"
+                f"model.checkpoint={path}: refused, it holds more than tensors (pickled code would run); save the "
+                "state dict alone, best as .safetensors"
             ) from error
         raise UserError(f"model.checkpoint={path}: cannot be read as a checkpoint ({one_line(error)})") from error
     for prefix in ("ema.module.", "model."):  # our own .ckpt: the moving average where there is one
@@ -192,13 +194,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_vit(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> bool:
+def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Mapping[str, Any]) -> bool:
     """Load a state dict into `vit`; whether the head fitted.
 
     A head of other classes is left out and said so, position embeddings of another image size are resized by timm and
     said so. Any other difference is a UserError that lists the keys.
     """
-    name = vit.pretrained_cfg.get("architecture", "this model")
+    wrong = f"model.checkpoint={model['checkpoint']}: is no checkpoint of {model['label']}"
     wanted = vit.state_dict()
     embedding = state.get("pos_embed")
     patch, wanted_patch = state.get("patch_embed.proj.weight"), wanted["patch_embed.proj.weight"]
@@ -206,7 +208,7 @@ def load_vit(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> b
         try:
             state = checkpoint_filter_fn(dict(state), vit)
         except Exception as error:  # timm's reshaping of a checkpoint that is not this model's
-            raise UserError(f"model.checkpoint={source}: is no checkpoint of {name} ({one_line(error)})") from error
+            raise UserError(f"{wrong} ({one_line(error)})") from error
     if embedding is not None and "pos_embed" in state and state["pos_embed"].shape != embedding.shape:
         log.info("position embeddings resized from %d to %d tokens", embedding.shape[1], state["pos_embed"].shape[1])
 
@@ -230,10 +232,7 @@ def load_vit(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> b
         if key in state and state[key].shape != wanted[key].shape
     ]
     if problems:
-        raise UserError(
-            f"model.checkpoint={source}: is no checkpoint of {name} as configured: {shortened(problems)}; choose the "
-            "model= it was trained with"
-        )
+        raise UserError(f"{wrong} as configured: {shortened(problems)}; choose the model= it was trained with")
     vit.load_state_dict(state)
     return adapted
 
