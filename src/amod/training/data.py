@@ -63,14 +63,12 @@ LAYOUTS = {
         True,
     ),
     "digits": Layout("", (), "it comes with scikit-learn"),
-    "folder": Layout(
-        "", ("*/*",), "point data.root at a folder of class folders, or of train/ [val/] [test/]"
-    ),
+    "folder": Layout("", ("*/*",), "point data.root at a folder of class folders, or of train/ [val/] [test/]"),
 }
 
 
 def check_data(cfg: Mapping[str, Any]) -> None:
-    """Raise UserError for a wrong value or a missing file of the ``data`` config; loads nothing, reads nothing."""
+    """Raise UserError for a wrong value or a missing file of the ``data`` config; reads no file."""
     choices = {
         "name": tuple(LAYOUTS),
         "on_error": ("stop", "skip"),
@@ -113,9 +111,7 @@ def locate(cfg: Mapping[str, Any]) -> Path:
     place = places[0]
     if not place.is_dir():
         looked = ", ".join(map(str, places))
-        raise UserError(
-            f"data={name}: no data in {looked}; {layout.get}, or set data.root=FOLDER (or AMOD_DATA)"
-        )
+        raise UserError(f"data={name}: no data in {looked}; {layout.get}, or set data.root=FOLDER (or AMOD_DATA)")
     missing = [pattern for pattern in layout.files if not _found(place, pattern)]
     elsewhere = _found_deeper(place, missing[0])
     hint = f"found {elsewhere}: move it to where it belongs" if elsewhere else layout.get

@@ -1,4 +1,4 @@
-"""Batches: every random number of a sample is a function of (seed, epoch, sample), so nothing needs saved state.
+"""Batches. Every random number of a sample is a function of (seed, epoch, sample): no state needs saving.
 
 The sampler yields keys (epoch, position). Whoever draws the sample, a worker or the main process, seeds the
 three generators that transforms use from the key and puts them back afterwards. A run can therefore go on
@@ -17,7 +17,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -118,6 +118,7 @@ class Loader(DataLoader):
         count, first = 0, ""
         for batch in super().__iter__():
             if isinstance(batch, UserError):
+                self._iterator = None  # ends the workers; left to the garbage collector they take 5 s
                 raise batch
             batch, skipped = batch
             if skipped:
@@ -153,8 +154,8 @@ class EpochSampler(Sampler[Key]):
 class TrainLoader(Loader):
     """A loader whose state is (epoch, batches given out); Lightning saves and restores it with a checkpoint.
 
-    Iteration starts lazily, at the first ``next``: by then Lightning has restored the state and set the epoch,
-    whichever it does first. Setting another epoch than the restored one starts that epoch from its beginning.
+    Iteration starts lazily, at the first ``next``: by then Lightning has restored the state and set the epoch.
+    Setting another epoch than the restored one starts that epoch from its beginning.
     """
 
     @property
@@ -175,9 +176,7 @@ class TrainLoader(Loader):
         self.keys.start = state["batches"] * self.batch_sampler.batch_size  # type: ignore[union-attr]
 
 
-def transforms(
-    input_cfg: Mapping[str, Any], augment: Mapping[str, Any], crop_pct: float | None
-) -> tuple[Any, Any]:
+def transforms(input_cfg: Mapping[str, Any], augment: Mapping[str, Any], crop_pct: float | None) -> tuple[Any, Any]:
     """(for training, for evaluation). Grey images arrive as RGB.
 
     Only what ``augment`` sets is done, timm's defaults (flip, jitter, crop) do not apply; with nothing set,
@@ -188,16 +187,12 @@ def transforms(
     evaluation = create_transform(
         **geometry, crop_pct=crop_pct or input_cfg["crop_pct"], crop_mode=input_cfg.get("crop_mode")
     )
-    augment = {
-        k: v if isinstance(v, (str, float, int)) else tuple(v) for k, v in augment.items() if v is not None
-    }
+    augment = {k: v if isinstance(v, (str, float, int)) else tuple(v) for k, v in augment.items() if v is not None}
     if not augment:
         return evaluation, evaluation
     known = inspect.signature(create_transform).parameters
     if unknown := sorted(set(augment) - set(known)):
-        raise UserError(
-            f"schedule.augment.{unknown[0]}: unknown; timm's create_transform has {', '.join(known)}"
-        )
+        raise UserError(f"schedule.augment.{unknown[0]}: unknown; timm's create_transform has {', '.join(known)}")
     off = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None}
     try:
         return create_transform(**{**geometry, **off, **augment}, is_training=True), evaluation
@@ -250,7 +245,7 @@ class DataModule(LightningDataModule):
         sampler = EpochSampler(len(split), self.seed, rank, world)
         if not len(sampler):
             raise UserError(f"{len(split)} training images cannot be shared by {world} processes")
-        batches = BatchSampler(sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
+        batches = BatchSampler(cast(Any, sampler), self.batch_size, drop_last=len(sampler) >= self.batch_size)
         samples = Samples(split, self.train_transform, self.seed, self.skip, refill=True)
         return TrainLoader(samples, batch_sampler=batches, **self._options())
 
@@ -265,7 +260,7 @@ class DataModule(LightningDataModule):
         keys = [(0, position) for position in range(rank, len(self.splits[key]), world)]
         samples = Samples(self.splits[key], self.eval_transform, None, self.skip, refill=False)
         return Loader(
-            samples, batch_sampler=BatchSampler(keys, self.eval_batch_size, False), **self._options()
+            samples, batch_sampler=BatchSampler(cast(Any, keys), self.eval_batch_size, False), **self._options()
         )
 
     def _rank(self) -> tuple[int, int]:

@@ -49,7 +49,7 @@ class Split:
         return self.source.labels[self.indices]
 
     def cut(self, fraction: float, seed: int) -> tuple[Split, Split]:
-        """(rest, part): the part has round(fraction * n) samples, every class its share of them to within one."""
+        """(rest, part): the part has round(fraction * n) samples, of each class its share to within one."""
         # Sorted by class (shuffled inside a class), an evenly spaced comb takes the same share of each class.
         # RandomState because numpy promises that its stream never changes.
         order = np.random.RandomState(seed).permutation(len(self))
@@ -84,9 +84,7 @@ def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
             whole, fraction = splits["train"], cfg[f"{key}_fraction"]
             splits["train"], splits[key] = whole.cut(fraction, cfg["split_seed"])
             if not (len(splits["train"]) and len(splits[key])):
-                raise UserError(
-                    f"data.{key}_fraction={fraction}: leaves {key} or train empty, of {len(whole)} images"
-                )
+                raise UserError(f"data.{key}_fraction={fraction}: leaves {key} or train empty, of {len(whole)} images")
     return {key: splits[key] for key in ("train", "val", "test")}
 
 
@@ -132,7 +130,7 @@ def _imagenet(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
 
 
 def _flowers(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
-    """1020 train, 1020 val, 6149 test images; ``train_on: train+val`` pools the first two and splits val anew."""
+    """1020 train, 1020 val, 6149 test images; ``train_on: train+val`` pools 2040 and splits val anew."""
     _check_mat(folder / "imagelabels.mat", "labels")
     _check_mat(folder / "setid.mat", "trnid")
     parts = {}
@@ -157,15 +155,12 @@ def _cars(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     _check_mat(folder / "devkit/cars_train_annos.mat", "annotations", "class")
     _check_mat(folder / "cars_test_annos_withlabels.mat", "annotations", "class")
     data = {part: datasets.StanfordCars(folder.parent, part) for part in ("train", "test")}
-    return {part: _source(*zip(*d._samples, strict=True), d.classes) for part, d in data.items()}
+    return {part: _pairs(d._samples, d.classes) for part, d in data.items()}
 
 
 def _pets(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     """3680 trainval and 3669 test images."""
-    data = {
-        key: datasets.OxfordIIITPet(folder.parent, part)
-        for key, part in (("train", "trainval"), ("test",) * 2)
-    }
+    data = {key: datasets.OxfordIIITPet(folder.parent, part) for key, part in (("train", "trainval"), ("test",) * 2)}
     return {key: _source(d._images, d._labels, d.classes) for key, d in data.items()}
 
 
@@ -176,9 +171,7 @@ def _fashion_mnist(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
         images = _read_idx(next(folder.glob(f"{prefix}-images-idx3-ubyte*")), 3)
         labels = _read_idx(next(folder.glob(f"{prefix}-labels-idx1-ubyte*")), 1)
         if len(images) != len(labels):
-            raise UserError(
-                f"data=fashion_mnist: {len(images)} {prefix} images but {len(labels)} labels in {folder}"
-            )
+            raise UserError(f"data=fashion_mnist: {len(images)} {prefix} images but {len(labels)} labels in {folder}")
         parts[key] = Source(images, labels.astype(np.int64), list(datasets.FashionMNIST.classes))
     return parts
 
@@ -189,13 +182,11 @@ def _digits(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return {
-        "train": Source(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])
-    }
+    return {"train": Source(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])}
 
 
 def _folder(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
-    """train/ [val/] [test/] of class folders, or the class folders alone; a part that is missing is split off."""
+    """train/ [val/] [test/] of class folders, or the class folders alone; a missing part is split off."""
     if not (folder / "train").is_dir():
         return {"train": _folder_source(folder)}
     parts = {key: _folder_source(folder / key) for key in ("train", "val", "test") if (folder / key).is_dir()}
@@ -218,14 +209,16 @@ def _source(images: Sequence[Any], labels: Sequence[int], classes: Sequence[str]
     return Source([str(path) for path in images], np.asarray(labels, dtype=np.int64), list(classes))
 
 
+def _pairs(samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> Source:
+    return _source([path for path, _ in samples], [label for _, label in samples], classes)
+
+
 def _folder_source(folder: Path) -> Source:
     try:
         data = datasets.ImageFolder(folder)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: {one_line(error)}; every class needs a folder with at least one image"
-        ) from error
-    return _source(*zip(*data.samples, strict=True), data.classes)
+        raise UserError(f"{folder}: {one_line(error)}; every class needs a folder with at least one image") from error
+    return _pairs(data.samples, data.classes)
 
 
 def _same_classes(parts: Mapping[str, Source]) -> None:
