@@ -80,7 +80,8 @@ class RoutedViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Images (B, 3, H, W) -> tokens (B, N, D) after the final norm, and what each routed block decided."""
-        vit, routing = self.vit, Routing()
+        vit = self.vit
+        routing: Routing = []
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
         kept = self.tokens_kept(x.shape[1]) if self.blocks_routed else 0
         prefix = vit.num_prefix_tokens if self.keep_prefix else 0

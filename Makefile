@@ -1,0 +1,40 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` makes; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint benchmark clean
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+setup: $(VENV)/.ready ## make .venv with everything that is needed
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: $(PYTHON) is older than 3.10; install a newer one and say make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready ## train, adapt and compare the variants on handwritten digits; table and picture in demo/
+	$(RUN) src/demo.py
+
+benchmark: $(VENV)/.ready ## time the variants against dense timm and ToMe; tables and pictures in results/benchmark
+	$(RUN) src/benchmark.py
+
+test: lint ## lint, types and tests (under 15 minutes on 2 cores)
+	$(VENV)/bin/pytest -m "not slow"
+
+test-slow: $(VENV)/.ready ## the tests that take long
+	$(VENV)/bin/pytest -m slow
+
+lint: $(VENV)/.ready ## ruff and mypy
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean: ## remove what tools left behind; runs, results and data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""Every timm VisionTransformer family that ``amod.convert`` serves, small: name -> (model, input size)."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from timm.layers import RmsNorm, SwiGLU
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+
+SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 4, "num_classes": 7}
+FAMILIES = {
+    "deit": ("deit_tiny_patch16_224", {"img_size": 64}),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
+    "deit3_layerscale": ("deit3_small_patch16_224", {"img_size": 64}),
+    "augreg": ("vit_tiny_patch16_224", {"img_size": 64}),
+    "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "num_classes": 7}),
+    "dinov2_swiglu": ("vit_giant_patch14_dinov2", {"img_size": 56, "mlp_ratio": 2.0}),
+    "qk_norm": ("vit_tiny_patch16_224", {"img_size": 64, "qk_norm": True}),
+    "gap_no_class_token": ("vit_base_patch16_gap_224", {"img_size": 64}),
+    "so150m_registers_gap": ("vit_so150m_patch16_reg4_gap_256", {"img_size": 64}),
+    "patch32": ("vit_small_patch32_224", {"img_size": 224}),
+    "pixels384": ("vit_tiny_patch16_384", {"depth": 3}),
+    "dynamic_image_size": ("vit_tiny_patch16_224", {"img_size": 64, "dynamic_img_size": True}),
+    "clip": ("vit_base_patch32_clip_224", {"img_size": 96}),
+    "siglip_map_pool": ("vit_base_patch16_siglip_224", {"img_size": 64}),
+    "post_norm": (None, {"img_size": 64, "block_fn": ResPostBlock}),
+    "rms_swiglu": (None, {"img_size": 64, "norm_layer": RmsNorm, "mlp_layer": SwiGLU, "qk_norm": True}),
+    "no_qkv_bias": (None, {"img_size": 64, "qkv_bias": False, "reg_tokens": 2, "no_embed_class": True}),
+}
+INPUT = {"dinov2_registers": 56, "dinov2_swiglu": 56, "patch32": 224, "pixels384": 384, "clip": 96}
+
+
+def build(family: str) -> tuple[VisionTransformer, tuple[int, int, int]]:
+    name, kwargs = FAMILIES[family]
+    kwargs = {**SMALL, **kwargs}
+    vit = VisionTransformer(**kwargs) if name is None else timm.create_model(name, **kwargs)
+    for parameter in vit.parameters():  # away from zeros and ones, so that every term counts
+        torch.nn.init.normal_(parameter, std=0.15)
+    size = INPUT.get(family, 80 if family == "dynamic_image_size" else 64)
+    return vit.eval(), (3, size, size)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import reference
+import torch
+from timm.layers import Attention
+
+from amod import attention
+from amod.attention import attend, attention_with_scores, column_mean, explicit, tiled_attention
+
+
+def qkv(b, h, n, d, **kwargs):
+    return torch.randn(b, n, 3, h, d, **kwargs).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def test_eq_3_and_4_by_hand():
+    """2 heads, 4 tokens, head width 1, so that exp(q k) is a power of two and every row sums by eye."""
+    log2 = torch.log(torch.tensor(2.0))
+    # head 0: q = (log 2, 0, 0, 0), k = (1, 0, 0, 0): row 0 is 2:1:1:1, the others are even
+    # head 1: q = (0, 0, 0, log 2), k = (0, 0, 0, 2): row 3 is 1:1:1:4, the others are even
+    q = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 1.0]]]).unsqueeze(-1) * log2
+    k = torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 2.0]]]).unsqueeze(-1)
+    v = torch.ones(1, 2, 4, 1)
+    # column sums: head 0: 2/5 + 3/4, then 1/5 + 3/4 three times; head 1: 1/7 + 3/4 three times, then 4/7 + 3/4
+    head0 = torch.tensor([0.4 + 0.75, 0.95, 0.95, 0.95])
+    head1 = torch.tensor([1 / 7 + 0.75, 1 / 7 + 0.75, 1 / 7 + 0.75, 4 / 7 + 0.75])
+    expected = ((head0 + head1) / 8).unsqueeze(0)
+    for scores in (explicit(q, k, v)[1], tiled_attention(q, k, v)[1], column_mean(q, k)):
+        torch.testing.assert_close(scores, expected)
+        torch.testing.assert_close(scores.sum(dim=1), torch.ones(1))
+
+
+@pytest.mark.parametrize("tile", [1, 4096, 1 << 16, 2 << 20])
+@pytest.mark.parametrize("shape", [(5, 3, 50, 16), (1, 2, 197, 64), (3, 1, 7, 8), (2, 4, 300, 8)])
+def test_tiles_of_any_size_give_the_explicit_map(shape, tile, monkeypatch):
+    """Tiles of several samples, of heads and of rows, with a remainder in each."""
+    monkeypatch.setattr(attention, "TILE_BYTES", tile)
+    q, k, v = qkv(*shape)
+    output, scores = explicit(q, k, v)
+    for mine in (tiled_attention(q, k, v), attend(q, k, v)):
+        torch.testing.assert_close(mine[0], output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine[1], scores, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(column_mean(q, k), scores, atol=1e-6, rtol=1e-5)
+
+
+def test_scores_against_the_sum_written_out():
+    attn = Attention(32, num_heads=4, qkv_bias=True).eval()
+    x = torch.randn(3, 9, 32)
+    with torch.no_grad():
+        output, scores = attention_with_scores(attn, x)
+        torch.testing.assert_close(output, attn(x), atol=1e-6, rtol=1e-5)
+        for b in range(3):
+            expected = reference.column_mean(reference.attention_map(attn, x[b])[0])
+            torch.testing.assert_close(scores[b], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [40, 150])  # on either side of EXPLICIT_TOKENS
+def test_training_has_timms_gradient_and_none_through_the_scores(n):
+    attn = Attention(24, num_heads=3, qk_norm=True, norm_layer=torch.nn.LayerNorm, qkv_bias=True)
+    x = torch.randn(2, n, 24)
+    output, scores = attention_with_scores(attn, x)
+    assert not scores.requires_grad
+    output.square().sum().backward()
+    mine = {name: p.grad.clone() for name, p in attn.named_parameters()}
+    attn.zero_grad()
+    attn(x).square().sum().backward()
+    for name, p in attn.named_parameters():
+        torch.testing.assert_close(mine[name], p.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_a_gradient_through_the_scores_where_it_is_asked_for():
+    attn = Attention(16, num_heads=2)
+    scores = attention_with_scores(attn, torch.randn(1, 150, 16), differentiable=True)[1]
+    scores[0, 3].backward()
+    assert attn.qkv.weight.grad[:32].abs().sum() > 0
+
+
+def test_scores_are_float32_under_autocast():
+    attn = Attention(32, num_heads=2).eval()
+    x = torch.randn(2, 60, 32)
+    with torch.no_grad():
+        exact = attention_with_scores(attn, x)[1]
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                output, scores = attention_with_scores(attn, x)
+            assert output.dtype == dtype
+            assert scores.dtype == torch.float32
+            torch.testing.assert_close(scores, exact, atol=1e-4, rtol=2e-2)
+            torch.testing.assert_close(scores.sum(dim=1), torch.ones(2), atol=1e-6, rtol=0)
+
+
+def test_dropout_acts_on_the_output_and_not_on_the_scores():
+    torch.manual_seed(0)
+    attn = Attention(16, num_heads=2, attn_drop=0.5)
+    x = torch.randn(1, 20, 16)
+    a, b = attention_with_scores(attn, x), attention_with_scores(attn, x)
+    assert not torch.allclose(a[0], b[0])
+    torch.testing.assert_close(a[1], b[1])
+
+
+def test_extra_memory_is_far_below_a_map():
+    """2,000 tokens, 4 heads: the map is 64 MB, a tile 2 MB."""
+    q, k, v = qkv(1, 4, 2000, 8)
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        attend(q, k, v)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 4e6
+
+
+def test_the_triton_kernel_in_its_interpreter():
+    """In a process of its own: the interpreter is chosen when Triton is imported. bf16 is beyond its dot."""
+    pytest.importorskip("triton")
+    script = """
+import torch
+from amod.attention import explicit
+from amod.kernels import triton_column_mean
+for b, h, n, d, dtype, tolerance in [(2, 3, 70, 24, torch.float32, 1e-6), (1, 2, 130, 16, torch.float16, 1e-5)]:
+    q, k, v = torch.randn(b, n, 3, h, d).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = triton_column_mean(q, k)
+    torch.testing.assert_close(scores, explicit(q, k, v)[1], atol=tolerance, rtol=1e-4)
+    assert scores.dtype == torch.float32
+print("same")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"TRITON_INTERPRET": "1", "PATH": "", "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == "same", result.stderr

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import reference
+import timm
+import timm.optim
+import torch
+from families import FAMILIES, build
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+
+import amod
+from amod.vit import default_tokens
+
+
+def small(**kwargs):
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5} | kwargs
+    vit = VisionTransformer(**kwargs).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return vit
+
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("router", ["attention", "attention_weighted", "linear"])
+@torch.no_grad()
+def test_every_family_agrees_with_the_obvious_implementation(family, router):
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    model = amod.convert(vit, router, 0.4)
+    weights = {i: model.routers[str(i)].weight for i in model.blocks_routed} if router == "linear" else None
+    logits, routing = model(images, return_routing=True)
+    n = vit._pos_embed(vit.patch_embed(images)).shape[1]
+    k = int(0.4 * n)
+    expected, decisions = reference.forward(vit, images, router, model.blocks_routed, k, weights=weights)
+    for layer in routing:
+        assert layer.scores.shape == (2, n)
+        assert layer.scores.dtype == torch.float32
+        assert layer.indices.shape == (2, k)
+        for b, (kept, scores) in enumerate(decisions[layer.layer]):
+            torch.testing.assert_close(layer.scores[b], scores, atol=1e-5, rtol=1e-4)
+            assert layer.indices[b].tolist() == kept
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("router", ["attention", "random", "none"])
+@torch.no_grad()
+def test_capacity_one_is_the_dense_model(family, router):
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    model = amod.convert(vit, router, 1.0)
+    torch.testing.assert_close(model(images), vit(images), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [[1, 2, 3], [1, 2, 4, 5], [5], [2, 3, 4, 5]])
+@pytest.mark.parametrize("options", [{}, {"keep_prefix": True}])
+@pytest.mark.parametrize("router", ["attention", "linear"])
+@torch.no_grad()
+def test_any_placement_agrees_with_the_obvious_implementation(blocks, options, router):
+    """Consecutive routed blocks use the scores as ``routing.refine`` defines them."""
+    vit = small(reg_tokens=1)
+    model = amod.convert(vit, router, 0.4, blocks, **options)
+    weights = {i: model.routers[str(i)].weight for i in blocks} if router == "linear" else None
+    logits, routing = model(IMAGES, return_routing=True)
+    expected, decisions = reference.forward(vit, IMAGES, router, blocks, int(0.4 * 18), **options, weights=weights)
+    assert [layer.layer for layer in routing] == blocks
+    for layer in routing:
+        assert [row.tolist() for row in layer.indices] == [kept for kept, _ in decisions[layer.layer]]
+        if options:
+            assert (layer.indices[:, :2] == torch.tensor([0, 1])).all()
+        if router == "attention":
+            torch.testing.assert_close(layer.scores.sum(dim=1), torch.ones(3))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_linear_routers_sigmoid():
+    vit = small()
+    model = amod.convert(vit, "linear", 0.5, activation="sigmoid")
+    weights = {i: model.routers[str(i)].weight for i in model.blocks_routed}
+    expected, _ = reference.forward(vit, IMAGES, "linear", model.blocks_routed, 8, weights=weights, sigmoid=True)
+    torch.testing.assert_close(model(IMAGES), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("router", ["attention", "attention_weighted", "linear", "random"])
+@torch.no_grad()
+def test_skipped_tokens_are_bit_identical_and_never_reach_the_block(router):
+    vit = small()
+    model = amod.convert(vit, router, 0.3, [5])
+    seen = {}
+    model.vit.blocks[4].register_forward_hook(lambda m, args, out: seen.update(dense=out))
+    model.vit.blocks[4].drop_path2.register_forward_hook(lambda m, args, out: seen.update(update=out))
+    model.vit.blocks[5].norm1.register_forward_hook(lambda m, args, out: seen.update(kept=args[0]))
+    model.vit.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
+    model.vit.blocks[4].norm2.register_forward_hook(lambda m, args, out: seen.update(middle=args[0]))
+    _, routing = model(IMAGES, return_routing=True)
+    assert seen["kept"].shape == (3, int(0.3 * 17), 32)
+    before = seen["middle"] + seen["update"]  # what leaves block 4
+    skipped = torch.ones(3, 17, dtype=torch.bool)
+    skipped[torch.arange(3)[:, None], routing[0].indices] = False
+    assert torch.equal(seen["after"][skipped], before[skipped])
+    assert (seen["after"][~skipped] != before[~skipped]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("router", ["attention", "attention_weighted", "linear", "random", "none"])
+def test_every_trainable_parameter_gets_a_gradient(router):
+    # averaged: with a class token alone, the last block learns only from images whose class token it keeps
+    model = amod.convert(small(init_values=0.5, global_pool="avg"), router, 0.4).train()
+    model(IMAGES).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@torch.no_grad()
+def test_state_dict_is_timms_both_ways():
+    vit = small()
+    for router in ("attention", "attention_weighted", "random", "none"):
+        model = amod.convert(vit, router, 0.4)
+        assert set(model.state_dict()) == set(vit.state_dict())
+        other = small()
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(other(IMAGES), vit(IMAGES), atol=0, rtol=0)
+        model.load_state_dict(small().state_dict())
+    linear = amod.convert(vit, "linear", 0.4)
+    assert set(linear.state_dict()) - set(vit.state_dict()) == {f"routers.{i}.weight" for i in (1, 3, 5)}
+    again = amod.convert(small(), "linear", 0.4)
+    again.load_state_dict(linear.state_dict())
+    assert torch.equal(again(IMAGES), linear(IMAGES))
+    wrapped = torch.nn.ModuleDict({"model": linear})
+    assert "model.blocks.0.attn.qkv.weight" in wrapped.state_dict()
+    wrapped.load_state_dict(wrapped.state_dict())
+
+
+def test_the_given_model_is_left_alone():
+    vit = small()
+    before = copy.deepcopy(vit.state_dict())
+    model = amod.convert(vit, "attention", 0.4).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert all(torch.equal(vit.state_dict()[key], value) for key, value in before.items())
+    assert not vit.training
+
+
+def test_copies_and_pickles():
+    model = amod.convert(small(), "linear", 0.4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(IMAGES), model(IMAGES))
+        assert set(other.state_dict()) == set(model.state_dict())
+
+
+def test_drop_path_acts_on_the_update_of_kept_tokens():
+    """With every update dropped the kept tokens leave the block as they came."""
+    model = amod.convert(small(drop_path_rate=0.5), "attention", 0.4, [5]).train()
+    block, seen = model.vit.blocks[5], {}
+    block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-7
+    block.register_forward_hook(lambda m, args, out: seen.update(before=args[0], after=out))
+    model(IMAGES)
+    assert torch.equal(seen["before"], seen["after"])
+
+
+@pytest.mark.parametrize("router", ["attention", "linear"])
+def test_gradient_checkpointing_changes_nothing(router):
+    model = amod.convert(small(), router, 0.4, [1, 2, 4]).train()
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(IMAGES).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("router", ["attention", "linear"])
+def test_autocast_keeps_scores_in_float32(router, dtype):
+    model = amod.convert(small(), router, 0.4)
+    with torch.autocast("cpu", dtype):
+        logits, routing = model(IMAGES, return_routing=True)
+        logits.float().sum().backward()
+    assert logits.dtype == dtype
+    assert all(layer.scores.dtype == torch.float32 for layer in routing)
+
+
+@pytest.mark.parametrize("router", ["attention", "linear"])
+@pytest.mark.parametrize("train", [False, True])
+def test_compile_has_no_graph_break(router, train):
+    model = amod.convert(small(), router, 0.4, [1, 2, 4]).train(train)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(train):
+        torch.testing.assert_close(compiled(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-4)
+        logits, routing = compiled(IMAGES, return_routing=True)
+    expected = model(IMAGES, return_routing=True)[1]
+    assert [r.layer for r in routing] == [1, 2, 4]
+    assert all(torch.equal(a.indices, b.indices) for a, b in zip(routing, expected, strict=True))
+
+
+@pytest.mark.parametrize("router", ["attention", "linear"])
+def test_export_gives_plain_operators_and_any_batch(router):
+    model = amod.convert(small(), router, 0.4, [1, 2, 4])
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not any("amod" in name for name in names)
+    batch = torch.cat([IMAGES, IMAGES.flip(0)])
+    torch.testing.assert_close(program.module()(batch), model(batch), atol=1e-5, rtol=1e-4)
+
+
+def test_dynamic_image_size_keeps_the_share_of_whatever_comes():
+    vit = small(dynamic_img_size=True)
+    model = amod.convert(vit, "attention", 0.5)
+    for size in (16, 32, 48):
+        _, routing = model(torch.randn(2, 3, size, size), return_routing=True)
+        assert routing[0].indices.shape[1] == ((size // 8) ** 2 + 1) // 2
+
+
+def test_truncate_keeps_the_first_blocks():
+    vit = small()
+    short = amod.truncate(vit, 2)
+    assert len(short.blocks) == 2
+    assert len(vit.blocks) == 6
+    x = vit.norm(vit.blocks[:2](vit._pos_embed(vit.patch_embed(IMAGES))))
+    torch.testing.assert_close(short(IMAGES), vit.forward_head(x))
+    with torch.no_grad():
+        short.blocks[0].norm1.weight.zero_()
+    assert vit.blocks[0].norm1.weight.abs().sum() > 0
+    for depth in (0, 7, 1.5, True):
+        with pytest.raises(amod.UserError, match="depth="):
+            amod.truncate(vit, depth)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"router": "atention"}, "router='atention': choose one of attention"),
+        ({"router": "isoflop"}, "amod.truncate"),
+        ({"capacity": 0}, "capacity=0"),
+        ({"capacity": 2}, "capacity=2"),
+        ({"capacity": "abc"}, "'abc'"),
+        ({"capacity": 0.01}, "keeps no token of 17"),
+        ({"placement": "every"}, "'every'"),
+        ({"placement": [0]}, "block 0"),
+        ({"placement": [6]}, "6 is not one of 0 to 5"),
+        ({"router": "linear", "activation": "relu"}, "activation='relu'"),
+        ({"capacity": 0.06, "keep_prefix": True}, "keep_prefix takes 1"),
+        ({"budget": 1.0}, "reaches"),
+        ({"budget": 1e15}, "reaches"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_serve(arguments, words):
+    with pytest.raises(amod.UserError, match=words) as error:
+        amod.convert(small(), **arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"])
+def test_other_families_are_refused_at_convert(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(amod.UserError, match=f"{type(model).__name__} cannot be routed"):
+        amod.convert(model)
+
+
+def test_a_block_without_a_readable_map_is_refused_for_attention_only():
+    vit = small(block_fn=ParallelScalingBlock)
+    with pytest.raises(amod.UserError, match="ParallelScalingBlock"):
+        amod.convert(vit, "attention", 0.4)
+    model = amod.convert(vit, "random", 1.0)
+    torch.testing.assert_close(model(IMAGES), vit(IMAGES), atol=1e-5, rtol=1e-4)
+    with pytest.raises(amod.UserError, match="routed already"):
+        amod.convert(model)
+
+
+def test_timms_optimizer_groups_see_through_the_wrapper():
+    vit = small()
+    model = amod.convert(vit, "linear", 0.4)
+    names = dict(model.named_parameters())
+    assert {"vit.pos_embed", "vit.cls_token"} <= model.no_weight_decay() & set(names)
+    groups = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
+    lr_scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    scales = [lr_scale[id(block.attn.qkv.weight)] for block in model.vit.blocks]
+    assert scales == sorted(scales)
+    assert len(set(scales)) == 6
+
+
+def test_tokens_of_the_models_own_size():
+    assert default_tokens(small(reg_tokens=3)) == 20
