@@ -101,6 +101,8 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels, self.indices = batch
         if self.mixup is not None:
+            if len(images) % 2:
+                raise UserError(f"a batch has {len(images)} images, but mixup and cutmix pair them: set them to 0")
             images, targets = self.mixup(images, labels)
             loss = F.cross_entropy(self.model(images), targets)
         else:

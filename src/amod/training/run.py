@@ -108,6 +108,8 @@ def train(cfg: DictConfig) -> None:
         write_atomically(folder / "weights.safetensors", save(weights))
         plot_curves(recorder, folder / "curves.png")
         write_atomically(finished, (json.dumps(summary, indent=2) + "\n").encode())
+        for logger in trainer.loggers:
+            logger.experiment.finish()  # W&B's: the next job of a sweep starts a run of its own
     show(summary)
     say(f"run folder: {folder}")
 
@@ -224,7 +226,10 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
         resume="allow",
         save_dir=folder,
         config={"amod": OmegaConf.to_container(saved_config(cfg))},
-        settings=wandb.Settings(x_disable_meta=True, x_disable_machine_info=True, disable_git=True, silent=True),
+        # no host, user or path of this machine leaves it, or enters the run folder
+        settings=wandb.Settings(
+            host="", x_disable_meta=True, x_disable_machine_info=True, disable_git=True, silent=True
+        ),
     )
     try:
         _ = logger.experiment
@@ -249,11 +254,13 @@ def plot_curves(recorder: RunRecorder, path: Path) -> None:
             points = [(row["epoch"] + 1, row[key]) for row in recorder.rows if key in row]
             if key in recorder.untrained:
                 points.insert(0, (0, recorder.untrained[key]))
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key) if points else None
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key)
         axis.set_xlabel("epoch (0: before training)" if recorder.untrained else "epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     loss.set_ylabel("loss")
     accuracy.set_ylabel("accuracy (%)")
     best = recorder.best

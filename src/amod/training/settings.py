@@ -353,6 +353,11 @@ def check_train(cfg: DictConfig) -> None:
             raise UserError(
                 f"schedule.{smaller}={cfg.schedule[smaller]}: must not exceed schedule.{larger}={cfg.schedule[larger]}"
             )
+    if (cfg.schedule.mixup or cfg.schedule.cutmix) and cfg.schedule.batch_size % 2:
+        raise UserError(
+            f"schedule.batch_size={cfg.schedule.batch_size}: must be even, because mixup and cutmix pair the images; or "
+            "set schedule.mixup=0 schedule.cutmix=0"
+        )
     if cfg.model.checkpoint is not None:
         check_checkpoint(cfg.model.checkpoint)
     check_run_dir(cfg)
@@ -453,7 +458,7 @@ def check_run_dir(cfg: DictConfig) -> None:
             raise UserError(f"run_dir={folder}: holds other files and no run; name a new folder")
         return
     before, now = OmegaConf.load(saved), saved_config(cfg)
-    for key in sorted({*keys_of(before), *keys_of(now)}):
+    for key in sorted({*keys_of(before), *keys_of(now)}, key=lambda key: (not key.endswith(".name"), key)):
         old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
         if key not in FREE_TO_CHANGE and not isinstance(new, DictConfig) and old != new:
             raise UserError(

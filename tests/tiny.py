@@ -1,0 +1,24 @@
+"""Configs of runs so small that a test can train them."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from amod.training.settings import compose_config
+
+# 5 x 5 patches and the class token: 26 tokens, 4 blocks, width 32.
+MODEL = [
+    "model=vit_pico",
+    "model.kwargs.img_size=10",
+    "model.kwargs.patch_size=2",
+    "model.kwargs.embed_dim=32",
+    "model.kwargs.depth=4",
+    "model.kwargs.num_heads=2",
+    "model.kwargs.pretrained_cfg_overlay.input_size=[3,10,10]",
+]
+DIGITS = [*MODEL, "data=digits", "schedule.batch_size=64", "schedule.epochs=2", "trainer.accelerator=cpu"]
+
+
+def config(*overrides: str) -> DictConfig:
+    """The composed training config of a tiny model on digits."""
+    return compose_config("train", [*DIGITS, *overrides])

@@ -1,0 +1,141 @@
+"""Every file in conf/ composes, and what it describes can be made."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import lightning
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from amod.training.module import Classifier, lr_factor
+from amod.training.settings import CONF, compose_config, keys_of, saved_config
+from amod.training.weights import build, create_vit, input_config
+from tiny import config
+
+FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES)
+def test_every_choice_composes(group, choice):
+    cfg = compose_config("train", [f"{group}={choice}"])
+    assert not OmegaConf.missing_keys(cfg)
+    assert "${" not in OmegaConf.to_yaml(saved_config(cfg))
+
+
+def test_trainer_settings_are_lightnings():
+    known = set(inspect.signature(lightning.Trainer).parameters)
+    for choice in (file.stem for file in (CONF / "trainer").glob("*.yaml")):
+        assert set(compose_config("train", [f"trainer={choice}"]).trainer) <= known
+    lightning.Trainer(**OmegaConf.to_container(compose_config("train", []).trainer), logger=False)
+
+
+@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
+def test_every_model_is_made(choice):
+    model = compose_config("train", [f"model={choice}"]).model
+    with torch.device("meta"):
+        vit = create_vit(model, num_classes=7)
+    inputs = input_config(model)
+    size = 28 if choice == "vit_pico" else 224
+    assert inputs["input_size"] == (3, size, size)
+    assert vit.num_classes == 7
+    if choice == "vit_pico":
+        assert vit.patch_embed.num_patches + 1 == 50
+        assert inputs["crop_pct"] == 1.0
+        assert 0.55e6 < sum(p.numel() for p in vit.parameters()) < 0.65e6
+
+
+@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "router").glob("*.yaml")))
+def test_every_router_is_built(choice):
+    model = build(config(f"router={choice}", "capacity=0.5"), num_classes=10).model
+    assert model(torch.zeros(2, 3, 10, 10)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "placement").glob("*.yaml")))
+def test_every_placement_is_built(choice):
+    cfg = compose_config("train", ["model=vit_pico", f"placement={choice}"])
+    blocks = build(cfg, num_classes=10).model.blocks_routed
+    assert blocks == {"alternate": (1, 3, 5, 7, 9, 11), "last8": (4, 6, 8, 10)}[choice]
+
+
+@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "schedule").glob("*.yaml")))
+def test_every_schedule_makes_an_optimizer_with_warmup_and_cosine(choice):
+    cfg = config(f"schedule={choice}", "schedule.epochs=20", "schedule.warmup_epochs=5")
+    module = Classifier(torch.nn.Linear(3, 2), cfg.schedule, num_classes=2, seed=0)
+    loader = type("Loaders", (), {"train_dataloader": lambda self: range(10)})()
+    module._trainer = type(
+        "Trainer",
+        (),
+        {
+            "datamodule": loader,
+            "limit_train_batches": 1.0,
+            "accumulate_grad_batches": 2,
+            "max_epochs": 20,
+            "max_steps": -1,
+        },
+    )()
+    made = module.configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(100):  # 20 epochs of 10 batches, two batches per step
+        rates.append(optimizer.param_groups[0]["lr"] / cfg.schedule.lr)
+        optimizer.step()
+        scheduler.step()
+    floor = cfg.schedule.min_lr / cfg.schedule.lr
+    assert rates[0] == pytest.approx(1 / 25)
+    assert rates[24] == pytest.approx(1)
+    assert rates[62] == pytest.approx(floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * 37 / 75)))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.schedule.min_lr, abs=1e-12)
+
+
+def test_lr_factor_by_hand():
+    # 2 warm-up steps of 6: 1/2, 1, then half a cosine over 4 steps from 1 to 0.1
+    assert [round(lr_factor(step, 6, 2, 0.1), 4) for step in range(7)] == [0.5, 1.0, 1.0, 0.8682, 0.55, 0.2318, 0.1]
+
+
+def test_model_brings_its_schedule_and_the_command_line_wins():
+    assert compose_config("train", []).schedule.optimizer == "sgd"
+    pico = compose_config("train", ["model=vit_pico"])
+    assert (pico.schedule.optimizer, pico.schedule.epochs) == ("adamw", 10)
+    assert compose_config("train", ["model=vit_pico", "schedule=scratch"]).schedule.epochs == 300
+
+
+def test_small_is_shorter_and_gentler_when_adapting():
+    new = compose_config("train", ["model=vit_pico"]).schedule
+    old = compose_config("train", ["model=vit_pico", "model.checkpoint=x.pth"]).schedule
+    assert (new.epochs, old.epochs) == (10, 3)
+    assert old.lr < new.lr
+    assert compose_config("train", ["model=vit_pico", "model.checkpoint=x", "schedule.epochs=7"]).schedule.epochs == 7
+
+
+def test_the_keys_others_rely_on():
+    keys = keys_of(compose_config("train", []))
+    for key in [
+        "capacity",
+        "seed",
+        "run_dir",
+        "data.root",
+        "data.num_workers",
+        "schedule.epochs",
+        "schedule.lr",
+        "schedule.batch_size",
+        "model.name",
+        "model.pretrained",
+        "model.checkpoint",
+        "placement.blocks",
+        "trainer.limit_train_batches",
+    ]:
+        assert key in keys
+
+
+def test_run_dir_names_the_run(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    cfg = compose_config("train", ["model=vit_pico", "data=digits", "router=linear", "capacity=0.3"])
+    assert cfg.run_dir == "runs/digits/vit_pico-linear-0.3-4711"

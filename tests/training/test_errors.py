@@ -1,0 +1,193 @@
+"""A mistake in what is asked: one line that names the value and the remedy, exit status 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from amod.errors import UserError
+from amod.training.settings import check_evaluate, check_train, compose_config, jobs_of, message_of
+
+SRC = Path(__file__).parents[2] / "src"
+TINY = ["model=vit_pico", "data=digits"]
+
+# overrides -> words that the message must hold
+TABLE = [
+    # groups
+    (["router=attenton"], ["router=attenton", "linear", "did you mean attention?"]),
+    (["routr=attention"], ["routr", "did you mean router?"]),
+    (["router=0.5"], ["router=0.5", "attention"]),
+    (["data=flowrs"], ["data=flowrs", "fashion_mnist", "did you mean flowers?"]),
+    (["data=null"], ["data=null", "digits"]),
+    (["model=deit_smal"], ["did you mean deit_small?"]),
+    (["schedule=5"], ["schedule=5", "transfer"]),
+    (["trainer=dpp"], ["ddp_cpu"]),
+    (["placement=alternatve"], ["alternate, last8"]),
+    (["logger=tensorboard"], ["csv, wandb"]),
+    # keys
+    (["schedul.lr=1"], ["did you mean schedule.lr?"]),
+    (["schedule.lrr=1"], ["did you mean schedule.lr?"]),
+    (["data=flowers", "data.rot=x"], ["did you mean data.root?"]),
+    (["trainer.limit_train_batchs=2"], ["did you mean trainer.limit_train_batches?"]),
+    (["router=attention", "router.depth=9"], ["router.depth"]),
+    (["model.kwargs.foo=1"], ["+model.kwargs.foo=1"]),
+    (["+schedule.foo=1"], ["schedule.foo"]),
+    (["~schedule.lr"], ["cannot be removed"]),
+    # syntax
+    (["capacity"], ["'capacity'", "key=value"]),
+    (["capacity==0.3"], ["capacity==0.3", "key=value"]),
+    (["placement.blocks=[1"], ["placement.blocks=[1"]),
+    # values
+    (["capacity=0"], ["capacity=0", "(0, 1]"]),
+    (["capacity=-1"], ["capacity=-1", "(0, 1]"]),
+    (["capacity=2"], ["capacity=2", "(0, 1]"]),
+    (["capacity=abc"], ["capacity=abc", "(0, 1]"]),
+    (["capacity=nan"], ["capacity=nan", "(0, 1]"]),
+    (["capacity=inf"], ["capacity=inf", "(0, 1]"]),
+    (["capacity=true"], ["capacity=true", "(0, 1]"]),
+    (["capacity="], ["capacity=", "(0, 1]"]),
+    (["capacity=null"], ["capacity=null", "(0, 1]"]),
+    (["capacity=0.019"], ["capacity=0.019", "50 tokens", "0.02"]),
+    (["model=deit_small", "capacity=0.005"], ["197 tokens", "0.0051"]),
+    (["budget=0"], ["budget=0"]),
+    (["seed=-1"], ["seed=-1", "4294967295"]),
+    (["seed=1.5"], ["seed=1.5", "whole number"]),
+    (["run_dir="], ["run_dir="]),
+    (["checkpoint_every_steps=0"], ["checkpoint_every_steps=0"]),
+    (["schedule.epochs=abc"], ["schedule.epochs=abc", "whole number"]),
+    (["schedule.epochs=0"], ["schedule.epochs=0"]),
+    (["schedule.epochs=1.5"], ["schedule.epochs=1.5"]),
+    (["schedule.lr=-1"], ["schedule.lr=-1", "above 0"]),
+    (["schedule.lr=0"], ["schedule.lr=0"]),
+    (["schedule.lr=null"], ["schedule.lr=null"]),
+    (["schedule.batch_size=0"], ["schedule.batch_size=0"]),
+    (["schedule.min_lr=1"], ["schedule.min_lr=1", "schedule.lr"]),
+    (["schedule.warmup_epochs=99"], ["schedule.warmup_epochs=99", "schedule.epochs"]),
+    (["schedule.label_smoothing=2"], ["schedule.label_smoothing=2"]),
+    (["schedule.mixup=-1"], ["schedule.mixup=-1"]),
+    (["schedule.mixup=1", "schedule.batch_size=33"], ["schedule.batch_size=33", "even"]),
+    (["schedule.ema_decay=1.5"], ["schedule.ema_decay=1.5"]),
+    (["schedule.clip_grad=0"], ["schedule.clip_grad=0"]),
+    (["schedule.augment=3"], ["schedule.augment=3"]),
+    (["trainer.precision=99"], ["trainer.precision=99", "bf16-mixed"]),
+    (["trainer.accelerator=foo"], ["trainer.accelerator=foo", "cpu"]),
+    (["trainer.limit_train_batches=-1"], ["trainer.limit_train_batches=-1"]),
+    (["model.pretrained=maybe"], ["model.pretrained=maybe", "true or false"]),
+    (["model.drop_path=2"], ["model.drop_path=2"]),
+    (["router=linear", "router.activation=relu"], ["router.activation=relu", "sigmoid"]),
+    # placement and depth
+    (["placement.blocks=[0,2]"], ["placement.blocks=[0,2]", "block 0", "router=linear"]),
+    (["placement.blocks=[1,12]"], ["placement.blocks=[1,12]", "block 12", "0 to 11"]),
+    (["placement.blocks=[-1]"], ["block -1"]),
+    (["placement.blocks=[1,1]"], ["twice"]),
+    (["placement.blocks=[]"], ["placement.blocks=[]"]),
+    (["placement.blocks=3"], ["placement.blocks=3", "[1,4,7]"]),
+    (["placement.blocks=[a]"], ["'a'"]),
+    (["router=isoflop", "router.depth=99"], ["router.depth=99", "1 to 12"]),
+    (["router=isoflop", "router.depth=0"], ["router.depth=0"]),
+    # files
+    (["model.checkpoint=/no/such.pth"], ["/no/such.pth", "no such file", ".safetensors"]),
+    (["model.checkpoint=/etc/hostname"], ["/etc/hostname", ".safetensors"]),
+    (["model.checkpoint=/etc"], ["/etc", "weights.safetensors"]),
+    (["data=flowers", "data.root=/no/such"], ["/no/such", "download"]),
+    (["data=cars", "data.root=/no/such"], ["/no/such", "by hand"]),
+    (["run_dir=/etc/hostname"], ["run_dir=/etc/hostname", "file"]),
+    (["run_dir=/etc"], ["run_dir=/etc", "new folder"]),
+]
+
+
+def message(overrides: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        check_train(compose_config("train", [*TINY, *overrides]))
+    return message_of(caught.value)
+
+
+@pytest.mark.parametrize(("overrides", "words"), TABLE, ids=lambda value: " ".join(value)[:40])
+def test_message_names_the_value_and_the_remedy(overrides, words):
+    text = message(overrides)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_good_configs_pass():
+    for overrides in ([], ["capacity=1"], ["capacity=0.02"], ["router=linear", "placement.blocks=[0,2]"], ["seed=0"]):
+        check_train(compose_config("train", [*TINY, *overrides]))
+
+
+def test_a_sweep_is_checked_job_by_job():
+    jobs = jobs_of(["capacity=0.1,2", "router=linear,attention"], multirun=True)
+    assert sorted(jobs) == sorted(
+        [f"capacity={c}", f"router={r}"] for c in ("0.1", "2") for r in ("linear", "attention")
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        ([], "run=runs/"),
+        (["run=/no/such"], "/no/such"),
+        (["run=FOLDER", "split=tets"], "split=tets"),
+        (["run=FOLDER", "data.num_workers=-1"], "data.num_workers=-1"),
+        (["rum=x"], "did you mean run?"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(tmp_path, overrides, word):
+    (tmp_path / "config.yaml").write_text("data: {name: digits}\ntrainer: {}\n")
+    with pytest.raises(UserError) as caught:
+        check_evaluate(compose_config("evaluate", [o.replace("FOLDER", str(tmp_path)) for o in overrides]))
+    assert word in message_of(caught.value)
+
+
+def test_a_workers_error_is_one_line():
+    text = "Caught UserError.\nOriginal Traceback (most recent call last):\n  File x\namod.errors.UserError: a.jpg: broken\n"
+    assert message_of(UserError(text)) == "a.jpg: broken"
+
+
+def command(script: str, *arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess, float]:
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, SRC / script, *arguments], cwd=cwd, capture_output=True, text=True)
+    return done, time.perf_counter() - begin
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train.py", "router=attenton"),
+        ("train.py", *TINY, "capacity=0"),
+        ("train.py", "data=flowers", "data.root=/no/such"),
+        ("train.py", "-m", *TINY, "capacity=0.1,2"),
+        ("train.py", "--foo"),
+        ("train.py", "--cfg", "job", "capcity=1"),
+        ("evaluate.py", "run=/no/such"),
+    ],
+    ids=" ".join,
+)
+def test_commands_answer_at_once(tmp_path, arguments):
+    done, seconds = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert seconds < 2
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("train.py", "--help"), "router: attention, attention_weighted"),
+        (("train.py", "--cfg", "job", "capacity=0.3"), "capacity: 0.3"),
+        (("evaluate.py", "--help"), "evaluate.py run="),
+    ],
+)
+def test_help_answers_at_once(tmp_path, arguments, word):
+    done, seconds = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    assert word in done.stdout
+    assert seconds < 2
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,357 @@
+"""Train, resume, test and evaluate end to end, on digits with a model that a test can afford."""
+
+from __future__ import annotations
+
+import csv
+import getpass
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import fakes
+from amod.errors import UserError
+from amod.training import run as run_module
+from amod.training.callbacks import RunRecorder
+from amod.training.data import build_datamodule
+from amod.training.module import Classifier
+from amod.training.run import evaluate, train
+from amod.training.settings import check_run_dir, check_train, compose_config
+from amod.training.weights import build, input_config
+from tiny import DIGITS, MODEL, config
+
+SRC = Path(__file__).parents[2] / "src"
+# Everything whose state a resumed run must bring back.
+STATEFUL = [
+    "router=linear",
+    "capacity=0.5",
+    "model.drop_path=0.2",
+    "schedule.mixup=0.5",
+    "schedule.cutmix=0.5",
+    "schedule.ema_decay=0.9",
+    "schedule.accumulate=2",
+    "trainer.limit_train_batches=6",
+    "data.num_workers=0",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def run(folder: Path, *overrides: str) -> dict:
+    """Check and train as the command does; the summary."""
+    cfg = config(*overrides, f"run_dir={folder}")
+    check_train(cfg)
+    train(cfg)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dense"
+    return folder, run(folder, "router=none", "schedule.epochs=3")
+
+
+def test_the_run_folder(dense):
+    folder, summary = dense
+    names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert names == {
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "summary.json",
+        "curves.png",
+        "weights.safetensors",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+    }
+    assert list(rows(folder)[0]) == ["epoch", "step", "lr", "train/loss", "val/loss", "val/top1", "val/top5"]
+    assert [row["epoch"] for row in rows(folder)] == ["0", "1", "2"]
+    assert (summary["router"], summary["capacity"], summary["tokens_kept"]) == ("none", 1.0, {})
+    assert summary["params"] == sum(value.numel() for value in load_file(folder / "weights.safetensors").values())
+    best = max(rows(folder), key=lambda row: float(row["val/top1"]))
+    assert summary["val_top1"] == float(best["val/top1"])
+    assert summary["best_epoch"] == int(best["epoch"])
+    assert 0 < summary["test_top1"] < summary["test_top5"] <= 100
+    assert summary["val_top1_untrained"] is None
+
+
+def test_the_run_folder_names_no_machine_and_no_user(dense):
+    folder, _ = dense
+    text = (folder / "environment.json").read_text() + (folder / "config.yaml").read_text()
+    for name in (socket.gethostname(), getpass.getuser(), "run_dir"):
+        assert not re.search(rf"\b{name}\b", text)
+    assert len(json.loads((folder / "environment.json").read_text())["git_commit"]) == 40
+
+
+def test_evaluate_gives_the_same_accuracy_from_the_folder_alone(dense, tmp_path):
+    folder, summary = dense
+    moved = folder.rename(tmp_path / "moved")
+    try:
+        tested = evaluate(compose_config("evaluate", [f"run={moved}"]))
+        validated = evaluate(compose_config("evaluate", [f"run={moved}", "split=val"]))
+    finally:
+        moved.rename(folder)
+    assert tested["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-4)
+    assert tested["test/top5"] == pytest.approx(summary["test_top5"], abs=1e-4)
+    assert validated["val/top1"] == pytest.approx(summary["val_top1"], abs=1e-4)
+
+
+@pytest.mark.parametrize("router", ["attention", "linear", "isoflop", "random"])
+def test_adapted_variants_train_and_evaluate(dense, tmp_path, router):
+    folder, before = dense
+    extra = ["model.drop_path=0.1", "schedule.ema_decay=0.5"] if router == "linear" else []
+    summary = run(
+        tmp_path / "run", f"router={router}", "capacity=0.5", f"model.checkpoint={folder}", "schedule.epochs=1", *extra
+    )
+    assert summary["gflops"] < before["gflops"]
+    assert 0 <= summary["val_top1_untrained"] <= 100
+    if router == "isoflop":
+        assert summary["depth"] < 4
+    else:
+        assert summary["tokens_kept"] == {"1": 13, "3": 13}  # floor(0.5 * 26)
+        assert (summary["capacity"], summary["capacity_granted"]) == (0.5, 0.5)
+    tested = evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"]))
+    assert tested["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-4)
+
+
+def test_capacity_one_starts_where_the_dense_model_ended(dense, tmp_path):
+    folder, before = dense
+    summary = run(tmp_path / "run", "router=attention", "capacity=1", f"model.checkpoint={folder}", "schedule.epochs=1")
+    assert summary["val_top1_untrained"] == before["val_top1"]
+    assert summary["gflops"] == before["gflops"]
+
+
+def test_a_finished_run_is_not_repeated(dense, capsys):
+    folder, summary = dense
+    stamp = (folder / "weights.safetensors").stat().st_mtime_ns
+    assert run(folder, "router=none", "schedule.epochs=3") == summary
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "weights.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_folder_of_another_config_is_refused(dense):
+    folder, _ = dense
+    with pytest.raises(UserError, match=r"schedule\.epochs=3, not 4"):
+        check_run_dir(config("router=none", "schedule.epochs=4", f"run_dir={folder}"))
+    with pytest.raises(UserError, match=r"router\.name=none, not linear"):
+        check_run_dir(config("router=linear", "schedule.epochs=3", f"run_dir={folder}"))
+    check_run_dir(config("router=none", "schedule.epochs=3", "data.num_workers=1", f"run_dir={folder}"))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(folder, *STATEFUL)
+    return folder
+
+
+# The n-th save of 2 epochs of 3 optimiser steps, saved every step and at the end of an epoch, is
+# 1, 2: inside epoch 0; 3, 4: its end (best, last); 5, 6: inside epoch 1; then its end.
+@pytest.mark.parametrize(("saves", "torn"), [(1, False), (2, True), (3, False), (4, False), (5, False), (6, True)])
+def test_a_killed_run_goes_on_exactly(never_killed, tmp_path, monkeypatch, saves, torn):
+    folder, left = tmp_path / "killed", [saves]
+    save = RunRecorder._save
+
+    def save_and_die(self, trainer, name):
+        if torn and left[0] == 1:
+            raise Killed  # before the file is written: the one before must do
+        save(self, trainer, name)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(RunRecorder, "_save", save_and_die)
+    with pytest.raises(Killed):
+        run(folder, *STATEFUL, "checkpoint_every_steps=1")
+    assert not (folder / "summary.json").exists()
+    monkeypatch.setattr(RunRecorder, "_save", save)
+    run(folder, *STATEFUL, "checkpoint_every_steps=1")
+
+    assert (folder / "metrics.csv").read_text() == (never_killed / "metrics.csv").read_text()
+    assert (folder / "weights.safetensors").read_bytes() == (never_killed / "weights.safetensors").read_bytes()
+    mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, never_killed))
+    assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_ema_is_what_is_evaluated_and_kept(never_killed):
+    state = torch.load(never_killed / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    kept = load_file(never_killed / "weights.safetensors")
+    assert all(torch.equal(kept[key], state[f"ema.module.{key}"]) for key in kept)
+    assert not torch.equal(kept["head.weight"], state["model.head.weight"])
+
+
+def small_data(cfg, count: int = 64):
+    data = build_datamodule(cfg.data, input_config(cfg.model), {}, count, 256, cfg.seed)
+    split = data.splits["train"]
+    data.splits["train"] = data.splits["val"] = type(split)(split.source, split.indices[:count])
+    return data
+
+
+@pytest.mark.parametrize("router", ["none", "attention", "linear"])
+def test_overfits_64_digits(router):
+    wider = ["model.kwargs.embed_dim=64", "model.kwargs.depth=2", "schedule.epochs=150", "schedule.lr=3e-3"]
+    cfg = config(f"router={router}", "capacity=0.5", *wider, "schedule.warmup_epochs=10")
+    torch.manual_seed(0)
+    module = Classifier(build(cfg, 10).model, cfg.schedule, 10, seed=0)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=150,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        check_val_every_n_epoch=150,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=small_data(cfg))
+    assert trainer.callback_metrics["val/top1"] > 98
+    assert trainer.callback_metrics["val/loss"] < 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    step = Classifier.training_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 1:
+            batch = (batch[0] * torch.nan, *batch[1:])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", poisoned)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", "router=none", "trainer.limit_train_batches=3")
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in ("loss is nan", "step 4", "epoch 1", "samples", "(64 in all)", "schedule.lr", "schedule.clip_grad"):
+        assert word in text
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+def test_a_gradient_that_is_not_finite_stops(tmp_path, monkeypatch):
+    step = Classifier.training_step
+
+    def poisoned(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        return loss + (self.model.vit.head.bias * 0).abs().sqrt().sum()  # sqrt'(0) = inf
+
+    monkeypatch.setattr(Classifier, "training_step", poisoned)
+    with pytest.raises(UserError, match="gradient's norm is .* at step 0"):
+        run(tmp_path / "run", "router=none", "trainer.limit_train_batches=3")
+
+
+def test_without_validation_the_last_epoch_is_kept(tmp_path):
+    summary = run(tmp_path / "run", "router=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=0")
+    assert (summary["val_top1"], summary["best_epoch"]) == (None, 1)
+
+
+def test_a_checkpoint_of_another_model_leaves_no_folder(dense, tmp_path):
+    folder, _ = dense
+    with pytest.raises(UserError, match="is no checkpoint of vit_pico"):
+        run(tmp_path / "run", f"model.checkpoint={folder}", "model.kwargs.embed_dim=64")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_of_other_classes_has_no_untrained_accuracy(dense, tmp_path):
+    folder, _ = dense
+    fakes.image_folder(tmp_path / "data", classes=3)
+    cfg = compose_config(
+        "train",
+        [
+            *MODEL,
+            "data=folder",
+            f"data.root={tmp_path / 'data'}",
+            "data.num_workers=0",
+            "schedule.epochs=1",
+            f"model.checkpoint={folder}",
+            "capacity=0.5",
+            f"run_dir={tmp_path / 'run'}",
+            "trainer.accelerator=cpu",
+        ],
+    )
+    train(cfg)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["val_top1_untrained"] is None
+    assert summary["test_top5"] == 100  # of three classes
+    assert load_file(tmp_path / "run/weights.safetensors")["head.weight"].shape == (3, 32)
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("USER", "LOGNAME"):
+        monkeypatch.setenv(name, "some-user")
+    monkeypatch.setattr(socket, "gethostname", lambda: "some-host")
+    run(tmp_path / "run", "router=none", "trainer.limit_train_batches=2", "schedule.epochs=1", "logger=wandb")
+    identity = (tmp_path / "run/wandb-id.txt").read_text().strip()
+    (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    assert folder.name.endswith(identity)
+    text = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+    assert b"amod" in text
+    assert b"val/top1" in text
+    for name in (b"some-host", b"some-user", socket.gethostname().encode() + b"\n"):
+        assert name not in text
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_the_commands_end_to_end(tmp_path):
+    """As typed, in processes of their own: default run folder, plain lines, one error line after building."""
+
+    def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, SRC / script, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+
+    done = command("train.py", *DIGITS, "router=attention", "capacity=0.5", "trainer.limit_train_batches=2")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "digits: 1294 train, 144 val, 359 test images" in done.stdout
+    assert done.stdout.count("\nepoch ") == 2
+    assert "\r" not in done.stdout
+    (folder,) = (tmp_path / "runs/digits").iterdir()
+    assert folder.name.startswith("vit_pico-attention-0.5-")
+    assert [file.name for file in tmp_path.iterdir()] == ["runs"]
+    again = command("evaluate.py", f"run={folder}")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"test top-1 {summary['test_top1']:.4f} %" in again.stdout, again.stderr
+
+
+def test_unknown_optimizer_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match=r"schedule\.optimizer=adamm"):
+        run(tmp_path / "run", "router=none", "schedule.optimizer=adamm")
+    assert not (tmp_path / "run").exists()
+
+
+def test_trainer_arguments_that_lightning_refuses(tmp_path):
+    with pytest.raises(UserError, match="trainer: Lightning refuses"):
+        run(tmp_path / "run", "router=none", "trainer.devices=[a]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_saved_config_is_resolved(dense):
+    folder, _ = dense
+    saved = OmegaConf.load(folder / "config.yaml")
+    assert saved.trainer.max_epochs == 3
+    assert "${" not in (folder / "config.yaml").read_text()
+    assert run_module.saved_config(config("router=none", "schedule.epochs=3")) == saved

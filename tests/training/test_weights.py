@@ -1,0 +1,268 @@
+"""Weights from files and from the hub's cache: what fits is loaded, what does not is said or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from amod.errors import UserError
+from amod.training.settings import compose_config
+from amod.training.weights import build, create_vit, isoflop_blocks, read_state
+from tiny import config
+
+SRC = Path(__file__).parents[2] / "src"
+IMAGES = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def dense():
+    torch.manual_seed(1)
+    return create_vit(config().model, num_classes=10).eval()
+
+
+@pytest.fixture
+def checkpoint(dense, tmp_path):
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    return tmp_path / "dense.safetensors"
+
+
+def built(checkpoint: Path, *overrides: str, classes: int = 10):
+    return build(config(f"model.checkpoint={checkpoint}", *overrides), classes)
+
+
+def test_safetensors_into_the_dense_model(dense, checkpoint):
+    made = built(checkpoint, "router=none")
+    assert made.adapted
+    torch.testing.assert_close(made.model.eval()(IMAGES), dense(IMAGES))
+
+
+@pytest.mark.parametrize("wrap", ["model", "state_dict", "state_dict_ema", "model_ema", None])
+@pytest.mark.parametrize("suffix", ["pth", "pt"])
+def test_timm_wrappers(dense, tmp_path, wrap, suffix):
+    state = {f"module.{key}": value for key, value in dense.state_dict().items()}
+    other = {"state_dict": {"wrong": torch.zeros(1)}} if wrap in ("state_dict_ema", "model_ema") else {}
+    torch.save({wrap: state, **other, "epoch": 3} if wrap else state, tmp_path / f"timm.{suffix}")
+    made = built(tmp_path / f"timm.{suffix}", "router=none")
+    torch.testing.assert_close(made.model.eval()(IMAGES), dense(IMAGES))
+
+
+@pytest.mark.parametrize("router", ["attention", "linear", "random", "attention_weighted"])
+def test_capacity_one_keeps_the_dense_weights(dense, checkpoint, router, caplog):
+    caplog.set_level("INFO")
+    model = built(checkpoint, f"router={router}", "capacity=1").model
+    for key, value in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert ("routers that start from fresh weights: routers.1" in caplog.text) == (router == "linear")
+
+
+def test_linear_router_weights_come_back(dense, checkpoint, tmp_path):
+    first = built(checkpoint, "router=linear").model
+    save_file(first.state_dict(), tmp_path / "mod.safetensors")
+    torch.manual_seed(99)
+    again = built(tmp_path / "mod.safetensors", "router=linear").model
+    assert [key for key in first.state_dict() if key.startswith("routers.")]
+    for key, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_router_weights_that_the_variant_lacks_are_dropped_and_said(checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO")
+    save_file(built(checkpoint, "router=linear").model.state_dict(), tmp_path / "mod.safetensors")
+    built(tmp_path / "mod.safetensors", "router=attention")
+    assert "does not use: routers.1" in caplog.text
+
+
+def test_isoflop_is_the_loaded_model_truncated(dense, checkpoint):
+    short = built(checkpoint, "router=isoflop", "router.depth=3").model
+    assert len(short.blocks) == 3
+    for key, value in short.state_dict().items():
+        assert torch.equal(value, dense.state_dict()[key]), key
+
+
+def test_isoflop_loads_its_own_checkpoint(checkpoint, tmp_path):
+    short = built(checkpoint, "router=isoflop", "router.depth=3").model
+    save_file(short.state_dict(), tmp_path / "short.safetensors")
+    again = built(tmp_path / "short.safetensors", "router=isoflop", "router.depth=3").model
+    assert torch.equal(again.head.weight, short.head.weight)
+    with pytest.raises(UserError, match=r"blocks\.3\..* is missing"):
+        built(tmp_path / "short.safetensors", "router=isoflop", "router.depth=2")
+
+
+@pytest.mark.parametrize(("capacity", "depth"), [(0.125, 6), (0.5, 9)])
+def test_isoflop_depths_of_the_paper_are_pinned(capacity, depth):
+    cfg = compose_config("train", ["router=isoflop", f"capacity={capacity}"])
+    with torch.device("meta"):
+        vit = create_vit(cfg.model, 1000)
+    assert isoflop_blocks(vit, cfg) == depth
+
+
+def test_isoflop_by_budget():
+    cfg = compose_config("train", ["router=isoflop", "budget=2.4"])  # one block of DeiT-S: (4.608 - 0.058) / 12 = 0.379
+    with torch.device("meta"):
+        vit = create_vit(cfg.model, 1000)
+    assert isoflop_blocks(vit, cfg) == 6
+    cfg.budget = 0.1
+    with pytest.raises(UserError, match=r"budget=0\.1"):
+        isoflop_blocks(vit, cfg)
+
+
+def test_a_head_of_other_classes_is_replaced_and_said(dense, checkpoint, caplog):
+    caplog.set_level("INFO")
+    made = built(checkpoint, "router=attention", classes=7)
+    assert not made.adapted
+    assert made.model(IMAGES).shape == (2, 7)
+    assert "head has 10 classes: a new head of 7 classes" in caplog.text
+    assert torch.equal(made.model.vit.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
+
+
+def test_position_embeddings_of_another_size_are_resized_and_said(dense, checkpoint, caplog):
+    caplog.set_level("INFO")
+    made = built(checkpoint, "router=none", "model.kwargs.img_size=12")
+    assert "position embeddings resized from 26 to 37 tokens" in caplog.text
+    assert made.model(torch.zeros(1, 3, 12, 12)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("model.kwargs.embed_dim=64", ["cls_token is (1, 1, 32), not (1, 1, 64)", "more"]),
+        ("model.kwargs.depth=6", ["blocks.4.norm1.weight is missing", "more"]),
+        ("model.kwargs.depth=2", ["blocks.2.", "is not of this model", "more"]),
+        ("model.kwargs.patch_size=5", ["patch_embed.proj.weight"]),
+    ],
+)
+def test_another_models_checkpoint_is_refused_by_its_keys(checkpoint, other, words):
+    with pytest.raises(UserError) as caught:
+        built(checkpoint, other)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(checkpoint) in text
+    for word in [*words, "choose the model="]:
+        assert word in text
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "ckpt"])
+def test_a_pickle_payload_is_refused_and_does_not_run(dense, tmp_path, suffix):
+    file, trace = tmp_path / f"evil.{suffix}", tmp_path / "ran"
+    torch.save({"state_dict": dense.state_dict(), "extra": Payload(trace)}, file)
+    with pytest.raises(UserError, match="more than tensors"):
+        read_state(file)
+    assert not trace.exists()
+    torch.load(file, weights_only=False)  # the payload is a real one
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps(3), b"\x10\x00\x00\x00\x00\x00\x00\x00{"])
+@pytest.mark.parametrize("suffix", ["pth", "ckpt", "safetensors"])
+def test_a_broken_file_is_refused(tmp_path, content, suffix):
+    file = tmp_path / f"broken.{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_state(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_checkpoint_is_refused(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_state(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.name=vit_smal_patch16_224"], ["vit_smal_patch16_224", "did you mean vit_small_patch16_224"]),
+        (["model.name=resnet18"], ["ResNet", "VisionTransformer"]),
+        (["+model.kwargs.foo=1"], ["foo"]),
+    ],
+)
+def test_models_that_timm_does_not_have(overrides, words):
+    with pytest.raises(UserError) as caught:
+        create_vit(compose_config("train", overrides).model, 10)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# --- the hub's cache: each in a process of its own, because the hub reads its settings when it is imported
+
+BUILD = """
+import sys
+from amod.training.settings import compose_config, one_line_errors
+with one_line_errors():
+    from amod.training.weights import build
+    made = build(compose_config("train", sys.argv[1:]), 1000)
+    print(made.adapted, float(made.model.vit.head.bias.sum()))
+"""
+
+
+def in_hub(home: Path, *overrides: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    return subprocess.run([sys.executable, "-c", BUILD, *overrides], env=env, capture_output=True, text=True)
+
+
+def hub_cache(home: Path, name: str) -> dict[str, torch.Tensor]:
+    """A local hub cache with random weights of a timm model, in the hub's own layout; returns the weights."""
+    torch.manual_seed(5)
+    model = timm.create_model(name, pretrained=False)
+    torch.nn.init.normal_(model.head.bias)
+    repo, commit = home / "hub" / f"models--timm--{name}", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    (snapshot / "config.json").write_text(json.dumps({"architecture": name.partition(".")[0], "num_classes": 1000}))
+    return model.state_dict()
+
+
+def test_pretrained_weights_from_a_local_hub_cache_offline(tmp_path):
+    state = hub_cache(tmp_path, "deit_tiny_patch16_224.fb_in1k")
+    done = in_hub(tmp_path, "model=deit_tiny", "router=attention")
+    assert done.returncode == 0, done.stderr
+    adapted, bias = done.stdout.split()
+    assert adapted == "True"
+    assert float(bias) == pytest.approx(float(state["head.bias"].sum()))
+
+
+def test_pretrained_weights_that_are_nowhere(tmp_path):
+    done = in_hub(tmp_path, "model=deit_tiny")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    for word in (
+        "error: model.pretrained=true",
+        f"{tmp_path}/hub/models--timm--deit_tiny_patch16_224.fb_in1k",
+        "HF_HOME",
+        "model.checkpoint=FILE",
+    ):
+        assert word in done.stderr
+
+
+def test_saved_weights_load_into_plain_timm(checkpoint, tmp_path):
+    made = built(checkpoint, "router=attention").model
+    save_file(made.state_dict(), tmp_path / "amod.safetensors")
+    vit = create_vit(config().model, num_classes=10)
+    vit.load_state_dict(load_file(tmp_path / "amod.safetensors"))
