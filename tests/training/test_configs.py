@@ -117,21 +117,11 @@ def test_small_is_shorter_and_gentler_when_adapting():
 
 def test_the_keys_others_rely_on():
     keys = keys_of(compose_config("train", []))
-    for key in [
-        "capacity",
-        "seed",
-        "run_dir",
-        "data.root",
-        "data.num_workers",
-        "schedule.epochs",
-        "schedule.lr",
-        "schedule.batch_size",
-        "model.name",
-        "model.pretrained",
-        "model.checkpoint",
-        "placement.blocks",
-        "trainer.limit_train_batches",
-    ]:
+    names = (
+        "capacity seed run_dir data.root data.num_workers schedule.epochs schedule.lr schedule.batch_size "
+        "model.name model.pretrained model.checkpoint placement.blocks trainer.limit_train_batches"
+    )
+    for key in names.split():
         assert key in keys
 
 

@@ -144,7 +144,8 @@ def test_evaluate_says_what_is_wrong(tmp_path, overrides, word):
 
 
 def test_a_workers_error_is_one_line():
-    text = "Caught UserError.\nOriginal Traceback (most recent call last):\n  File x\namod.errors.UserError: a.jpg: broken\n"
+    trace = "Original Traceback (most recent call last):\n  File x"
+    text = f"Caught UserError in worker 0.\n{trace}\namod.errors.UserError: a.jpg: broken\n"
     assert message_of(UserError(text)) == "a.jpg: broken"
 
 

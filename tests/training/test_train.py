@@ -257,7 +257,7 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path, monkeypatch):
         return loss + (self.model.vit.head.bias * 0).abs().sqrt().sum()  # sqrt'(0) = inf
 
     monkeypatch.setattr(Classifier, "training_step", poisoned)
-    with pytest.raises(UserError, match="gradient's norm is .* at step 0"):
+    with pytest.raises(UserError, match=r"gradient's norm is .* at step 0"):
         run(tmp_path / "run", "router=none", "trainer.limit_train_batches=3")
 
 

@@ -109,7 +109,7 @@ def train(cfg: DictConfig) -> None:
         plot_curves(recorder, folder / "curves.png")
         write_atomically(finished, (json.dumps(summary, indent=2) + "\n").encode())
         for logger in trainer.loggers:
-            logger.experiment.finish()  # W&B's: the next job of a sweep starts a run of its own
+            logger.experiment.finish()  # type: ignore[attr-defined]  # W&B's: the next job of a sweep starts a run of its own
     show(summary)
     say(f"run folder: {folder}")
 

@@ -355,8 +355,8 @@ def check_train(cfg: DictConfig) -> None:
             )
     if (cfg.schedule.mixup or cfg.schedule.cutmix) and cfg.schedule.batch_size % 2:
         raise UserError(
-            f"schedule.batch_size={cfg.schedule.batch_size}: must be even, because mixup and cutmix pair the images; or "
-            "set schedule.mixup=0 schedule.cutmix=0"
+            f"schedule.batch_size={cfg.schedule.batch_size}: must be even, because mixup and cutmix pair the images; "
+            "or set schedule.mixup=0 schedule.cutmix=0"
         )
     if cfg.model.checkpoint is not None:
         check_checkpoint(cfg.model.checkpoint)

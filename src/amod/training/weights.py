@@ -11,8 +11,10 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
+from huggingface_hub.utils import get_session
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer, load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -33,8 +35,11 @@ class Built:
     adapted: bool
 
 
-def create_vit(model: Mapping[str, Any], num_classes: int, pretrained: bool = False) -> VisionTransformer:
-    """The timm model of a ``model`` config. Raises UserError for a name or an argument that timm does not have."""
+def create_vit(model: Mapping[str, Any], num_classes: int, **pretrained: Any) -> VisionTransformer:
+    """The timm model of a ``model`` config. Raises UserError for a name or an argument that timm does not have.
+
+    ``pretrained`` are timm.create_model's arguments that load weights; none of them: random weights.
+    """
     name = model["name"]
     kwargs: dict[str, Any] = OmegaConf.to_object(OmegaConf.create({**model["kwargs"]}))  # type: ignore[assignment]
     try:
@@ -48,7 +53,7 @@ def create_vit(model: Mapping[str, Any], num_classes: int, pretrained: bool = Fa
         raise UserError(f"model.name={name}: timm {timm.__version__} has no such model{hint}")
     try:
         vit = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, drop_path_rate=model["drop_path"], **kwargs
+            name, num_classes=num_classes, drop_path_rate=model["drop_path"], **{**kwargs, **pretrained}
         )
     except (TypeError, AssertionError) as error:
         raise UserError(f"model.name={name} with model.kwargs={kwargs}: timm refuses: {error}") from error
@@ -132,25 +137,39 @@ def isoflop_blocks(vit: VisionTransformer, cfg: DictConfig) -> int:
 
 
 def pretrained_vit(model: Mapping[str, Any], num_classes: int) -> VisionTransformer:
-    """timm's pretrained model through the Hugging Face hub's cache."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    try:
-        return create_vit(model, num_classes, pretrained=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "No pretrained weights" in str(error):
-            raise UserError(
-                f"model.pretrained=true: timm has no pretrained weights for {model['name']}; set "
-                "model.pretrained=false or model.checkpoint=FILE"
-            ) from error
-        cfg = timm.get_pretrained_cfg(model["name"])
-        repo = cfg.hf_hub_id if cfg is not None else None
-        folder = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" if repo else HF_HUB_CACHE
+    """timm's pretrained model: from the Hugging Face hub's cache, without any network, else fetched into it."""
+    cfg = timm.get_pretrained_cfg(model["name"])
+    if cfg is None or not cfg.has_weights:
         raise UserError(
-            f"model.pretrained=true: no usable weights of {model['name']} in {folder}, and they could not be fetched "
+            f"model.pretrained=true: timm has no pretrained weights for {model['name']}; set model.pretrained=false "
+            "or model.checkpoint=FILE"
+        )
+    folder = f"{HF_HUB_CACHE}/models--{(cfg.hf_hub_id or '').replace('/', '--')}"
+    try:
+        cached = cached_weights(cfg.hf_hub_id) if cfg.hf_hub_id and not cfg.hf_hub_filename else None
+        if cached is not None:
+            overlay = {**(model["kwargs"].get("pretrained_cfg_overlay") or {}), "file": cached, "custom_load": False}
+            return create_vit(model, num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
+        get_session().head(ENDPOINT, timeout=10)  # the hub's own client would try for a minute before it gives up
+        return create_vit(model, num_classes, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # no network, a proxy, a refused or damaged file: whatever the clients raise
+        raise UserError(
+            f"model.pretrained=true: no usable weights of {model['name']} in {folder}, and none could be fetched "
             f"({one_line(error)}); run once with a network, or set HF_HOME to a cache that holds them, or give "
             "model.checkpoint=FILE, or train from scratch with model.pretrained=false"
         ) from error
+
+
+def cached_weights(repo: str) -> str | None:
+    """The weights file of a repository ("timm/NAME", "timm/NAME@REVISION") in the hub's cache, if it is there."""
+    name, _, revision = repo.partition("@")
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        path = try_to_load_from_cache(name, file, revision=revision or None)
+        if isinstance(path, str):
+            return path
+    return None
 
 
 def head_is_pretrained(cfg: DictConfig, num_classes: int) -> bool:
