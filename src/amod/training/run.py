@@ -35,6 +35,7 @@ from amod.errors import UserError
 from amod.flops import count_flops
 from amod.training.callbacks import AtomicCheckpoints, RunRecorder, rounded, write_atomically
 from amod.training.data import build_datamodule
+from amod.training.loaders import DataModule
 from amod.training.module import Classifier
 from amod.training.settings import CONF, evaluation_config, saved_config
 from amod.training.weights import build, input_config, one_line
@@ -117,18 +118,7 @@ def train(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> Mapping[str, float]:
     """Measure the weights of the finished run in ``cfg.run`` on ``cfg.split``, from the folder alone."""
     quiet()
-    run, folder = evaluation_config(cfg), Path(cfg.run)
-    weights = folder / "weights.safetensors"
-    if not weights.exists():
-        raise UserError(f"run={folder}: is not finished, it has no weights.safetensors; resume it with its own command")
-    run.model.checkpoint, run.model.pretrained = None, False
-    inputs = input_config(run.model)
-    data = build_datamodule(run.data, inputs, {}, run.schedule.batch_size, run.schedule.eval_batch_size, run.seed)
-    model = build(run, data.num_classes).model
-    try:
-        model.load_state_dict(load_state_dict(str(weights)))
-    except Exception as error:
-        raise UserError(f"{weights}: cannot be read as this run's weights ({one_line(error)})") from error
+    run, model, data = load_run(Path(cfg.run), evaluation_config(cfg))
     run.schedule.ema_decay = None  # the weights are the average already
     module = Classifier(model, run.schedule, data.num_classes, run.seed)
     trainer = make_trainer(run.trainer, enable_progress_bar=sys.stdout.isatty())
@@ -137,6 +127,27 @@ def evaluate(cfg: DictConfig) -> Mapping[str, float]:
     for key in ("top1", "top5"):
         say(f"{cfg.split} {key.replace('top', 'top-')} {values[f'{cfg.split}/{key}']:.4f} %")
     return values
+
+
+def load_run(folder: Path, cfg: DictConfig | None = None) -> tuple[DictConfig, nn.Module, DataModule]:
+    """(config, model, data) of a finished run: the best epoch's weights in evaluation mode, the data unaugmented.
+
+    ``cfg`` replaces the config that the folder holds, to read the data from another place for instance.
+    """
+    weights = folder / "weights.safetensors"
+    if not weights.exists():
+        raise UserError(f"run={folder}: is not finished, it has no weights.safetensors; resume it with its own command")
+    run = OmegaConf.load(folder / "config.yaml") if cfg is None else cfg
+    assert isinstance(run, DictConfig)
+    run.model.checkpoint, run.model.pretrained = None, False
+    inputs = input_config(run.model)
+    data = build_datamodule(run.data, inputs, {}, run.schedule.batch_size, run.schedule.eval_batch_size, run.seed)
+    model = build(run, data.num_classes).model
+    try:
+        model.load_state_dict(load_state_dict(str(weights)))
+    except Exception as error:  # whatever the bytes make the readers raise
+        raise UserError(f"{weights}: cannot be read as this run's weights ({one_line(error)})") from error
+    return run, model.eval(), data
 
 
 def make_trainer(arguments: DictConfig, **ours: Any) -> Trainer:
