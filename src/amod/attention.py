@@ -12,22 +12,24 @@ Four ways to the same numbers. ``attend`` chooses, by what was measured (see ``d
 - ``tiled``: CPU, no gradient. Whole rows of the map, a cache-sized tile at a time: the product QK^T is made once
   and serves both the output and the scores. 1.05 to 1.2 times the time of torch's fused attention, which gives no
   scores; the explicit map takes 1.5 to 2.6 times (N = 197, 3 to 12 heads, batch 32, two cores).
-- torch's fused attention for the output, with its own gradient, and ``tiled_column_mean`` for the scores, which
+- torch's fused attention for the output, with its own gradient, and ``column_mean`` for the scores, which
   need none: CPU training. 1.08 to 1.19 times fused attention alone (forward and backward), explicit 1.04 to 1.9.
-- the same with a Triton kernel for the scores: CUDA. Tested in Triton's interpreter; never timed on a GPU.
+- the same with a Triton kernel for the scores: CUDA (without Triton, tiles). Tested in Triton's interpreter; never
+  timed on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_BYTES = 2 << 20
-"""Size of a tile of the map. 1 to 2 MiB, about a core's second-level cache, was fastest for N = 50 to 4097."""
+TILE_BYTES = 1 << 20
+"""Size of a tile of the map: about a core's second-level cache; half and twice as much were slower for N = 197."""
 EXPLICIT_TOKENS = 128
 """Up to this many tokens, training on a CPU holds the map (N = 50: 0.91 of fused; N = 197: 1.04 to 1.9)."""
 
@@ -58,7 +60,9 @@ def _tiles(b: int, h: int, n: int) -> Iterator[tuple[slice, slice, slice]]:
 def _tiled(q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
     b, h, n, d = q.shape
     output = q.new_empty(0) if v is None else v.new_empty(b, n, h, d).transpose(1, 2)
-    sums = q.new_zeros(b, n, dtype=torch.float32)
+    scores = q.new_zeros(b, 1, n, dtype=torch.float32)
+    # a product with a constant row sums the columns, faster than torch.sum
+    weights = q.new_full((h * n,), 1 / (h * n), dtype=torch.float32)
     buffer = None
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for s, g, i in _tiles(b, h, n):
@@ -69,11 +73,13 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
             tile = buffer[: maps * rows * n].view(maps, rows, n)
             torch.baddbmm(tile, q_, k_.transpose(1, 2), beta=0, alpha=d**-0.5, out=tile)
             torch.softmax(tile, dim=-1, out=tile)
-            sums[s] += tile.view(sums[s].shape[0], -1, n).sum(dim=1)
+            samples = scores[s]
+            per_sample = tile.view(len(samples), -1, n)
+            samples.baddbmm_(weights[: per_sample.shape[1]].expand(len(samples), 1, -1), per_sample)
             if v is not None:
                 v_ = v[s, g].flatten(0, 1)
                 output[s, g, i] = torch.bmm(tile.to(v.dtype), v_).view(output[s, g, i].shape)
-    return output, sums / (h * n)
+    return output, scores.squeeze(1)
 
 
 # As operators, the tile loops are one node to torch.compile rather than an unrolled loop.
@@ -92,7 +98,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("amod::column_mean", mutates_args=())
 def column_mean(q: Tensor, k: Tensor) -> Tensor:
     """Scores (B, N) alone, in O(N) memory per head. No gradient."""
-    if q.is_cuda:
+    if q.is_cuda and find_spec("triton") is not None:
         from amod.kernels import triton_column_mean
 
         return triton_column_mean(q, k)
