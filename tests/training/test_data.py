@@ -104,6 +104,14 @@ def test_every_set_is_read_in_its_own_format(name, tmp_path, monkeypatch):
         assert len(np.unique(split.labels)) == classes or len(split) < classes
 
 
+def test_the_number_of_workers_follows_the_cores(tmp_path, monkeypatch):
+    data = build("folder", root=str(fakes.image_folder(tmp_path)), num_workers=None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(32), raising=False)
+    assert data.train_dataloader().num_workers == 8
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(3))
+    assert data.val_dataloader().num_workers == 3
+
+
 def test_every_config_has_a_layout_and_checks():
     assert {file.stem for file in CONF.glob("*.yaml")} == set(LAYOUTS)
     for name in LAYOUTS:
@@ -285,13 +293,14 @@ def test_an_interrupted_epoch_goes_on_bit_for_bit(workers, done):
     batches = iter(first)
     start = [next(batches) for _ in range(done)]
     state = pickle.loads(pickle.dumps(first.state_dict()))
-    assert state == {"epoch": 2, "batches": done}
+    assert state == {"epoch": 2, "start": done * 256}
 
     second = build("digits", AUGMENT, 256, num_workers=workers).train_dataloader()
     second.load_state_dict(state)
+    assert second.state_dict() == state
     assert len(second) == len(whole)
     assert same(start + list(second), whole)
-    assert second.state_dict() == {"epoch": 2, "batches": len(whole)}
+    assert same(list(second), whole)
     assert same(epoch(second, 3), epoch(build("digits", AUGMENT, 256).train_dataloader(), 3))
 
 
@@ -544,6 +553,13 @@ def test_flowers_with_other_mat_files_fail_the_checksum(tmp_path):
     with pytest.raises(UserError) as error:
         build("flowers", root=str(fakes.flowers(tmp_path)))
     one_line(error, "imagelabels.mat or setid.mat", "not the original")
+
+
+def test_downloaded_data_are_read(tmp_path, monkeypatch):
+    from torchvision.datasets import OxfordIIITPet
+
+    monkeypatch.setattr(OxfordIIITPet, "_download", lambda self: fakes.pets(Path(self.root)))
+    assert build("pets", root=str(tmp_path / "new"), download=True).sizes["test"] == 37
 
 
 def test_a_failing_download_is_one_line(tmp_path, monkeypatch):

@@ -100,12 +100,11 @@ def locate(cfg: Mapping[str, Any]) -> Path:
         return Path()
     root = Path(cfg["root"]).expanduser().absolute()
     places = [root / layout.folder]
-    if root.name == places[0].name:
+    if layout.folder and root.name == places[0].name:
         places.append(root)
     places += [Path(place) for place in cfg.get("fallback") or ()]
     for place in places:
-        missing = [pattern for pattern in layout.files if not _found(place, pattern)]
-        if not missing:
+        if all(_found(place, pattern) for pattern in layout.files):
             return place
 
     place = places[0]

@@ -127,7 +127,7 @@ class Loader(DataLoader):
 
 
 class EpochSampler(Sampler[Key]):
-    """One rank's keys of one epoch in an order drawn from (seed, epoch), leaving out the first ``start``.
+    """One rank's keys of one epoch in an order drawn from (seed, epoch), without the first ``start`` of them.
 
     Step k of all ranks together holds the same samples as step k of one process with the same global batch.
     """
@@ -151,7 +151,7 @@ class EpochSampler(Sampler[Key]):
 
 
 class TrainLoader(Loader):
-    """A loader whose state is (epoch, batches given out); Lightning saves and restores it with a checkpoint.
+    """A loader whose state is (epoch, samples given out); Lightning saves and restores it with a checkpoint.
 
     Iteration starts lazily, at the first ``next``: by then Lightning has restored the state and set the epoch.
     Setting another epoch than the restored one starts that epoch from its beginning.
@@ -162,17 +162,16 @@ class TrainLoader(Loader):
         return self.batch_sampler.sampler  # type: ignore[union-attr, return-value]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # type: ignore[override]
-        self.batches = self.keys.start // self.batch_sampler.batch_size  # type: ignore[union-attr]
         for batch in super().__iter__():
-            self.batches += 1
+            self.keys.start += len(batch[0])
             yield batch
+        self.keys.start = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.keys.epoch, "batches": getattr(self, "batches", 0)}
+        return {"epoch": self.keys.epoch, "start": self.keys.start}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.keys.epoch = state["epoch"]
-        self.keys.start = state["batches"] * self.batch_sampler.batch_size  # type: ignore[union-attr]
+        self.keys.epoch, self.keys.start = state["epoch"], state["start"]
 
 
 def transforms(input_cfg: Mapping[str, Any], augment: Mapping[str, Any], crop_pct: float | None) -> tuple[Any, Any]:
@@ -216,12 +215,8 @@ class DataModule(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.splits, self.batch_size, self.eval_batch_size, self.seed = (
-            splits,
-            batch_size,
-            eval_batch_size,
-            seed,
-        )
+        self.splits, self.seed = splits, seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.skip = cfg["num_workers"], cfg["on_error"] == "skip"
         self.train_transform, self.eval_transform = transforms(input_cfg, augment, cfg.get("crop_pct"))
 
@@ -267,8 +262,8 @@ class DataModule(LightningDataModule):
     def _options(self) -> dict[str, Any]:
         workers = self.num_workers
         if workers is None:
-            here = self.trainer.num_devices if self.trainer else 1
-            workers = min(8, len(os.sched_getaffinity(0)) // here)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = min(8, cores // (self.trainer.num_devices if self.trainer else 1))
         return {
             "num_workers": workers,
             "persistent_workers": workers > 0,
