@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import lightning
 import pytest
@@ -65,34 +67,45 @@ def test_every_placement_is_built(choice):
     assert blocks == {"alternate": (1, 3, 5, 7, 9, 11), "last8": (4, 6, 8, 10)}[choice]
 
 
-@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "schedule").glob("*.yaml")))
-def test_every_schedule_makes_an_optimizer_with_warmup_and_cosine(choice):
-    cfg = config(f"schedule={choice}", "schedule.epochs=20", "schedule.warmup_epochs=5")
+def trainer(epochs: int, batches: int, accumulate: int) -> Any:
+    """What configure_optimizers asks a Trainer."""
+    data = SimpleNamespace(train_dataloader=lambda: range(batches))
+    return SimpleNamespace(
+        datamodule=data, limit_train_batches=1.0, accumulate_grad_batches=accumulate, max_epochs=epochs, max_steps=-1
+    )
+
+
+def rates(cfg: Any, epochs: int, batches: int, accumulate: int = 1) -> list[float]:
+    """The learning rate of every optimiser step, and after the last."""
     module = Classifier(torch.nn.Linear(3, 2), cfg.schedule, num_classes=2, seed=0)
-    loader = type("Loaders", (), {"train_dataloader": lambda self: range(10)})()
-    module._trainer = type(
-        "Trainer",
-        (),
-        {
-            "datamodule": loader,
-            "limit_train_batches": 1.0,
-            "accumulate_grad_batches": 2,
-            "max_epochs": 20,
-            "max_steps": -1,
-        },
-    )()
+    module._trainer = trainer(epochs, batches, accumulate)
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(100):  # 20 epochs of 10 batches, two batches per step
-        rates.append(optimizer.param_groups[0]["lr"] / cfg.schedule.lr)
+    found = []
+    for _ in range(math.ceil(batches / accumulate) * epochs + 1):
+        found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    floor = cfg.schedule.min_lr / cfg.schedule.lr
-    assert rates[0] == pytest.approx(1 / 25)
-    assert rates[24] == pytest.approx(1)
-    assert rates[62] == pytest.approx(floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * 37 / 75)))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(cfg.schedule.min_lr, abs=1e-12)
+    return found
+
+
+@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "schedule").glob("*.yaml")))
+def test_every_schedule_warms_up_and_follows_a_cosine(choice):
+    cfg = config(f"schedule={choice}", "schedule.epochs=20", "schedule.warmup_epochs=5")
+    lr, least = cfg.schedule.lr, cfg.schedule.min_lr
+    found = rates(cfg, epochs=20, batches=10, accumulate=2)  # 100 steps, 25 of them warm-up
+    assert found[0] == pytest.approx(lr / 25)
+    assert found[24] == pytest.approx(lr)
+    assert found[62] == pytest.approx(least + (lr - least) * 0.5 * (1 + math.cos(math.pi * 37 / 75)))
+    assert found[100] == pytest.approx(least, abs=1e-12)
+
+
+def test_a_warmup_longer_than_the_training_is_shortened_and_said(caplog):
+    caplog.set_level("INFO")
+    cfg = config("schedule.epochs=1", "schedule.warmup_epochs=5", "schedule.lr=1")
+    found = rates(cfg, epochs=1, batches=8)
+    assert found[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert "shortened to half of the training: 4 of 8 steps" in caplog.text
 
 
 def test_lr_factor_by_hand():

@@ -66,7 +66,6 @@ TABLE = [
     (["schedule.lr=null"], ["schedule.lr=null"]),
     (["schedule.batch_size=0"], ["schedule.batch_size=0"]),
     (["schedule.min_lr=1"], ["schedule.min_lr=1", "schedule.lr"]),
-    (["schedule.warmup_epochs=99"], ["schedule.warmup_epochs=99", "schedule.epochs"]),
     (["schedule.label_smoothing=2"], ["schedule.label_smoothing=2"]),
     (["schedule.mixup=-1"], ["schedule.mixup=-1"]),
     (["schedule.mixup=1", "schedule.batch_size=33"], ["schedule.batch_size=33", "even"]),

@@ -7,6 +7,7 @@ done, and needs no saved generator state.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from amod.errors import UserError
 
+log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), labels (B,), sample indices (B,)
 
 
@@ -142,6 +144,9 @@ class Classifier(LightningModule):
         )
         steps = training_steps(self.trainer)
         warmup = round(self.schedule["warmup_epochs"] / self.schedule["epochs"] * steps)
+        if warmup > steps // 2:
+            log.info("the warm-up is shortened to half of the training: %d of %d steps", steps // 2, steps)
+            warmup = steps // 2
         floor = self.schedule["min_lr"] / lr
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, warmup, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -348,11 +348,8 @@ def check_train(cfg: DictConfig) -> None:
     check_placement(cfg)
     check_depth(cfg)
     check_tokens(cfg)
-    for smaller, larger in (("min_lr", "lr"), ("warmup_epochs", "epochs")):
-        if cfg.schedule[smaller] > cfg.schedule[larger]:
-            raise UserError(
-                f"schedule.{smaller}={cfg.schedule[smaller]}: must not exceed schedule.{larger}={cfg.schedule[larger]}"
-            )
+    if cfg.schedule.min_lr > cfg.schedule.lr:
+        raise UserError(f"schedule.min_lr={cfg.schedule.min_lr}: must not exceed schedule.lr={cfg.schedule.lr}")
     if (cfg.schedule.mixup or cfg.schedule.cutmix) and cfg.schedule.batch_size % 2:
         raise UserError(
             f"schedule.batch_size={cfg.schedule.batch_size}: must be even, because mixup and cutmix pair the images; "
