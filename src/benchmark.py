@@ -1,0 +1,220 @@
+"""Measure speed, memory and where the time goes: python src/benchmark.py --help"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from amod.errors import UserError
+from amod.training.settings import CONF, COUNT, Choice, Flag, Number, Text, did_you_mean, launch
+
+MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
+VARIANTS = ("dense", "isoflop", "linear", "attention", "attention_weighted", "random", "tome")
+LISTS: dict[str, Any] = {
+    "measures": Choice(("speed", "parts", "memory")),
+    "models": Choice(MODELS),
+    "variants": Choice(VARIANTS),
+    "capacities": Number(0, 1, above_low=True),
+    "batch_sizes": COUNT,
+    "modes": Choice(("forward", "train")),
+    "compile": Flag(),
+    "precision": Choice(("32-true", "bf16-mixed")),
+}
+VALUES: dict[str, Any] = {
+    "image_size": Number(1, integer=True, optional=True),
+    "rounds": Number(1, integer=True, optional=True),
+    "min_rounds": Number(1, integer=True, optional=True),
+    "seconds": Number(0, optional=True),
+    "fill": Number(0, optional=True),
+    "threads": Number(1, integer=True, optional=True),
+    "output": Text(),
+    "fresh": Flag(),
+    "device": Choice(("auto", "cpu", "cuda")),
+}
+OVERRIDABLE = (*LISTS, "image_size", "rounds", "min_rounds", "seconds", "fill")
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def check(cfg: DictConfig) -> None:
+    presets = [name for name in cfg.presets if name != "base"]
+    if cfg.preset not in presets:
+        hint = did_you_mean(str(cfg.preset), presets)
+        raise UserError(f"preset={cfg.preset}: choose one of {', '.join(presets)}{hint}")
+    for key, rule in VALUES.items():
+        if not rule.allows(cfg[key]):
+            raise UserError(f"{key}={_shown(cfg[key])}: must be {rule}")
+    for key, rule in LISTS.items():
+        value = cfg[key]
+        if value is None:
+            continue
+        if not OmegaConf.is_list(value) or not value:
+            raise UserError(f"{key}={_shown(value)}: must be a list, as in {key}=[{_example(key)}], or null")
+        for item in value:
+            if key == "variants" and re.fullmatch(r"tome_r\d+", str(item)):
+                continue
+            if not rule.allows(item):
+                hint = did_you_mean(str(item), rule.names) if isinstance(rule, Choice) else ""
+                raise UserError(f"{key}={_shown(value)}: {_shown(item)} must be {rule}{hint}")
+    output = Path(cfg.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={output}: is a file; name a folder")
+
+
+def _example(key: str) -> str:
+    return {"models": "deit_small", "capacities": "0.125,0.5", "batch_sizes": "1,32", "compile": "false,true"}.get(
+        key, LISTS[key].names[0] if isinstance(LISTS[key], Choice) else "1"
+    )
+
+
+def _shown(value: Any) -> str:
+    if OmegaConf.is_list(value):
+        return "[" + ",".join(map(_shown, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
+    """The cells of a preset. One cell is timed in one go, its variants in turns; its values are its identity."""
+    presets: Any = OmegaConf.to_container(cfg.presets)
+    asked = {key: value for key in OVERRIDABLE if (value := _plain(cfg[key])) is not None}
+    seen = []
+    for part in presets[cfg.preset].values():
+        s = {**presets["base"], **part, **asked}
+        axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"])
+        for measure, model, batch, mode, compiled, precision in itertools.product(*axes):
+            cell = {
+                "measure": measure,
+                "model": model,
+                **_timm(model, s["image_size"]),
+                "batch": batch,
+                "mode": "forward" if measure == "parts" else mode,
+                "compile": compiled and measure == "speed",
+                "precision": precision,
+                "variants": _variants(s["variants"], s["capacities"]),
+                "rounds": s["rounds"],
+                "min_rounds": s["min_rounds"],
+                "seconds": s["seconds"],
+                "fill": s["fill"],
+            }
+            if cell not in seen:
+                seen.append(cell)
+                yield cell
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _timm(model: str, image_size: int | None) -> dict[str, Any]:
+    file: Any = OmegaConf.load(CONF / "model" / f"{model}.yaml")
+    settings = file.get("model", file)
+    kwargs = _plain(settings.kwargs)
+    return {"timm_name": settings.name, "kwargs": {**kwargs, "img_size": image_size} if image_size else kwargs}
+
+
+def _variants(names: list[str], capacities: list[float]) -> list[str]:
+    alone = [name for name in names if name.startswith("tome_r")]
+    routed = [name for name in names if name not in ("dense", *alone)]
+    return ["dense", *(f"{name}@{c:g}" for c in capacities for name in routed), *alone]
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def job(cfg: DictConfig) -> None:
+    import torch  # seconds: only once the config is checked
+
+    from amod.analysis import throughput, throughput_report
+
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or auto")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    machine = throughput.describe(device)
+    where = {key: machine[key] for key in ("kind", "threads", "torch")}
+    cells = [{**cell, **where} for cell in cells_of(cfg)]
+    macs = [throughput.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
+
+    output = Path(cfg.output)
+    output.mkdir(parents=True, exist_ok=True)
+    store = output / "cells.jsonl"
+    if cfg.fresh:
+        store.unlink(missing_ok=True)
+    finished = read(store)
+    head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **machine}
+    missing = throughput.no_compiler(device)
+    failed = []
+    print(f"{len(cells)} cells on {machine['kind']}, {machine['threads']} threads", flush=True)
+    for number, cell in enumerate(cells, 1):
+        name = throughput_report.title(cell)
+        done = finished.get(identity(cell))
+        if done is None and cell["compile"] and missing:
+            failed.append({"cell": cell, "not_run": missing})
+            print(f"[{number}/{len(cells)}] {name}: not run: {missing}", flush=True)
+            continue
+        if done is None:
+            todo = [i for i in range(number - 1, len(cells)) if identity(cells[i]) not in finished]
+            left = sum(throughput.expected_seconds(cells[i], macs[i], finished.values()) for i in todo)
+            end = time.strftime("%H:%M", time.localtime(time.time() + left))
+            print(f"[{number}/{len(cells)}] {name} ... ({len(todo)} left, expected end {end})", flush=True)
+            begin = time.time()
+            try:
+                result = throughput.MEASURES[cell["measure"]](cell, device)
+            except (UserError, KeyboardInterrupt):
+                raise
+            except Exception as error:  # one cell (too little memory, a compiler's fault) must not cost the others
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                failed.append({"cell": cell, "not_run": reason})
+                print(f"    not run: {reason}", flush=True)
+                continue
+            done = {"cell": cell, "commit": head["commit"], "took": round(time.time() - begin, 1), **result}
+            finished[identity(cell)] = done
+            with store.open("a") as file:
+                file.write(json.dumps(done) + "\n")
+        print(f"    {throughput_report.summary(done)}", flush=True)
+    records = [finished[identity(cell)] for cell in cells if identity(cell) in finished]
+    print(throughput_report.write(output, head, records, failed))
+
+
+def identity(cell: dict[str, Any]) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+def read(store: Path) -> dict[str, dict[str, Any]]:
+    """The finished cells. A line that was cut off while it was written is dropped."""
+    finished = {}
+    if store.exists():
+        for line in store.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            finished[identity(record["cell"])] = record
+        store.write_text("".join(json.dumps(record) + "\n" for record in finished.values()))
+    return finished
+
+
+def commit() -> str | None:
+    """The code's version; with a + where files differ from it."""
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    try:
+        known = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)  # type: ignore[call-overload]
+        changed = subprocess.run(["git", "status", "--porcelain", "."], **here)  # type: ignore[call-overload]
+    except FileNotFoundError:
+        return None
+    return known.stdout.strip() + ("+" if changed.stdout.strip() else "") if known.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    launch(job, "benchmark", check)
