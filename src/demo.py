@@ -8,7 +8,6 @@ printed as such; a finished run is not repeated, so a demo that was stopped goes
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 FOLDER = Path("demo")
@@ -85,4 +84,4 @@ def draw(cfg, model, data) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
