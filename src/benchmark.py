@@ -90,6 +90,7 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
     seen = []
     for part in presets[cfg.preset].values():
         s = {**presets["base"], **part, **asked}
+        s["measures"] = [m for m in {**presets["base"], **part}["measures"] if m in asked.get("measures", (m,))]
         axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"])
         for measure, model, batch, mode, compiled, precision in itertools.product(*axes):
             cell = {
@@ -144,6 +145,8 @@ def job(cfg: DictConfig) -> None:
     machine = throughput.describe(device)
     where = {key: machine[key] for key in ("kind", "threads", "torch")}
     cells = [{**cell, **where} for cell in cells_of(cfg)]
+    if not cells:
+        raise UserError(f"measures={_shown(cfg.measures)}: preset={cfg.preset} has none of these; try preset=full")
     macs = [throughput.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 
     output = Path(cfg.output)
@@ -155,7 +158,7 @@ def job(cfg: DictConfig) -> None:
     head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **machine}
     missing = throughput.no_compiler(device)
     failed = []
-    print(f"{len(cells)} cells on {machine['kind']}, {machine['threads']} threads", flush=True)
+    print(f"{len(cells)} cells on {machine['kind']}; threads: {machine['threads']}", flush=True)
     for number, cell in enumerate(cells, 1):
         name = throughput_report.title(cell)
         done = finished.get(identity(cell))
@@ -174,7 +177,7 @@ def job(cfg: DictConfig) -> None:
             except (UserError, KeyboardInterrupt):
                 raise
             except Exception as error:  # one cell (too little memory, a compiler's fault) must not cost the others
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
                 failed.append({"cell": cell, "not_run": reason})
                 print(f"    not run: {reason}", flush=True)
                 continue

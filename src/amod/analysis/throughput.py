@@ -383,9 +383,10 @@ def _memory_child(request: Mapping[str, Any]) -> dict[str, Any]:
     state = variant.model.state_dict().values()
     images = 4 * request["batch"] * torch.Size(default_input_size(vit)).numel()
     weights = sum(tensor.nbytes for tensor in state) + images
-    if request["mode"] == "train":
-        step()  # the optimiser makes its buffers
+    if request["mode"] == "train":  # the optimiser's buffers, made by its first step
         weights += sum(p.nbytes for p in variant.model.parameters())
+    step()
+    process = _resident_peak()  # before the profiler, which needs memory of its own
     if device.type == "cuda":
         weights = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -393,7 +394,7 @@ def _memory_child(request: Mapping[str, Any]) -> dict[str, Any]:
         tensors = torch.cuda.max_memory_allocated()
     else:
         tensors = weights + allocated_peak(step)
-    memory = {"tensors": tensors, "weights": weights, "process": _resident_peak()}
+    memory = {"tensors": tensors, "weights": weights, "process": process}
     return {"memory": memory, "flops": variant.flops, "note": variant.note}
 
 

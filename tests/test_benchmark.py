@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import amod
+import benchmark
+from amod.analysis import throughput, throughput_report
+from amod.analysis.throughput import Quartiles, alternate, paired, quartiles
+from amod.training.settings import compose_config
+
+SRC = Path(__file__).parents[1] / "src"
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+
+def config(*overrides):
+    return compose_config("benchmark", list(overrides))
+
+
+# --- statistics, on made-up timings
+
+
+def test_quartiles_by_hand():
+    assert quartiles([5, 1, 2, 4, 3]) == Quartiles(2, 3, 4)
+    assert quartiles([1, 2, 3, 4]) == Quartiles(1.75, 2.5, 3.25)
+    assert quartiles([7]) == Quartiles(7, 7, 7)
+
+
+def test_ratios_are_paired_within_a_round():
+    # the machine is three times as slow in the second round; the ratio of the medians would be 6 / 2 = 3
+    assert paired([2, 6, 8], [1, 3, 2]) == Quartiles(2, 2, 3)
+
+
+class Fake:
+    """A clock that only the steps move, and what was called."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def step(self, name, seconds):
+        def run():
+            self.calls.append(name)
+            self.now += seconds
+
+        return run
+
+    def clock(self):
+        return self.now
+
+
+def test_variants_take_turns():
+    fake = Fake()
+    steps = {"a": fake.step("a", 1.0), "b": fake.step("b", 3.0)}
+    times, repeats = alternate(steps, 3, clock=fake.clock)
+    assert fake.calls == ["a", "b"] * 4  # the first pair is not timed
+    assert times == {"a": [1, 1, 1], "b": [3, 3, 3]}
+    assert repeats == {"a": 1, "b": 1}
+
+
+def test_short_steps_are_repeated_and_long_cells_end_early():
+    fake = Fake()
+    steps = {"a": fake.step("a", 0.25), "b": fake.step("b", 1.0)}
+    times, repeats = alternate(steps, 9, min_rounds=2, seconds=5.0, fill=1.0, clock=fake.clock)
+    assert repeats == {"a": 4, "b": 1}
+    assert times == {"a": [0.25] * 3, "b": [1.0] * 3}  # 2 s a round: the third begins at 4 s, the fourth would at 6 s
+    times, _ = alternate(steps, 9, min_rounds=2, seconds=0.0, clock=fake.clock)
+    assert len(times["a"]) == 2
+
+
+# --- variants and measurements
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return throughput.dense("vit_tiny_patch16_224", TINY)
+
+
+@pytest.mark.parametrize("name", ["dense", "linear@0.5", "attention@0.5", "attention_weighted@0.5", "random@0.5"])
+def test_build_gives_the_named_model_and_its_flops(vit, name):
+    variant = throughput.build(vit, name)
+    assert variant.flops == amod.count_flops(variant.model, (3, 16, 16))
+    if name != "dense":
+        assert variant.note == "K = 8"
+
+
+def test_build_takes_the_papers_depths_and_equal_cost_for_tome(vit):
+    assert throughput.build(vit, "tome_r3").model.r == 3
+    with torch.device("meta"):
+        small = timm.create_model("deit_small_patch16_224")
+        assert throughput.build(small, "isoflop@0.125").note == "6 blocks"
+        assert throughput.build(small, "tome@0.5").note == "r = 8"
+
+
+def test_fused_attention_must_be_on(monkeypatch):
+    monkeypatch.setattr(timm.layers.attention, "use_fused_attn", lambda: False)
+    with pytest.raises(amod.UserError, match="TIMM_FUSED_ATTN"):
+        throughput.dense("vit_tiny_patch16_224", TINY)
+
+
+@pytest.mark.parametrize("name", ["dense", "linear@0.5", "attention@0.5", "tome_r3"])
+def test_parts_are_timed_without_changing_the_model(vit, name):
+    model = throughput.build(vit, name).model.eval()
+    images = torch.randn(2, 3, 16, 16)
+    before = model(images)
+    functions = [getattr(home, function) for home, function, _ in throughput._FUNCTIONS]
+    watch = throughput.Stopwatch(torch.device("cpu"))
+    with throughput.watching(model, watch):
+        assert torch.equal(model(images), before)
+    spent = watch.read()
+    assert {part for part in spent if spent[part] > 0} == {
+        "attention",
+        "mlp",
+        *(() if name == "dense" else ("routing", "movement")),
+    }
+    assert functions == [getattr(home, function) for home, function, _ in throughput._FUNCTIONS]
+    assert all("forward" not in vars(module) for module in model.modules())
+    model(images)
+    assert not any(watch.read().values())
+
+
+def test_every_attention_and_mlp_counts_once(vit):
+    model = throughput.build(vit, "attention@0.5").model.eval()
+    watch = throughput.Stopwatch(torch.device("cpu"))
+    with throughput.watching(model, watch):
+        model(torch.randn(2, 3, 16, 16))
+    parts = [part for part, _, _ in watch.marks]
+    assert parts.count("attention") == parts.count("mlp") == 4
+    assert parts.count("movement") == 4  # take and put of two routed blocks
+    assert parts.count("routing") == 4  # router and top-k of two routed blocks
+
+
+def test_allocated_peak_by_hand():
+    def step():
+        a = torch.empty(1000)  # 4,000 bytes
+        b = torch.empty(500)  # 6,000 in all
+        del a
+        return b + torch.empty(500)  # 2,000 + 2,000 + 2,000
+
+    with torch.inference_mode():
+        assert throughput.allocated_peak(step) == 6000
+
+
+# --- the plan
+
+
+def test_the_goals_preset_holds_every_goal():
+    cells = list(benchmark.cells_of(config()))
+    facts = {"commit": "abc", "took": 1.0}
+    records = []
+    for cell in cells:
+        names = cell["variants"]
+        flops = {name: 2e9 if name == "dense" else 1e9 for name in names}
+        record = {"cell": cell, **facts, "notes": dict.fromkeys(names, "r = 1"), "flops": flops}
+        if cell["measure"] == "speed":
+            record["seconds"] = {name: [2.0] if name == "dense" else [1.0] for name in names}
+        if cell["measure"] == "memory":
+            record["memory"] = {name: {"tensors": 30, "weights": 10, "process": 50} for name in names}
+        records.append(record)
+    rows = throughput_report.goals(records)
+    assert all(row.measured is not None for row in rows)
+    assert len(rows) == 6 * 5 + 3 + 1 + 2  # three models at two capacities for five goals; ToMe, batch 1, memory
+    by_goal = {row.goal: row for row in rows}
+    assert by_goal["efficiency, forward, compiled"].measured.median == 1.0  # twice as fast at half the FLOPs
+    assert by_goal["efficiency, forward, compiled"].reached
+    assert by_goal["A-MoD / MoD, forward, eager"].reached
+    assert not by_goal["A-MoD / ToMe at equal GFLOPs, forward, eager"].reached  # 1.0 < 1.1
+    assert by_goal["speed-up, batch 1, forward, eager"].measured.median == 2.0
+    assert by_goal["peak memory at 4097 tokens, forward, / dense"].measured.median == 1.0
+
+
+def test_goals_that_were_not_run_say_so():
+    rows = throughput_report.goals([])
+    assert {row.reached for row in rows} == {None}
+    assert all("not run" in line for line in list(throughput_report._goal_table(rows))[2:])
+
+
+def test_a_setting_replaces_the_presets_in_all_its_parts():
+    cells = list(benchmark.cells_of(config("models=[vit_pico]", "capacities=[0.3]", "measures=[speed]")))
+    assert {cell["model"] for cell in cells} == {"vit_pico"}
+    assert {cell["measure"] for cell in cells} == {"speed"}
+    assert all(name.partition("@")[2] in ("", "0.3") for cell in cells for name in cell["variants"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["preset=goal"], ["preset=goal", "goals, quick, full", "did you mean goals?"]),
+        (["models=[deit_smal]"], ["deit_smal must be one of", "did you mean deit_small?"]),
+        (["models=deit_small"], ["must be a list", "models=[deit_small]"]),
+        (["variants=[tome_13]"], ["tome_13", "one of dense"]),
+        (["capacities=[0.5,2]"], ["2 must be a number in (0, 1]"]),
+        (["batch_sizes=[0]"], ["batch_sizes=[0]", "at least 1"]),
+        (["compile=[maybe]"], ["true or false"]),
+        (["precision=[16]"], ["bf16-mixed"]),
+        (["rounds=0"], ["rounds=0"]),
+        (["device=tpu"], ["device=tpu", "auto, cpu, cuda"]),
+        (["rouds=3"], ["did you mean rounds?"]),
+    ],
+)
+def test_mistakes_are_explained(overrides, words):
+    with pytest.raises(amod.UserError) as caught:
+        benchmark.check(config(*overrides))
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, str(SRC / "benchmark.py"), "models=[nothing]", f"output={tmp_path / 'new'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: models=[nothing]")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_capacity_too_small_for_a_model_is_refused_before_anything_is_timed(tmp_path):
+    with pytest.raises(amod.UserError, match="keeps no token"):
+        benchmark.job(config("preset=quick", "capacities=[0.001]", f"output={tmp_path / 'new'}"))
+    assert not (tmp_path / "new").exists()
+
+
+# --- end to end
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A run of preset=quick, and what it printed."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        benchmark.job(config("preset=quick", "device=cpu", f"output={folder}"))
+    return folder, printed.getvalue()
+
+
+def test_quick_writes_tables_data_and_pictures(quick):
+    folder, printed = quick
+    report = (folder / "report.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert "[4/4]" in printed
+    assert str(folder / "report.md") in printed
+    for word in ("A-MoD, C = 0.125", "ToMe, C = 0.5, r = 2", "## Peak memory", "Where the time", "not run"):
+        assert word in report
+    assert {"command", "commit", "kind", "threads", "torch", "cells", "goals"} <= results.keys()
+    for record in results["cells"]:
+        for variant in record.get("seconds", []):
+            assert len(record["seconds"][variant]) == 3
+    memory = next(record["memory"] for record in results["cells"] if "memory" in record)
+    assert all(used["process"] > used["tensors"] > used["weights"] > 2e6 for used in memory.values())
+    for name in ("efficiency.png", "parts.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_cells_are_skipped_and_a_torn_line_is_measured_again(quick, monkeypatch, capsys):
+    folder, _ = quick
+    store = folder / "cells.jsonl"
+    lines = store.read_text().splitlines()
+    store.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])  # killed while it wrote the last cell
+    run = []
+
+    def measure(cell, device):
+        run.append(cell["measure"])
+        return {key: value for key, value in json.loads(lines[-1]).items() if key not in ("cell", "commit", "took")}
+
+    monkeypatch.setattr(throughput, "MEASURES", dict.fromkeys(throughput.MEASURES, measure))
+    settings = ["preset=quick", "device=cpu", f"output={folder}"]
+    benchmark.job(config(*settings))
+    assert run == ["memory"]
+    assert len(store.read_text().splitlines()) == len(lines)
+    benchmark.job(config(*settings))
+    assert run == ["memory"]
+    assert capsys.readouterr().out.count("expected end") == 1
+
+
+def test_without_a_compiler_compiled_cells_are_marked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settings = ["preset=quick", "measures=[speed]", "modes=[forward]", "compile=[true]", "device=cpu"]
+    benchmark.job(config(*settings, f"output={tmp_path}"))
+    assert "not run: torch.compile needs a C++ compiler" in capsys.readouterr().out
+    assert "no-such-compiler" in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "cells.jsonl").exists() or not (tmp_path / "cells.jsonl").read_text()
+
+
+def test_a_cell_that_fails_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
+    def fail(cell, device):
+        raise RuntimeError("too little memory\nand more")
+
+    monkeypatch.setitem(throughput.MEASURES, "speed", fail)
+    settings = ["preset=quick", "measures=[speed,parts]", "variants=[attention]", "modes=[forward]", "device=cpu"]
+    benchmark.job(config(*settings, f"output={tmp_path}"))
+    assert "not run: RuntimeError: too little memory" in capsys.readouterr().out
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 1
