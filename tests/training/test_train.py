@@ -7,15 +7,17 @@ import getpass
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
-from omegaconf import OmegaConf
+from lightning import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 import fakes
@@ -23,6 +25,7 @@ from amod.errors import UserError
 from amod.training import run as run_module
 from amod.training.callbacks import RunRecorder
 from amod.training.data import build_datamodule
+from amod.training.loaders import DataModule
 from amod.training.module import Classifier
 from amod.training.run import evaluate, train
 from amod.training.settings import check_run_dir, check_train, compose_config
@@ -116,9 +119,11 @@ def test_evaluate_gives_the_same_accuracy_from_the_folder_alone(dense, tmp_path)
 def test_adapted_variants_train_and_evaluate(dense, tmp_path, router):
     folder, before = dense
     extra = ["model.drop_path=0.1", "schedule.ema_decay=0.5"] if router == "linear" else []
+    source = shutil.copy(folder / "weights.safetensors", tmp_path / "source.safetensors")
     summary = run(
-        tmp_path / "run", f"router={router}", "capacity=0.5", f"model.checkpoint={folder}", "schedule.epochs=1", *extra
+        tmp_path / "run", f"router={router}", "capacity=0.5", f"model.checkpoint={source}", "schedule.epochs=1", *extra
     )
+    source.unlink()  # the run folder is enough from here on
     assert summary["gflops"] < before["gflops"]
     assert 0 <= summary["val_top1_untrained"] <= 100
     if router == "isoflop":
@@ -200,11 +205,45 @@ def test_ema_is_what_is_evaluated_and_kept(never_killed):
     assert not torch.equal(kept["head.weight"], state["model.head.weight"])
 
 
-def small_data(cfg, count: int = 64):
+def small_data(cfg: DictConfig, count: int = 64) -> DataModule:
     data = build_datamodule(cfg.data, input_config(cfg.model), {}, count, 256, cfg.seed)
     split = data.splits["train"]
     data.splits["train"] = data.splits["val"] = type(split)(split.source, split.indices[:count])
     return data
+
+
+class AverageByHand(Callback):
+    """w' <- d w' + (1 - d) w after every optimiser step, from the first weights on."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.average = 0.75 * self.average + 0.25 * module.model.vit.head.weight.detach()
+
+
+def test_ema_is_the_moving_average_of_the_weights():
+    cfg = config("router=none", "schedule.ema_decay=0.75", "schedule.lr=0.01")
+    module = Classifier(build(cfg, 10).model, cfg.schedule, 10, seed=0)
+    by_hand = AverageByHand()
+    by_hand.average = module.model.vit.head.weight.detach().clone()
+    fit(module, small_data(cfg), epochs=3, callbacks=[by_hand])
+    torch.testing.assert_close(module.evaluated.vit.head.weight, by_hand.average)
+    assert not torch.allclose(by_hand.average, module.model.vit.head.weight, atol=1e-3)
+
+
+def fit(module: Classifier, data: DataModule, epochs: int, **arguments: Any) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **arguments,
+    )
+    trainer.fit(module, datamodule=data)
+    return trainer
 
 
 @pytest.mark.parametrize("router", ["none", "attention", "linear"])
@@ -213,18 +252,7 @@ def test_overfits_64_digits(router):
     cfg = config(f"router={router}", "capacity=0.5", *wider, "schedule.warmup_epochs=10")
     torch.manual_seed(0)
     module = Classifier(build(cfg, 10).model, cfg.schedule, 10, seed=0)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=150,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        check_val_every_n_epoch=150,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, datamodule=small_data(cfg))
+    trainer = fit(module, small_data(cfg), epochs=150)
     assert trainer.callback_metrics["val/top1"] > 98
     assert trainer.callback_metrics["val/loss"] < 0.1
 
