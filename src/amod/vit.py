@@ -87,25 +87,29 @@ class RoutedViT(nn.Module):
         prefix = vit.num_prefix_tokens if self.keep_prefix else 0
         attention: Tensor | None = None  # scores (B, N) left by the block before, for a router that reads them
         for i, block in enumerate(vit.blocks):
-            scored = i in self._scored
-            if i not in self.blocks_routed:
-                x, attention = self._run(block, x, scored)
-                continue
-            router: Any = self.routers[str(i)]
-            scores = router(x, attention)
-            indices = top_k(scores.detach(), kept, prefix)
-            before = take(x, indices)
-            after, column_mean = self._run(block, before, scored)
-            r = router.multiplier(scores)
-            if r is not None:
-                after = weigh_update(before, after, take(r, indices))
-            x = put(x, indices, after)
-            if scored:
-                attention = refine(_or_uniform(attention, scores), indices, column_mean)
-            routing.append(RoutedLayer(i, scores.detach(), indices))
+            if i in self.blocks_routed:
+                x, attention, layer = self._run_routed(i, block, x, attention, kept, prefix)
+                routing.append(layer)
+            else:
+                x, attention = self._run(i, block, x)
         return vit.norm(x), routing
 
-    def _run(self, block: nn.Module, x: Tensor, scored: bool):
+    def _run_routed(self, i: int, block: nn.Module, x: Tensor, attention: Tensor | None, kept: int, prefix: int):
+        router: Any = self.routers[str(i)]
+        scores = router(x, attention)
+        indices = top_k(scores.detach(), kept, prefix)
+        before = take(x, indices)
+        after, column_mean = self._run(i, block, before)
+        r = router.multiplier(scores)
+        if r is not None:
+            after = weigh_update(before, after, take(r, indices))
+        if column_mean is not None:
+            attention = refine(_or_uniform(attention, scores), indices, column_mean)
+        return put(x, indices, after), attention, RoutedLayer(i, scores.detach(), indices)
+
+    def _run(self, i: int, block: nn.Module, x: Tensor):
+        """The block, and its column mean where the next block's router reads it."""
+        scored = i in self._scored
         if self.vit.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(run_block, block, x, scored, self._differentiable, use_reentrant=False)
         return run_block(block, x, scored, self._differentiable)
