@@ -11,9 +11,16 @@ import json
 from pathlib import Path
 
 FOLDER = Path("demo")
-COMMON = ["data=digits", "model=vit_pico", "capacity=0.125", "schedule.batch_size=64", "schedule.lr=1e-3"]
+COMMON = [
+    "data=digits",
+    "model=vit_pico",
+    "capacity=0.125",
+    "schedule.batch_size=64",
+    "schedule.lr=2e-3",
+    "schedule.augment.scale=[0.9,1.0]",
+]
 DENSE = ["router=none", "schedule.epochs=25", "schedule.warmup_epochs=3"]
-ADAPT = [f"model.checkpoint={FOLDER}/none", "schedule.epochs=5"]
+ADAPT = [f"model.checkpoint={FOLDER}/none", "schedule.epochs=5", "schedule.lr=1e-3"]
 VARIANTS = {
     "none": "dense",
     "isoflop": "isoFLOP (shorter)",
