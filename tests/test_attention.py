@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-import reference
 import torch
 from timm.layers import Attention
 
+import reference
 from amod import attention
 from amod.attention import attend, attention_with_scores, column_mean, explicit, tiled_attention
 

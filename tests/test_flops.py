@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from families import FAMILIES, build
 from torch.utils.flop_counter import FlopCounterMode
 
 import amod
 from amod import attention
+from families import FAMILIES, build
 
 MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224"]
 # dense, then isoFLOP, MoD and A-MoD at 12.5 %, then at 50 %: the printed GFLOPs (Tables 1, 4, 5 and A.1)

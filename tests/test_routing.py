@@ -26,7 +26,7 @@ def test_tokens_kept_is_the_floor(capacity, tokens, kept):
 
 @pytest.mark.parametrize("capacity", [0, -1, 2, 1.0001, float("nan"), float("inf"), "abc", None, True, 0.005])
 def test_a_wrong_capacity_is_named(capacity):
-    with pytest.raises(UserError, match="capacity=.*") as error:
+    with pytest.raises(UserError, match="capacity=") as error:
         tokens_kept(capacity, 197)
     assert repr(capacity) in str(error.value)
     assert "\n" not in str(error.value)

@@ -4,15 +4,15 @@ import copy
 import pickle
 
 import pytest
-import reference
 import timm
 import timm.optim
 import torch
-from families import FAMILIES, build
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 
 import amod
+import reference
 from amod.vit import default_tokens
+from families import FAMILIES, build
 
 
 def small(**kwargs):
@@ -196,7 +196,7 @@ def test_compile_has_no_graph_break(router, train):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(train):
         torch.testing.assert_close(compiled(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-4)
-        logits, routing = compiled(IMAGES, return_routing=True)
+        _logits, routing = compiled(IMAGES, return_routing=True)
     expected = model(IMAGES, return_routing=True)[1]
     assert [r.layer for r in routing] == [1, 2, 4]
     assert all(torch.equal(a.indices, b.indices) for a, b in zip(routing, expected, strict=True))
