@@ -23,6 +23,7 @@ FAMILIES = {
     "dynamic_image_size": ("vit_tiny_patch16_224", {"img_size": 64, "dynamic_img_size": True}),
     "clip": ("vit_base_patch32_clip_224", {"img_size": 96}),
     "siglip_map_pool": ("vit_base_patch16_siglip_224", {"img_size": 64}),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": 64}),
     "post_norm": (None, {"img_size": 64, "block_fn": ResPostBlock}),
     "rms_swiglu": (None, {"img_size": 64, "norm_layer": RmsNorm, "mlp_layer": SwiGLU, "qk_norm": True}),
     "no_qkv_bias": (None, {"img_size": 64, "qkv_bias": False, "reg_tokens": 2, "no_embed_class": True}),

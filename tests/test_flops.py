@@ -57,7 +57,7 @@ def test_every_family_agrees_with_an_operator_level_counter(family, capacity, mo
         norms += 5 * output.numel()
 
     for module in model.modules():
-        if isinstance(getattr(module, "normalized_shape", None), tuple):
+        if isinstance(getattr(module, "normalized_shape", None), tuple) or isinstance(module, torch.nn.GroupNorm):
             module.register_forward_hook(count_norm)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(1, *size))

@@ -3,8 +3,10 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import timm
+import timm.data
 import timm.optim
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
@@ -156,11 +158,14 @@ def test_copies_and_pickles():
 
 
 def test_drop_path_acts_on_the_update_of_kept_tokens():
-    """With every update dropped the kept tokens leave the block as they came."""
-    model = amod.convert(small(drop_path_rate=0.5), "attention", 0.4, [5]).train()
-    block, seen = model.vit.blocks[5], {}
-    block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-7
-    block.register_forward_hook(lambda m, args, out: seen.update(before=args[0], after=out))
+    """With every update of blocks 4 and 5 dropped, all tokens leave the model as block 3 left them."""
+    model = amod.convert(small(drop_path_rate=0.5), "linear", 0.4, [5]).train()
+    seen = {}
+    for i in (4, 5):
+        block = model.vit.blocks[i]
+        block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-7
+    model.vit.blocks[3].register_forward_hook(lambda m, args, out: seen.update(before=out))
+    model.vit.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
     model(IMAGES)
     assert torch.equal(seen["before"], seen["after"])
 
@@ -246,6 +251,10 @@ def test_truncate_keeps_the_first_blocks():
         ({"capacity": 0.01}, "keeps no token of 17"),
         ({"placement": "every"}, "'every'"),
         ({"placement": [0]}, "block 0"),
+        ({"placement": []}, "routes none"),
+        ({"placement": 3}, "placement=3"),
+        ({"activation": "relu"}, "activation='relu'"),
+        ({"budget": "abc"}, "budget='abc'"),
         ({"placement": [6]}, "6 is not one of 0 to 5"),
         ({"router": "linear", "activation": "relu"}, "activation='relu'"),
         ({"capacity": 0.06, "keep_prefix": True}, "keep_prefix takes 1"),
@@ -287,6 +296,22 @@ def test_timms_optimizer_groups_see_through_the_wrapper():
     scales = [lr_scale[id(block.attn.qkv.weight)] for block in model.vit.blocks]
     assert scales == sorted(scales)
     assert len(set(scales)) == 6
+
+
+def test_timms_helpers_see_the_models_own_data_config():
+    """Weights trained with a mean of 0.5 must not be fed images normalised for ImageNet's."""
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k")
+        model = amod.convert(vit)
+    assert timm.data.resolve_model_data_config(model) == timm.data.resolve_model_data_config(vit)
+    assert timm.data.resolve_model_data_config(model)["mean"] == (0.5, 0.5, 0.5)
+    model.reset_classifier(7)
+    assert model.num_classes == model.get_classifier().out_features == 7
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = amod.convert(small(), capacity=np.float32(0.5), placement=np.array([1, 3]))
+    assert model.blocks_routed == (1, 3)
 
 
 def test_tokens_of_the_models_own_size():

@@ -7,12 +7,15 @@ LayerScale, position embeddings and the column mean of A-MoD are free.
 
 from __future__ import annotations
 
+import copy
 from math import prod
+from numbers import Real
 from typing import Any
 
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+import torch
+from timm.layers import Attention, AttentionPoolLatent
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from amod.errors import UserError
 from amod.placement import routed_blocks
@@ -79,20 +82,29 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 22
     return total
 
 
-def _patches(vit: VisionTransformer, input_size: tuple[int, int, int]) -> tuple[int, int]:
-    """Number of patches, and the MACs that make them."""
-    embed = vit.patch_embed
-    channels, height, width = input_size
-    if not isinstance(embed, PatchEmbed):
-        raise UserError(f"count_flops: patch embedding of type {type(embed).__name__} has no rule in amod.flops")
-    if channels != vit.in_chans:
+def _patches(vit: Any, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Number of patches, and the MACs that make them: one pass of the embedding (hybrids have a CNN) without data."""
+    macs = 0
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal macs
+        if isinstance(module, nn.Conv2d):
+            macs += output.numel() * prod(module.weight.shape[1:])
+        elif _is_norm(module) or isinstance(module, nn.GroupNorm):
+            macs += 5 * output.numel()
+
+    if input_size[0] != vit.in_chans:
         raise UserError(f"input_size={tuple(input_size)}: this model takes {vit.in_chans} channels")
-    fixed = embed.img_size if embed.strict_img_size else None
-    if fixed and tuple(fixed) != (height, width):
-        raise UserError(f"input_size={tuple(input_size)}: this model takes {fixed[0]} x {fixed[1]} pixels")
-    rows, columns = embed.dynamic_feat_size((height, width))
-    macs = rows * columns * prod(embed.proj.weight.shape)
-    return rows * columns, macs + _layers(embed.norm, rows * columns)
+    embed = copy.deepcopy(vit.patch_embed).to("meta")
+    for module in embed.modules():
+        module._forward_pre_hooks.clear()  # the user's hooks came along with the copy; this pass is not theirs to see
+        module._forward_hooks.clear()
+        module.register_forward_hook(count)
+    try:
+        patches = embed(torch.empty(1, *input_size, device="meta"))
+    except AssertionError as error:
+        raise UserError(f"input_size={tuple(input_size)}: this model refuses the image: {error}") from None
+    return prod(patches.shape[1:-1]), macs
 
 
 def _pool(vit: VisionTransformer, patches: int, tokens: int) -> int:
@@ -113,13 +125,10 @@ def default_input_size(vit: VisionTransformer) -> tuple[int, int, int]:
     return (vit.in_chans, *vit.patch_embed.img_size)
 
 
-def _routed_flops(vit: VisionTransformer, kept: int, tokens: int, router: str, blocks: Any, input_size: Any) -> int:
-    """FLOPs of ``vit`` with ``blocks`` at K = ``kept`` tokens, without building the routed model."""
-    total = count_flops(vit, input_size)
-    for i in blocks:
-        total += _layers(vit.blocks[i], kept) - _layers(vit.blocks[i], tokens)
-        total += tokens * vit.embed_dim if router == "linear" else 0
-    return total
+def _routed_flops(vit: Any, dense: int, kept: int, tokens: int, router: str, blocks: Any) -> int:
+    """FLOPs of ``vit``, which has ``dense``, with ``blocks`` at K = ``kept`` tokens, without building that model."""
+    change = sum(_layers(vit.blocks[i], kept) - _layers(vit.blocks[i], tokens) for i in blocks)
+    return dense + change + (tokens * vit.embed_dim * len(blocks) if router == "linear" else 0)
 
 
 def capacity_for_budget(
@@ -136,7 +145,10 @@ def capacity_for_budget(
     """
     size = input_size or default_input_size(vit)
     tokens = _patches(vit, size)[0] + vit.num_prefix_tokens
-    flops = [_routed_flops(vit, kept, tokens, router, blocks, size) for kept in range(1, tokens + 1)]
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise UserError(f"budget={budget!r}: must be a number of multiply-accumulates of one image, e.g. 2.6e9")
+    dense = count_flops(vit, size)
+    flops = [_routed_flops(vit, dense, kept, tokens, router, blocks) for kept in range(1, tokens + 1)]
     if not blocks or not flops[0] <= budget <= flops[-1]:
         raise UserError(
             f"budget of {budget / 1e9:.6g} GFLOPs: router={router} with blocks {list(blocks)} of this model at "
@@ -160,8 +172,8 @@ def isoflop_depth(
     size = input_size or default_input_size(vit)
     tokens = _patches(vit, size)[0] + vit.num_prefix_tokens
     blocks = routed_blocks(placement, len(vit.blocks), reads_attention=False)
-    limit = _routed_flops(vit, tokens_kept(capacity, tokens), tokens, "linear", blocks, size)
     total, depth = count_flops(vit, size), len(vit.blocks)
+    limit = _routed_flops(vit, total, tokens_kept(capacity, tokens), tokens, "linear", blocks)
     while depth > 1 and total > limit:
         depth -= 1
         total -= _layers(vit.blocks[depth], tokens)

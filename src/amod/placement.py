@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from amod.errors import UserError
 
@@ -26,8 +27,12 @@ def routed_blocks(placement: str | Sequence[int], depth: int, reads_attention: b
             )
         start = 1 if placement == "alternate" else max(depth - 8, 0)
         blocks: Sequence[int] = range(start, depth, 2)
+    elif isinstance(placement, Iterable):
+        blocks = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in placement]
     else:
-        blocks = list(placement)
+        raise UserError(f"placement={placement!r}: must be one of {', '.join(PLACEMENTS)}, or a list of block indices")
+    if not blocks:
+        raise UserError(f"placement={placement!r}: routes none of this model's {depth} blocks; router=none is dense")
     for i in blocks:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth:
             raise UserError(f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amod.errors import UserError
+ACTIVATIONS = ("none", "sigmoid")
 
 
 class Router(nn.Module):
@@ -57,8 +57,6 @@ class LinearRouter(Router):
 
     def __init__(self, dim: int, activation: str = "none") -> None:
         super().__init__()
-        if activation not in ("none", "sigmoid"):
-            raise UserError(f"activation={activation!r}: choose none (as in the paper) or sigmoid")
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(dim))
         nn.init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)  # nn.Linear's own default

@@ -10,6 +10,7 @@ Equations are those of A-MoD (arXiv 2412.20875) and are restated where they are 
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -42,9 +43,9 @@ def tokens_kept(capacity: float, tokens: int) -> int:
     Raises:
         UserError: C is outside (0, 1], or so small that no token would be kept.
     """
-    if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 0 < capacity <= 1:
+    if isinstance(capacity, bool) or not isinstance(capacity, Real) or not 0 < capacity <= 1:
         raise UserError(f"capacity={capacity!r}: must be a number in (0, 1], e.g. 0.125")
-    kept = math.floor(round(capacity * tokens, 9))
+    kept = math.floor(round(float(capacity) * tokens, 9))
     if kept < 1:
         raise UserError(
             f"capacity={capacity!r} keeps no token of {tokens}: use at least {math.ceil(1e4 / tokens) / 1e4:g}"

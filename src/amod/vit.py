@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from amod.attention import attention_with_scores
 from amod.errors import UserError
 from amod.placement import routed_blocks
-from amod.routers import ROUTERS, LinearRouter, Router
+from amod.routers import ACTIVATIONS, ROUTERS, LinearRouter, Router
 from amod.routing import RoutedLayer, Routing, put, refine, take, tokens_kept, top_k, weigh_update
 
 
@@ -124,6 +124,22 @@ class RoutedViT(nn.Module):
         logits = self.vit.forward_head(x)
         return (logits, routing) if return_routing else logits
 
+    # timm's helpers (resolve_model_data_config, create_optimizer_v2, ...) ask the model itself for these
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        return self.vit.pretrained_cfg
+
+    @property
+    def num_classes(self) -> int:
+        return self.vit.num_classes
+
+    def get_classifier(self) -> nn.Module:
+        return self.vit.get_classifier()
+
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
+        self.vit.reset_classifier(*args, **kwargs)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.vit.set_grad_checkpointing(enable)
 
@@ -187,6 +203,8 @@ def convert(
     if router not in names:
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join(names)}{hint}")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation={activation!r}: choose none (as in the paper) or sigmoid")
     reads = router != "none" and ROUTERS[router].reads_attention
     blocks = routed_blocks(placement, len(vit.blocks), reads) if router != "none" else ()
     if reads:

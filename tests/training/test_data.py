@@ -16,12 +16,13 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
+from PIL import Image
 from scipy.io import savemat
 
 import fakes
 from amod.errors import UserError
 from amod.training.data import LAYOUTS, build_datamodule, check_data
-from amod.training.loaders import EpochSampler, kept_rng
+from amod.training.loaders import EpochSampler, kept_rng, open_rgb
 from amod.training.sources import Source, Split
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -658,3 +659,27 @@ def test_fake_flowers_in_a_subprocess(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=fakes.fake_flowers_env(tmp_path))
     assert done.stdout.strip() == "102", done.stderr
+
+
+def test_16_bit_grey_keeps_its_greys(tmp_path):
+    """PIL's own conversion clips every value above 255 to white."""
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    image = np.asarray(open_rgb(str(tmp_path / "a.png")))
+    assert image.shape == (8, 8, 3)
+    assert np.array_equal(image[..., 0], (ramp >> 8).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (("training", "testing"), "training|testing"),
+        (("Train", "Val", "Test"), "Train|Val|Test"),
+        (("train", "validation", "test"), "validation"),
+    ],
+)
+def test_parts_are_never_taken_for_classes(tmp_path, folders, named):
+    for part in folders:
+        fakes.image_folder(tmp_path / part)
+    with pytest.raises(UserError, match=f"({named}): is it a part or a class"):
+        build("folder", root=str(tmp_path))

@@ -84,8 +84,8 @@ def check_data(cfg: Mapping[str, Any]) -> None:
             raise UserError(f"data.{key}={value}: must be a number above 0, at most {most}")
     for key, least in (("num_workers", 0), ("num_classes", 2), ("split_seed", 0)):
         value = cfg.get(key)
-        if value is not None and not (type(value) is int and value >= least):
-            raise UserError(f"data.{key}={value}: must be a whole number of at least {least}")
+        if value is not None and not (type(value) is int and least <= value < 2**32):
+            raise UserError(f"data.{key}={value}: must be a whole number of at least {least} and below 2**32")
     layout = LAYOUTS[cfg["name"]]
     if not cfg.get("download"):
         locate(cfg)
@@ -148,11 +148,3 @@ def build_datamodule(
     check_data(data_cfg)
     splits = sources.load(data_cfg)
     return loaders.DataModule(data_cfg, splits, input_cfg, augment or {}, batch_size, eval_batch_size, seed)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "DataModule":
-        from amod.training.loaders import DataModule
-
-        return DataModule
-    raise AttributeError(name)

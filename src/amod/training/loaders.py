@@ -24,7 +24,6 @@ from lightning import LightningDataModule
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
-from torchvision.datasets.folder import default_loader
 
 from amod.errors import UserError
 from amod.training.sources import Split, one_line
@@ -98,9 +97,19 @@ class Samples(Dataset):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return default_loader(images[index])
+                return open_rgb(images[index])
         except Exception as error:  # PIL's plugins raise whatever the bytes lead to
             raise UserError(f"{images[index]}: cannot be read ({one_line(error)})") from error
+
+
+def open_rgb(file: str) -> Image.Image:
+    """The image as 8-bit RGB. 16-bit grey is scaled down; PIL's own conversion would clip nearly all of it to white."""
+    with Image.open(file) as image:
+        if image.mode.startswith("I;16"):
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError("its 32-bit pixels have no fixed range; save it with 8 or 16 bits")
+        return image.convert("RGB")
 
 
 def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:

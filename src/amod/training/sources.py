@@ -185,9 +185,20 @@ def _digits(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     return {"train": Source(images, digits.target.astype(np.int64), [str(name) for name in digits.target_names])}
 
 
+SPLIT_NAMES = {"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+
+
 def _folder(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     """train/ [val/] [test/] of class folders, or the class folders alone; a missing part is split off."""
-    if not (folder / "train").is_dir():
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    known = ("train", "val", "test") if "train" in names else ()
+    for name in names:
+        if name not in known and (known or name.casefold() in SPLIT_NAMES):
+            raise UserError(
+                f"{folder / name}: is it a part or a class? Name the parts train, val and test (lower case) and put "
+                "every class folder inside them, or use class folders alone"
+            )
+    if not known:
         return {"train": _folder_source(folder)}
     parts = {key: _folder_source(folder / key) for key in ("train", "val", "test") if (folder / key).is_dir()}
     _same_classes(parts)
