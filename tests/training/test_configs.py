@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,5 +141,11 @@ def test_the_keys_others_rely_on():
 
 def test_run_dir_names_the_run(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    cfg = compose_config("train", ["model=vit_pico", "data=digits", "router=linear", "capacity=0.3"])
-    assert cfg.run_dir == "runs/digits/vit_pico-linear-0.3-4711"
+    overrides = ["model=vit_pico", "data=digits", "router=linear", "capacity=0.3"]
+    folder = compose_config("train", overrides).run_dir
+    assert re.fullmatch(r"runs/digits/vit_pico-linear-0\.3-seed0-4711-[0-9a-f]{8}", folder)
+    others = ["schedule.lr=1", "seed=1", "+model.kwargs.qkv_bias=false", "placement.blocks=[1]", "budget=1"]
+    folders = {compose_config("train", [*overrides, other]).run_dir for other in others}
+    assert len({folder, *folders}) == 1 + len(others)
+    # what may change when a run is resumed
+    assert compose_config("train", [*overrides, "data.num_workers=3"]).run_dir == folder

@@ -161,6 +161,8 @@ def command(script: str, *arguments: str, cwd: Path) -> tuple[subprocess.Complet
         ("train.py", *TINY, "capacity=0"),
         ("train.py", "data=flowers", "data.root=/no/such"),
         ("train.py", "-m", *TINY, "capacity=0.1,2"),
+        ("train.py", "-m", *TINY, "seed=0,1", "run_dir=x"),
+        ("train.py", "-m", *TINY, "seed=0,1", "trainer=ddp_cpu"),
         ("train.py", "--foo"),
         ("train.py", "--cfg", "job", "capcity=1"),
         ("evaluate.py", "run=/no/such"),

@@ -150,6 +150,12 @@ def test_a_finished_run_is_not_repeated(dense, capsys):
     assert (folder / "weights.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_a_finished_folder_of_another_config_is_not_taken_for_this_run(dense):
+    folder, _ = dense
+    with pytest.raises(UserError, match="seed=0, not 1"):
+        train(config("router=none", "schedule.epochs=3", "seed=1", f"run_dir={folder}"))
+
+
 def test_a_folder_of_another_config_is_refused(dense):
     folder, _ = dense
     with pytest.raises(UserError, match=r"schedule\.epochs=3, not 4"):
@@ -342,27 +348,38 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert len(rows(tmp_path / "run")) == 1
 
 
+def command(folder: Path, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(
+        [sys.executable, SRC / script, *arguments], cwd=folder, env=env, capture_output=True, text=True
+    )
+
+
 def test_the_commands_end_to_end(tmp_path):
     """As typed, in processes of their own: default run folder, plain lines, one error line after building."""
-
-    def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, SRC / script, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
-
-    done = command("train.py", *DIGITS, "router=attention", "capacity=0.5", "trainer.limit_train_batches=2")
+    done = command(tmp_path, "train.py", *DIGITS, "router=attention", "capacity=0.5", "trainer.limit_train_batches=2")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "digits: 1294 train, 144 val, 359 test images" in done.stdout
     assert done.stdout.count("\nepoch ") == 2
     assert "\r" not in done.stdout
     (folder,) = (tmp_path / "runs/digits").iterdir()
-    assert folder.name.startswith("vit_pico-attention-0.5-")
+    assert folder.name.startswith("vit_pico-attention-0.5-seed0-")
     assert [file.name for file in tmp_path.iterdir()] == ["runs"]
-    again = command("evaluate.py", f"run={folder}")
+    again = command(tmp_path, "evaluate.py", f"run={folder}")
     summary = json.loads((folder / "summary.json").read_text())
     assert f"test top-1 {summary['test_top1']:.4f} %" in again.stdout, again.stderr
+
+
+def test_a_sweep_leaves_one_run_for_each_job(tmp_path):
+    """Inside a SLURM job too, where all jobs of the sweep share the stamp."""
+    short = ["router=none", "schedule.epochs=1", "trainer.limit_train_batches=1"]
+    done = command(tmp_path, "train.py", "-m", *DIGITS, *short, "seed=0,1", SLURM_JOB_ID="77")
+    assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "runs/digits").iterdir())
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in folders)
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["test_top1"] != second["test_top1"]
 
 
 def test_unknown_optimizer_leaves_no_folder(tmp_path):

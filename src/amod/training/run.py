@@ -37,7 +37,7 @@ from amod.training.callbacks import AtomicCheckpoints, RunRecorder, rounded, wri
 from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
 from amod.training.module import Classifier
-from amod.training.settings import CONF, evaluation_config, saved_config
+from amod.training.settings import CONF, check_run_dir, evaluation_config, saved_config
 from amod.training.weights import build, input_config, one_line
 from amod.vit import RoutedViT, default_tokens
 
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> None:
     """Train, or go on with, the run of ``cfg.run_dir``; test its best epoch once; write the summary."""
     quiet()
+    rank_zero_only(check_run_dir)(cfg)  # a sweep's jobs before this one may have used the folder
     folder = Path(cfg.run_dir)
     finished = folder / "summary.json"
     if finished.exists():

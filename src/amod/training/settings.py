@@ -7,6 +7,7 @@ the config alone shows is one line, and only then lets Hydra run the job (or the
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import os
 import re
@@ -46,8 +47,17 @@ def stamp() -> str:
     return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
 
 
+def digest(*, _root_: DictConfig) -> str:
+    """``${digest:}``: hex digits of the settings that make a run what it is: no two jobs share a folder."""
+    keys = [key for key in keys_of(_root_) if key not in FREE_TO_CHANGE and not key.startswith("hydra.")]
+    pairs = [(key, OmegaConf.select(_root_, key)) for key in keys]
+    text = "\n".join(f"{key}={value}" for key, value in pairs if not isinstance(value, DictConfig))
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
 OmegaConf.register_new_resolver("adapt", adapt, replace=True)
 OmegaConf.register_new_resolver("stamp", stamp, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("digest", digest, replace=True)
 
 
 # --- the commands -------------------------------------------------------------------------------------------------
@@ -71,10 +81,13 @@ def launch(job: Callable[[DictConfig], None], config_name: str, check: Callable[
     with one_line_errors():
         args = parser.parse_args()
         if not (args.hydra_help or args.shell_completion or args.info or args.experimental_rerun):
+            folders: set[str] = set()
             for overrides in jobs_of(args.overrides, args.multirun):
                 cfg = compose_config(config_name, overrides)
                 if not (args.help or args.cfg):
                     check(cfg)
+                    if args.multirun:
+                        check_job(cfg, folders)
             if not (args.multirun or args.help or args.cfg) and "run_dir" in cfg:
                 pin_run_dir(args.overrides, cfg.run_dir)
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
@@ -129,6 +142,25 @@ def jobs_of(overrides: list[str], multirun: bool) -> Iterable[list[str]]:
     except HydraException as error:
         raise UserError(_explain_syntax(error)) from None
     return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+
+
+def check_job(cfg: DictConfig, folders: set[str]) -> None:
+    """One job of a sweep: a folder of its own (`folders`: those of the jobs before it) and one process."""
+    trainer, folder = cfg.get("trainer") or {}, cfg.get("run_dir")
+    devices = trainer.get("devices", 1)
+    alone = len(devices) == 1 if OmegaConf.is_list(devices) else str(devices) == "1"
+    if not alone or trainer.get("num_nodes", 1) != 1:
+        raise UserError(
+            f"-m with trainer.devices={_shown(devices)} trainer.num_nodes={trainer.get('num_nodes', 1)}: a sweep runs "
+            "its jobs in one process; start one command for each job, as in `for seed in 0 1; do python src/train.py "
+            "seed=$seed ...; done`, or set trainer.devices=1 trainer.num_nodes=1"
+        )
+    if folder is not None and folder in folders:
+        raise UserError(
+            f"-m: two jobs have run_dir={folder}; leave run_dir out, or name what differs in it, as in "
+            "run_dir='runs/my-${seed}'"
+        )
+    folders.add(folder)
 
 
 # --- composing, with Hydra's errors on one line -------------------------------------------------------------------
