@@ -11,7 +11,7 @@ Four ways to the same numbers. ``attend`` chooses, by what was measured (see ``d
   for training on up to 128 tokens, where a map is smaller than what avoids it.
 - ``tiled``: CPU, no gradient. Whole rows of the map, a cache-sized tile at a time: the product QK^T is made once
   and serves both the output and the scores. 1.1 times the time of torch's fused attention, which gives no scores
-  (N = 197, 3 to 12 heads, batch 16 to 32, one core; 1.2 at N = 50, 1.4 at 4097); the explicit map takes 1.5 to 3 times.
+  (N = 197, 3 to 12 heads, batch 32, two cores; 0.6 at N = 50, 1.5 at 4097); the explicit map takes 1.5 to 3 times.
 - torch's fused attention for the output, with its own gradient, and ``column_mean`` for the scores, which
   need none: CPU training. 1.08 to 1.19 times fused attention alone (forward and backward), explicit 1.04 to 1.9.
 - the same with a Triton kernel for the scores: CUDA (without Triton, tiles). Tested in Triton's interpreter; never
@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SAMPLE_BYTES, TILE_BYTES = 512 << 10, 2 << 20
-"""Sizes of a tile of the map: whole samples share a tile up to the first, one sample's heads or rows up to the second.
-Chosen on one core for N = 50 to 4097; half or twice as much cost 1 to 10 % more."""
+SAMPLE_BYTES, TILE_BYTES = 1 << 20, 2 << 20
+"""Sizes of a tile of the map, for each thread: whole samples share a tile up to the first, one sample's heads or rows
+up to the second. Chosen on one and two cores for N = 50 to 4097; a tile that leaves a thread idle costs up to 40 %."""
 EXPLICIT_TOKENS = 128
 """Up to this many tokens, training on a CPU holds the map (N = 50: 0.91 of fused; N = 197: 1.04 to 1.9)."""
 
@@ -48,10 +48,11 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, differentiab
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
     b, h, n, d = q.shape
-    one_map = 4 * n * n
-    samples = max(1, SAMPLE_BYTES // (h * one_map))
-    heads = h if h * one_map <= TILE_BYTES else max(1, TILE_BYTES // one_map)
-    rows = n if one_map <= TILE_BYTES else max(16, TILE_BYTES // (4 * n))
+    one_map, threads = 4 * n * n, torch.get_num_threads()
+    room = TILE_BYTES * threads
+    samples = max(1, SAMPLE_BYTES * threads // (h * one_map))
+    heads = h if h * one_map <= room else max(1, room // one_map)
+    rows = n if one_map <= room else max(16, room // (4 * n))
     output = q.new_empty(0) if v is None else v.new_empty(b, n, h, d).transpose(1, 2)
     scores = q.new_zeros(b, 1, n, dtype=torch.float32)
     buffer = q.new_empty(samples * heads, rows, n, dtype=torch.float32)
