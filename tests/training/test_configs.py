@@ -144,8 +144,10 @@ def test_run_dir_names_the_run(monkeypatch):
     overrides = ["model=vit_pico", "data=digits", "router=linear", "capacity=0.3"]
     folder = compose_config("train", overrides).run_dir
     assert re.fullmatch(r"runs/digits/vit_pico-linear-0\.3-seed0-4711-[0-9a-f]{8}", folder)
-    others = ["schedule.lr=1", "seed=1", "+model.kwargs.qkv_bias=false", "placement.blocks=[1]", "budget=1"]
+    others = ["schedule.lr=1", "seed=1", "+model.kwargs.qkv_bias=false", "placement.blocks=[1]", "schedule.epochs=9"]
     folders = {compose_config("train", [*overrides, other]).run_dir for other in others}
     assert len({folder, *folders}) == 1 + len(others)
+    budget = compose_config("train", [*overrides, "budget=1.5"]).run_dir
+    assert budget.startswith("runs/digits/vit_pico-linear-1.5GFLOPs-seed0-4711-")
     # what may change when a run is resumed
     assert compose_config("train", [*overrides, "data.num_workers=3"]).run_dir == folder

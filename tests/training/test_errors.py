@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from amod.errors import UserError
 from amod.training.settings import check_evaluate, check_train, compose_config, jobs_of, message_of
@@ -37,7 +38,15 @@ TABLE = [
     (["model.kwargs.foo=1"], ["+model.kwargs.foo=1"]),
     (["+schedule.foo=1"], ["schedule.foo"]),
     (["~schedule.lr"], ["cannot be removed"]),
+    (["router.name=attn"], ["router.name=attn", "attention_weighted"]),
+    (["placement.name=foo"], ["placement.name=foo", "alternate, last8"]),
+    (["logger.name=foo"], ["logger.name=foo", "csv, wandb"]),
+    (["+trainer.callbacks=[1]"], ["trainer.callbacks=[1]", "run folder decides"]),
+    (["+trainer.logger=true"], ["trainer.logger=true", "run folder decides"]),
     # syntax
+    (["run_dir=~/x"], ["run_dir=~/x", "quotes", """'run_dir="~/"""]),
+    (["run_dir=a=b"], ["run_dir=a=b", "quotes"]),
+    (["run_dir=a,b"], ["run_dir=a,b", "-m", "quotes"]),
     (["capacity"], ["'capacity'", "key=value"]),
     (["capacity==0.3"], ["capacity==0.3", "key=value"]),
     (["placement.blocks=[1"], ["placement.blocks=[1"]),
@@ -74,6 +83,16 @@ TABLE = [
     (["schedule.augment=3"], ["schedule.augment=3"]),
     (["trainer.precision=99"], ["trainer.precision=99", "bf16-mixed"]),
     (["trainer.accelerator=foo"], ["trainer.accelerator=foo", "cpu"]),
+    (["trainer.limit_train_batches=0"], ["trainer.limit_train_batches=0", "above 0"]),
+    (["trainer.max_steps=0"], ["trainer.max_steps=0", "-1"]),
+    (["trainer.max_time=00:00:00:00"], ["trainer.max_time=00:00:00:00", "days"]),
+    (["+model.kwargs.in_chans=1"], ["model.kwargs.in_chans=1", "must be 3"]),
+    (["model.kwargs.img_size=abc"], ["model.kwargs.img_size=abc", "whole number"]),
+    (["model.name=deit_tiny_patch16_224"], ["model.name=deit_tiny_patch16_224", "model=deit_small model.name="]),
+    (["schedule.augment.scale=[2,3]"], ["schedule.augment.scale=[2,3]", "at most 1"]),
+    (["schedule.augment.ratio=[2,1]"], ["schedule.augment.ratio=[2,1]", "ascending"]),
+    (["router=none", "budget=1"], ["budget=1", "router=none"]),
+    (["router=isoflop", "router.depth=3", "budget=1"], ["budget=1", "router.depth=3"]),
     (["trainer.limit_train_batches=-1"], ["trainer.limit_train_batches=-1"]),
     (["model.pretrained=maybe"], ["model.pretrained=maybe", "true or false"]),
     (["model.drop_path=2"], ["model.drop_path=2"]),
@@ -88,6 +107,8 @@ TABLE = [
     (["placement.blocks=[a]"], ["'a'"]),
     (["router=isoflop", "router.depth=99"], ["router.depth=99", "1 to 12"]),
     (["router=isoflop", "router.depth=0"], ["router.depth=0"]),
+    (["model.kwargs.depth=8", "placement=last8"], ["placement=last8", "block 0"]),
+    (["model.kwargs.depth=abc", "placement.blocks=[1]"], ["model.kwargs.depth=abc", "whole number"]),
     # files
     (["model.checkpoint=/no/such.pth"], ["/no/such.pth", "no such file", ".safetensors"]),
     (["model.checkpoint=/etc/hostname"], ["/etc/hostname", ".safetensors"]),
@@ -113,9 +134,30 @@ def test_message_names_the_value_and_the_remedy(overrides, words):
         assert word in text
 
 
-def test_good_configs_pass():
-    for overrides in ([], ["capacity=1"], ["capacity=0.02"], ["router=linear", "placement.blocks=[0,2]"], ["seed=0"]):
-        check_train(compose_config("train", [*TINY, *overrides]))
+GOOD = [
+    [],
+    ["capacity=1"],
+    ["capacity=0.02"],
+    ["router=linear", "placement.blocks=[0,2]"],
+    ["seed=0"],
+    ["model=deit_small", "model.name=vit_small_patch16_18x2_224", "router=linear", "placement.blocks=[13,15]"],
+    ["router=none", "model.kwargs.depth=8", "placement=last8"],
+    ["model.kwargs.img_size=[28,32]"],
+    ["trainer.max_time=00:01:00:00", "trainer.max_steps=7"],
+]
+
+
+@pytest.mark.parametrize("overrides", GOOD, ids=" ".join)
+def test_good_configs_pass(overrides):
+    check_train(compose_config("train", [*TINY, *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("config_name", "key"), [("train", "run_dir"), ("train", "model.checkpoint"), ("evaluate", "run")]
+)
+def test_home_is_expanded(monkeypatch, config_name, key):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert OmegaConf.select(compose_config(config_name, [f"{key}='~/x'"]), key) == "/home/someone/x"
 
 
 def test_a_sweep_is_checked_job_by_job():

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from amod.errors import UserError
-from amod.placement import routed_blocks
+from amod.placement import PLACEMENTS, routed_blocks
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -55,8 +55,18 @@ def digest(*, _root_: DictConfig) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
+def amount(*, _root_: DictConfig) -> str:
+    """``${amount:}``: what decides the compute: a capacity, a budget, or the depth of an isoFLOP model."""
+    if _root_.router.name == "none":
+        return "1.0"
+    if depth := _root_.router.get("depth"):
+        return f"{depth}blocks"
+    return str(_root_.capacity) if _root_.budget is None else f"{_root_.budget}GFLOPs"
+
+
 OmegaConf.register_new_resolver("adapt", adapt, replace=True)
 OmegaConf.register_new_resolver("stamp", stamp, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("amount", amount, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 
 
@@ -75,6 +85,7 @@ def launch(job: Callable[[DictConfig], None], config_name: str, check: Callable[
 
     def guarded(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg)
+        expand_paths(cfg)
         with one_line_errors():
             job(cfg)
 
@@ -175,6 +186,7 @@ def compose_config(config_name: str, overrides: list[str]) -> DictConfig:
         try:
             cfg = compose(config_name, overrides)
             OmegaConf.resolve(cfg)
+            expand_paths(cfg)
             check_additions(config_name, overrides)
         except OverrideParseException as error:
             raise UserError(_explain_syntax(error)) from None
@@ -185,6 +197,15 @@ def compose_config(config_name: str, overrides: list[str]) -> DictConfig:
         except ValueError as error:
             raise UserError(_explain_group(overrides, error)) from None
     return cfg
+
+
+def expand_paths(cfg: DictConfig) -> None:
+    """``~`` in a path is the home folder. (data.root is expanded where it is read.)"""
+    for key in ("run_dir", "run", "model.checkpoint"):
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, group) if group else cfg
+        if isinstance(node, DictConfig) and isinstance(node.get(name), str):
+            node[name] = os.path.expanduser(node[name])
 
 
 def check_additions(config_name: str, overrides: list[str]) -> None:
@@ -203,9 +224,13 @@ def known_keys(config_name: str, overrides: list[str]) -> list[str]:
     return keys_of(compose(config_name, choices))
 
 
+QUOTING = """; a value with ~ = , or a bracket needs two pairs of quotes, as in 'run_dir="~/my runs, x=1"'"""
+
+
 def _explain_syntax(error: Exception) -> str:
     override = getattr(error, "override", None) or str(error)
-    return f"{override!r} cannot be read as a setting; write key=value without spaces, as in capacity=0.125"
+    hint = QUOTING if re.search(r"=.*[~=,(){}\[\]]", override) else ""
+    return f"{override!r} cannot be read as a setting; write key=value without spaces, as in capacity=0.125{hint}"
 
 
 def _explain_group(overrides: list[str], error: ValueError) -> str:
@@ -228,6 +253,8 @@ def _explain_choice(error: MissingConfigException) -> str:
 
 def _explain_key(config_name: str, overrides: list[str], error: Exception) -> str:
     text = str(error)
+    if sweep := re.search(r"Ambiguous value for argument '(.+?)'\s", text):
+        return f"{sweep.group(1)}: several values; -m runs one job for each, [a,b] is a list{QUOTING}"
     match = re.search(r"Could not (?:override|append[^']*) '([^']+)'", text)
     key = match.group(1) if match else ""
     override = next((o for o in overrides if o.lstrip("+~").partition("=")[0].partition("@")[0] == key), "")
@@ -326,9 +353,42 @@ class Flag:
         return isinstance(value, bool)
 
 
+@dataclass(frozen=True)
+class Span:
+    """Two ascending numbers, or null."""
+
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return "two ascending numbers above 0" + (f", at most {self.high:g}" if self.high < math.inf else "")
+
+    def allows(self, value: Any) -> bool:
+        bound = Number(0, self.high, above_low=True)
+        pair = OmegaConf.is_list(value) and len(value) == 2 and all(map(bound.allows, value))
+        return value is None or (pair and value[0] <= value[1])
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One number of pixels, or [height,width]."""
+
+    def __str__(self) -> str:
+        return "a whole number of at least 1, or two of them, [height,width]"
+
+    def allows(self, value: Any) -> bool:
+        sides = list(value) if OmegaConf.is_list(value) and len(value) == 2 else [value]
+        return all(map(COUNT.allows, sides))
+
+
+def choices(group: str) -> tuple[str, ...]:
+    """The files of a group, which are the names that its ``name`` may have."""
+    return tuple(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
+
+
 POSITIVE = Number(0, above_low=True)
 COUNT = Number(1, integer=True)
-RULES: dict[str, Number | Text | Choice | Flag] = {
+SHARE = Number(0, 1, optional=True)
+RULES: dict[str, Number | Text | Choice | Flag | Span | Sides] = {
     "capacity": Number(0, 1, above_low=True),
     "budget": Number(0, above_low=True, optional=True),
     "seed": Number(0, 2**32 - 1, integer=True),
@@ -339,6 +399,14 @@ RULES: dict[str, Number | Text | Choice | Flag] = {
     "model.pretrained": Flag(),
     "model.checkpoint": Text(optional=True),
     "model.drop_path": Number(0, 1),
+    "model.kwargs.depth": COUNT,
+    "model.kwargs.embed_dim": COUNT,
+    "model.kwargs.num_heads": COUNT,
+    "model.kwargs.img_size": Sides(),
+    "model.kwargs.patch_size": Sides(),
+    "placement.name": Choice(tuple(PLACEMENTS)),
+    "logger.name": Choice(choices("logger")),
+    "router.name": Choice(choices("router")),
     "router.depth": Number(1, integer=True, optional=True),
     "router.keep_prefix": Flag(),
     "router.activation": Choice(("none", "sigmoid")),
@@ -358,14 +426,20 @@ RULES: dict[str, Number | Text | Choice | Flag] = {
     "schedule.mixup": Number(0),
     "schedule.cutmix": Number(0),
     "schedule.ema_decay": Number(0, 1, optional=True),
+    "schedule.augment.scale": Span(1),
+    "schedule.augment.ratio": Span(),
+    "schedule.augment.hflip": SHARE,
+    "schedule.augment.re_prob": SHARE,
     "trainer.max_epochs": Number(1, integer=True),
     "trainer.num_nodes": COUNT,
     "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps", "tpu")),
     "trainer.precision": Choice(("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")),
-    "trainer.limit_train_batches": Number(0, optional=True),
+    "trainer.limit_train_batches": Number(0, above_low=True, optional=True),
     "trainer.limit_val_batches": Number(0, optional=True),
     "trainer.limit_test_batches": Number(0, optional=True),
 }
+# What the run folder decides.
+OURS = ("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins")
 GROUPS = ("model", "model.kwargs", "router", "placement", "data", "schedule", "schedule.augment", "trainer", "logger")
 
 
@@ -377,8 +451,11 @@ def check_train(cfg: DictConfig) -> None:
                 f"{group}={OmegaConf.select(cfg, group)}: must stay a group of settings; set its keys one by one"
             )
     check_values(cfg)
+    check_model(cfg.model)
     check_placement(cfg)
     check_depth(cfg)
+    check_budget(cfg)
+    check_trainer(cfg.trainer)
     check_tokens(cfg)
     if cfg.schedule.min_lr > cfg.schedule.lr:
         raise UserError(f"schedule.min_lr={cfg.schedule.min_lr}: must not exceed schedule.lr={cfg.schedule.lr}")
@@ -387,7 +464,7 @@ def check_train(cfg: DictConfig) -> None:
             f"schedule.batch_size={cfg.schedule.batch_size}: must be even, because mixup and cutmix pair the images; "
             "or set schedule.mixup=0 schedule.cutmix=0"
         )
-    if cfg.model.checkpoint is not None:
+    if cfg.model.checkpoint is not None and not (Path(cfg.run_dir) / "checkpoints/last.ckpt").exists():
         check_checkpoint(cfg.model.checkpoint)
     check_run_dir(cfg)
 
@@ -404,18 +481,53 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{key}={_shown(node[name])}: must be {rule}")
 
 
+def check_model(model: DictConfig) -> None:
+    if model.kwargs.get("in_chans", 3) != 3:
+        raise UserError(
+            f"model.kwargs.in_chans={_shown(model.kwargs.in_chans)}: must be 3; grey images are repeated to RGB"
+        )
+    file = CONF / "model" / f"{model.label}.yaml"
+    meant = OmegaConf.load(file).model.name if file.exists() else model.name
+    if model.name != meant:
+        raise UserError(
+            f"model.name={model.name}: the model.kwargs of model={model.label} would overrule it; leave model.name at "
+            f"{meant}, or start from another choice, as in model=deit_small model.name={model.name}"
+        )
+
+
 def check_placement(cfg: DictConfig) -> None:
-    blocks = cfg.placement.blocks
-    if blocks is None:
-        return
-    shown = f"placement.blocks={_shown(blocks)}"
-    if not OmegaConf.is_list(blocks) or not blocks:
+    blocks, router = cfg.placement.blocks, cfg.router
+    shown = f"placement={cfg.placement.name}" if blocks is None else f"placement.blocks={_shown(blocks)}"
+    if blocks is not None and (not OmegaConf.is_list(blocks) or not blocks):
         raise UserError(f"{shown}: must be a list of 0-based block indices such as [1,4,7], or null for the name's own")
+    if blocks is None and router.name in ("none", "isoflop"):
+        return
     depth = depth_of(cfg.model) or 1000  # an unknown depth is checked when the model is built
     try:
-        routed_blocks(list(blocks), depth, reads_attention=cfg.router.name in ATTENTION_ROUTERS)
+        routed_blocks(cfg.placement.name if blocks is None else list(blocks), depth, router.name in ATTENTION_ROUTERS)
     except UserError as error:
-        raise UserError(f"{shown}: {str(error).removeprefix('placement: ')}") from None
+        raise UserError(f"{shown}: {str(error).partition(': ')[2]}") from None
+
+
+def check_budget(cfg: DictConfig) -> None:
+    if cfg.budget is None:
+        return
+    if cfg.router.name == "none":
+        raise UserError(f"budget={cfg.budget}: router=none is dense and always costs the same; leave budget out")
+    if cfg.router.get("depth") is not None:
+        raise UserError(f"budget={cfg.budget}: router.depth={cfg.router.depth} says the depth; leave one of them out")
+
+
+def check_trainer(trainer: DictConfig) -> None:
+    for key in OURS:
+        if key in trainer:
+            raise UserError(f"trainer.{key}={_shown(trainer[key])}: the run folder decides it; leave it out")
+    steps, limit = trainer.get("max_steps", -1), trainer.get("max_time")
+    if not (steps == -1 or COUNT.allows(steps)):
+        raise UserError(f"trainer.max_steps={_shown(steps)}: must be a whole number of at least 1, or -1 for no limit")
+    parts = list(limit.values()) if isinstance(limit, DictConfig) else re.findall(r"\d+", str(limit))
+    if limit is not None and not any(map(float, parts)):
+        raise UserError(f"trainer.max_time={_shown(limit)}: leaves no time; write days:hours:minutes:seconds, or null")
 
 
 def check_depth(cfg: DictConfig) -> None:
@@ -430,7 +542,7 @@ def check_tokens(cfg: DictConfig) -> None:
     tokens = tokens_of(cfg.model)
     if tokens is None or cfg.router.name in ("none", "isoflop") or cfg.budget is not None:
         return
-    if math.floor(cfg.capacity * tokens) < 1:
+    if math.floor(round(cfg.capacity * tokens, 9)) < 1:
         raise UserError(
             f"capacity={cfg.capacity}: keeps none of {cfg.model.label}'s {tokens} tokens; the least is "
             f"{math.ceil(10000 / tokens) / 10000:g} (one token)"
@@ -442,7 +554,8 @@ def depth_of(model: Mapping[str, Any]) -> int | None:
     if "depth" in model["kwargs"]:
         return model["kwargs"]["depth"]
     sizes = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32}
-    return next((depth for size, depth in sizes.items() if f"_{size}_patch" in model["name"]), None)
+    found = re.search(r"_(tiny|small|base|large|huge)_patch\d+(_\d+)?(\.|$)", model["name"])  # plain names only
+    return sizes[found.group(1)] if found else None
 
 
 def tokens_of(model: Mapping[str, Any]) -> int | None:

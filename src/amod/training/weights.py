@@ -119,8 +119,8 @@ def placement_of(cfg: DictConfig) -> str | list[int]:
 def isoflop_blocks(vit: VisionTransformer, cfg: DictConfig) -> int:
     """Depth of the isoFLOP model: router.depth, else by the budget, else the paper's pin, else amod.isoflop_depth."""
     size = (vit.in_chans, *vit.patch_embed.img_size)
-    if cfg.router.depth is not None:
-        return cfg.router.depth
+    if (depth := cfg.router.get("depth")) is not None:
+        return depth
     if cfg.budget is not None:
         fits = [d for d in range(1, len(vit.blocks) + 1) if count_flops(truncate(vit, d), size) <= cfg.budget * 1e9]
         if not fits:
