@@ -158,6 +158,11 @@ def job(cfg: DictConfig) -> None:
     head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **machine}
     missing = throughput.no_compiler(device)
     failed = []
+
+    def write() -> str:
+        records = [finished[identity(cell)] for cell in cells if identity(cell) in finished]
+        return throughput_report.write(output, head, records, failed)
+
     print(f"{len(cells)} cells on {machine['kind']}; threads: {machine['threads']}", flush=True)
     for number, cell in enumerate(cells, 1):
         name = throughput_report.title(cell)
@@ -185,9 +190,9 @@ def job(cfg: DictConfig) -> None:
             finished[identity(cell)] = done
             with store.open("a") as file:
                 file.write(json.dumps(done) + "\n")
+            write()  # a run that is stopped leaves the report of what it measured
         print(f"    {throughput_report.summary(done)}", flush=True)
-    records = [finished[identity(cell)] for cell in cells if identity(cell) in finished]
-    print(throughput_report.write(output, head, records, failed))
+    print(write())
 
 
 def identity(cell: dict[str, Any]) -> str:
