@@ -26,7 +26,7 @@ from amod.training import run as run_module
 from amod.training.callbacks import RunRecorder
 from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
-from amod.training.module import Classifier
+from amod.training.module import Classifier, lr_factor
 from amod.training.run import evaluate, train
 from amod.training.settings import check_run_dir, check_train, compose_config
 from amod.training.weights import build, input_config
@@ -100,6 +100,11 @@ def test_the_run_folder_names_no_machine_and_no_user(dense):
     for name in (socket.gethostname(), getpass.getuser(), "run_dir"):
         assert not re.search(rf"\b{name}\b", text)
     assert len(json.loads((folder / "environment.json").read_text())["git_commit"]) == 40
+
+
+def test_the_learning_rate_of_a_row_is_the_one_of_its_last_step(dense):
+    used = [2e-3 * lr_factor(step, 60, 20, 5e-3) for step in (19, 39, 59)]  # 3 epochs of 20 steps, the first warms up
+    assert [float(row["lr"]) for row in rows(dense[0])] == pytest.approx(used, rel=1e-5)
 
 
 def test_evaluate_gives_the_same_accuracy_from_the_folder_alone(dense, tmp_path):
@@ -202,6 +207,26 @@ def test_a_killed_run_goes_on_exactly(never_killed, tmp_path, monkeypatch, saves
     assert (folder / "weights.safetensors").read_bytes() == (never_killed / "weights.safetensors").read_bytes()
     mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, never_killed))
     assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_a_run_goes_on_without_the_checkpoint_it_started_from(dense, tmp_path, monkeypatch):
+    source = shutil.copy(dense[0] / "weights.safetensors", tmp_path / "source.safetensors")
+    overrides = ["router=linear", "capacity=0.5", f"model.checkpoint={source}", "trainer.limit_train_batches=1"]
+    save = RunRecorder._save
+
+    def save_and_die(self, trainer, name):
+        save(self, trainer, name)
+        if name == "last":
+            raise Killed
+
+    monkeypatch.setattr(RunRecorder, "_save", save_and_die)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", *overrides)
+    monkeypatch.setattr(RunRecorder, "_save", save)
+    source.unlink()
+    summary = run(tmp_path / "run", *overrides)
+    assert len(rows(tmp_path / "run")) == 2
+    assert summary["val_top1_untrained"] is not None
 
 
 def test_ema_is_what_is_evaluated_and_kept(never_killed):
@@ -361,6 +386,7 @@ def test_the_commands_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "digits: 1294 train, 144 val, 359 test images" in done.stdout
+    assert "capacity=0.5 asked: 13 of 26 tokens (0.5000) in blocks 1, 3\n" in done.stdout
     assert done.stdout.count("\nepoch ") == 2
     assert "\r" not in done.stdout
     (folder,) = (tmp_path / "runs/digits").iterdir()
@@ -382,16 +408,57 @@ def test_a_sweep_leaves_one_run_for_each_job(tmp_path):
     assert first["test_top1"] != second["test_top1"]
 
 
-def test_unknown_optimizer_leaves_no_folder(tmp_path):
-    with pytest.raises(UserError, match=r"schedule\.optimizer=adamm"):
-        run(tmp_path / "run", "router=none", "schedule.optimizer=adamm")
+# What shows only once the model or the data are there, or only to Lightning.
+LATE = {
+    "schedule.optimizer=adamm": "schedule.optimizer=adamm",
+    "trainer.max_time=5": "trainer: Lightning refuses",
+    "trainer.devices=[a]": "trainer: Lightning refuses",
+    "trainer.limit_train_batches=0.001": "trainer.limit_train_batches=0.001: leaves none of 20 batches",
+    "trainer.limit_val_batches=0.5": "trainer.limit_val_batches=0.5: leaves none of 1 batches",
+    "trainer.val_check_interval=21": "trainer.val_check_interval=21: an epoch has 20 batches",
+    "trainer.limit_train_batches=4 trainer.val_check_interval=5": "an epoch has 4 batches",
+    "data=folder data.root=FOLDER schedule.mixup=1": "the only batch has 15 images",
+    "router=attention budget=9": "budget of 9 GFLOPs",
+    "+model.kwargs.foo=1": "foo",
+}
+
+
+@pytest.mark.parametrize("overrides", LATE)
+def test_a_mistake_leaves_no_folder(tmp_path, overrides):
+    fakes.image_folder(tmp_path / "data", classes=3, per_class=5, parts=("train", "val", "test"))
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", "router=none", *overrides.replace("FOLDER", str(tmp_path / "data")).split())
+    assert LATE[overrides] in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_trainer_arguments_that_lightning_refuses(tmp_path):
-    with pytest.raises(UserError, match="trainer: Lightning refuses"):
-        run(tmp_path / "run", "router=none", "trainer.devices=[a]")
+def test_wandb_without_an_account_leaves_nothing(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    done = command(tmp_path, "train.py", *DIGITS, "router=none", "logger=wandb", "run_dir=run", **home)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: logger=wandb: ")
+    assert "WANDB_MODE=offline" in line
     assert not (tmp_path / "run").exists()
+
+
+def compute(*overrides: str) -> dict[str, Any]:
+    cfg = config(*overrides)
+    return run_module.compute_of(build(cfg, 10).model, cfg, (3, 10, 10))
+
+
+def test_what_a_budget_buys_is_reported():
+    half = compute("router=attention", "capacity=0.5")
+    budget = half["gflops"] * 1.001
+    bought = compute("router=attention", f"budget={budget}")
+    assert half["budget"] is None
+    assert (bought["budget"], bought["capacity"], bought["tokens_kept"]) == (budget, 0.5, {"1": 13, "3": 13})
+    assert [compute("router=isoflop", f"budget={budget}")[key] for key in ("capacity", "depth")] == [None, 2]
+    assert [compute("router=isoflop", "router.depth=3")[key] for key in ("capacity", "depth")] == [None, 3]
+    assert compute("router=isoflop", "capacity=0.5")["capacity"] == 0.5
 
 
 def test_the_saved_config_is_resolved(dense):

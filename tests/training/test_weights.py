@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+import fakes
 from amod.errors import UserError
 from amod.training.settings import compose_config
 from amod.training.weights import build, create_vit, isoflop_blocks, read_state
@@ -248,6 +249,25 @@ def test_pretrained_weights_from_a_local_hub_cache_offline(tmp_path, name):
     adapted, bias = done.stdout.split()
     assert adapted == "True"
     assert float(bias) == pytest.approx(float(state["head.bias"].sum()))
+
+
+def test_flowers_from_pretrained_weights_as_typed(tmp_path):
+    """DeiT-S to Flowers-102 at 12.5 %, offline: the data in its own format, the weights in the hub's cache."""
+    fakes.flowers(tmp_path / "data")
+    hub_cache(tmp_path / "home", "deit_small_patch16_224.fb_in1k")
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home/hub"), "HF_HUB_OFFLINE": "1"}
+    env = {**fakes.fake_flowers_env(tmp_path), **home, "OMP_NUM_THREADS": "1"}
+    short = [f"trainer.limit_{split}_batches=1" for split in ("train", "val", "test")]
+    small = ["schedule.epochs=1", "schedule.batch_size=2", "schedule.eval_batch_size=2", "data.num_workers=0"]
+    paths = [f"data.root={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}"]
+    asked = ["router=attention", "capacity=0.125", "data=flowers", *paths, "trainer.accelerator=cpu", *short, *small]
+    done = subprocess.run([sys.executable, SRC / "train.py", *asked], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "capacity=0.125 asked: 24 of 197 tokens (0.1218) in blocks 1, 3, 5, 7, 9, 11\n" in done.stdout
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["tokens_kept"] == {str(block): 24 for block in range(1, 12, 2)}
+    assert round(summary["gflops"], 4) == 2.5911
+    assert 0 <= summary["test_top1"] <= summary["test_top5"] <= 100
 
 
 def test_pretrained_weights_that_are_nowhere(tmp_path):

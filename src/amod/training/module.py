@@ -41,15 +41,19 @@ def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def limited(batches: int, limit: float) -> int:
+    """How many of `batches` Lightning's limit_*_batches leaves: a number of them, or a share."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
 def training_steps(trainer: Trainer) -> int:
     """Optimiser steps of the whole training.
 
     Lightning's ``estimated_stepping_batches`` would set the loader up before a checkpoint is restored, and the place
     in the epoch would be lost.
     """
-    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+    batches = limited(len(loader), trainer.limit_train_batches)
     steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs  # type: ignore[operator]
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
@@ -64,6 +68,7 @@ class Classifier(LightningModule):
         self.model = model
         self.schedule = schedule
         self.seed = seed
+        self.lr = 0.0
         decay = schedule["ema_decay"]
         self.ema = ModelEmaV3(model, decay=decay).requires_grad_(False) if decay is not None else None
         self.mixup = None
@@ -103,8 +108,6 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels, self.indices = batch
         if self.mixup is not None:
-            if len(images) % 2:
-                raise UserError(f"a batch has {len(images)} images, but mixup and cutmix pair them: set them to 0")
             images, targets = self.mixup(images, labels)
             loss = F.cross_entropy(self.model(images), targets)
         else:
@@ -124,12 +127,13 @@ class Classifier(LightningModule):
             self._stop(f"the gradient's norm is {norm.item()}")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update(self.model)
 
     def on_train_epoch_end(self) -> None:
-        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("lr", self.lr)  # of the epoch's last step; the scheduler has moved on
         self.log("train/loss", self.train_loss.compute())
         self.train_loss.reset()
 

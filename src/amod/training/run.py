@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from amod.flops import count_flops
 from amod.training.callbacks import AtomicCheckpoints, RunRecorder, rounded, write_atomically
 from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
-from amod.training.module import Classifier
+from amod.training.module import Classifier, limited
 from amod.training.settings import CONF, check_run_dir, evaluation_config, saved_config
 from amod.training.weights import build, input_config, one_line
 from amod.vit import RoutedViT, default_tokens
@@ -55,6 +56,8 @@ def train(cfg: DictConfig) -> None:
         show(json.loads(finished.read_text()))
         return
 
+    if cfg.logger.name == "wandb":
+        check_wandb()
     interactive = sys.stdout.isatty() if cfg.trainer.enable_progress_bar is None else cfg.trainer.enable_progress_bar
     recorder = RunRecorder(folder, cfg.checkpoint_every_steps, print_rows=not interactive)
     trainer = make_trainer(
@@ -68,18 +71,24 @@ def train(cfg: DictConfig) -> None:
     data = build_datamodule(
         cfg.data, inputs, cfg.schedule.augment, cfg.schedule.batch_size, cfg.schedule.eval_batch_size, cfg.seed
     )
-    built = build(cfg, data.num_classes)
+    check_batches(trainer, data, cfg.schedule)
+    last = folder / "checkpoints/last.ckpt"
+    resumed = last.exists()  # then the weights are there, and their source may be gone
+    weightless = {"model": {"checkpoint": None, "pretrained": False}}
+    built = build(OmegaConf.merge(cfg, weightless) if resumed else cfg, data.num_classes)  # type: ignore[arg-type]
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
     compute = compute_of(built.model, cfg, inputs["input_size"])
     say(f"{cfg.data.name}: {data.sizes['train']} train, {data.sizes['val']} val, {data.sizes['test']} test images")
     costs = f"{compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters"
     say(f"{cfg.model.label}, router {cfg.router.name}: {costs}")
+    if compute["blocks_routed"]:
+        asked = f"capacity={cfg.capacity}" if cfg.budget is None else f"budget={cfg.budget} GFLOPs"
+        kept = f"{compute['tokens_kept'][str(compute['blocks_routed'][0])]} of {compute['tokens']} tokens"
+        say(f"{asked} asked: {kept} ({compute['capacity_granted']:.4f}) in blocks {shown(compute['blocks_routed'])}")
 
     start_folder(cfg, folder)
     trainer.loggers = loggers(cfg, folder)
 
-    last = folder / "checkpoints/last.ckpt"
-    resumed = last.exists()
     if resumed:
         say(f"resuming {folder}")
     elif built.adapted:
@@ -87,6 +96,8 @@ def train(cfg: DictConfig) -> None:
         recorder.untrained = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
         say(f"before training: val top-1 {recorder.untrained.get('val/top1')} %")
     trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+    if not recorder.rows:
+        raise UserError(f"trainer.max_time={cfg.trainer.max_time}: ended before the first epoch; allow more time")
 
     best = torch.load(folder / "checkpoints/best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
@@ -156,8 +167,31 @@ def make_trainer(arguments: DictConfig, **ours: Any) -> Trainer:
     given = {**OmegaConf.to_container(arguments), "logger": False, **ours}  # type: ignore[dict-item]
     try:
         return Trainer(**given)
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"trainer: Lightning refuses these arguments ({one_line(error)})") from error
+
+
+def check_batches(trainer: Trainer, data: DataModule, schedule: DictConfig) -> None:
+    """What Lightning and timm would find wrong with the batches only once the training has begun."""
+    data.trainer = trainer  # its processes share the batches
+    train = data.train_dataloader()
+    for split, loader in (("train", train), ("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        limit = getattr(trainer, f"limit_{split}_batches")
+        if limit and not limited(len(loader), limit):
+            raise UserError(f"trainer.limit_{split}_batches={limit}: leaves none of {len(loader)} batches; raise it")
+    batches, interval = limited(len(train), trainer.limit_train_batches), trainer.val_check_interval
+    by_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
+    if by_epoch and isinstance(interval, int) and interval > batches:
+        raise UserError(
+            f"trainer.val_check_interval={interval}: an epoch has {batches} batches; choose at most that, or null to "
+            "validate at its end"
+        )
+    images = min(len(train.keys), schedule.batch_size)
+    if (schedule.mixup or schedule.cutmix) and images % 2:
+        raise UserError(
+            f"schedule.batch_size={schedule.batch_size}: the only batch has {images} images, but mixup and cutmix pair "
+            f"them; choose an even size below {images}, or set schedule.mixup=0 schedule.cutmix=0"
+        )
 
 
 def compute_of(model: nn.Module, cfg: DictConfig, input_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -165,11 +199,16 @@ def compute_of(model: nn.Module, cfg: DictConfig, input_size: tuple[int, int, in
     vit = model.vit if isinstance(model, RoutedViT) else model
     assert isinstance(vit, VisionTransformer)
     tokens = default_tokens(vit)
-    blocks, kept, capacity = [], tokens, cfg.capacity if cfg.router.name == "isoflop" else 1.0
+    blocks: list[int] = []
+    kept: int = tokens
+    capacity: float | None = 1.0
+    if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
+        capacity = cfg.capacity if cfg.budget is None and cfg.router.get("depth") is None else None
     if isinstance(model, RoutedViT) and model.blocks_routed:
         blocks, kept, capacity = list(model.blocks_routed), model.tokens_kept(tokens), model.capacity
     return {
         "router": cfg.router.name,
+        "budget": cfg.budget,
         "capacity": capacity,
         "capacity_granted": kept / tokens,
         "tokens": tokens,
@@ -219,6 +258,21 @@ def git(*arguments: str) -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@rank_zero_only
+def check_wandb() -> None:
+    """Logged in, asked for the key on a terminal, or offline; nothing is sent."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        return
+    try:
+        wandb.login(verify=False)
+    except (wandb.Error, ValueError) as error:
+        raise UserError(
+            f"logger=wandb: {one_line(error)}; run `wandb login`, or set WANDB_MODE=offline to log without an account"
+        ) from error
 
 
 def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
@@ -290,6 +344,10 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def shown(values: list[int]) -> str:
+    return ", ".join(map(str, values))
+
+
 @rank_zero_only
 def show(summary: dict[str, Any]) -> None:
     """The summary as a table."""
@@ -300,7 +358,7 @@ def show(summary: dict[str, Any]) -> None:
         elif isinstance(value, dict):
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
-            value = ", ".join(map(str, value))
+            value = shown(value)
         table.add_row(key, "" if value is None else str(value))
     Console().print(table)
 
