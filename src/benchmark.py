@@ -157,7 +157,7 @@ def job(cfg: DictConfig) -> None:
     finished = read(store)
     head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **machine}
     missing = throughput.no_compiler(device)
-    failed = []
+    failed: list[dict[str, Any]] = []
 
     def write() -> str:
         records = [finished[identity(cell)] for cell in cells if identity(cell) in finished]
