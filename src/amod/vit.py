@@ -103,8 +103,9 @@ class RoutedViT(nn.Module):
         r = router.multiplier(scores)
         if r is not None:
             after = weigh_update(before, after, take(r, indices))
-        if column_mean is not None:
-            attention = refine(_or_uniform(attention, scores), indices, column_mean)
+        if column_mean is not None:  # the next router reads attention, and so did this one: all are of one kind
+            assert attention is not None
+            attention = refine(attention, indices, column_mean)
         return put(x, indices, after), attention, RoutedLayer(i, scores.detach(), indices)
 
     def _run(self, i: int, block: nn.Module, x: Tensor):
@@ -153,11 +154,6 @@ class RoutedViT(nn.Module):
             return [(prefixed(p), order) for p, order in pattern]
 
         return {group: prefixed(pattern) for group, pattern in self.vit.group_matcher(coarse).items()}
-
-
-def _or_uniform(attention: Tensor | None, scores: Tensor) -> Tensor:
-    """Scores to refine when no earlier block left any (its router did not read attention): all alike."""
-    return torch.full_like(scores, 1 / scores.shape[1]) if attention is None else attention
 
 
 def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
