@@ -13,31 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from amod.analysis.style import COLOURS, MARKERS, NAMES
 from amod.analysis.throughput import PARTS, Quartiles, paired, quartiles
 
 Record = Mapping[str, Any]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = {
-    "dense": "#000000",
-    "isoflop": "#999999",
-    "linear": "#E69F00",
-    "attention": "#0072B2",
-    "attention_weighted": "#56B4E9",
-    "random": "#F0E442",
-    "tome": "#D55E00",
-}
-MARKERS = {"isoflop": "s", "linear": "D", "attention": "o", "attention_weighted": "v", "random": "P", "tome": "^"}
 PART_COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#999999"), strict=True))
-NAMES = {
-    "dense": "dense",
-    "isoflop": "isoFLOP",
-    "linear": "MoD",
-    "attention": "A-MoD",
-    "attention_weighted": "A-MoD weighted",
-    "random": "random",
-    "tome": "ToMe",
-}
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""Accuracy against the learning rate, a line per router (the paper's Fig. 23)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
+
+
+def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, caption: str) -> None:
+    """Mean accuracy over the seeds at each learning rate, with a bar from the worst seed to the best.
+
+    Args:
+        rows: one per run: ``router`` (a name of conf/router), ``lr``, ``seed``, and ``top1`` in percent, which is None
+            or not finite where the run failed. Failed runs are named at the foot of the picture, with their number
+            where it is not 1, and enter no mean.
+        caption: model, data, capacity and seeds; which accuracy it is.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    routers = sorted({row["router"] for row in rows}, key=lambda router: list(NAMES).index(_variant(router)))
+    rates = sorted({float(row["lr"]) for row in rows})
+    gap = min((b / a for a, b in itertools.pairwise(rates)), default=10.0)
+    any_failed = False
+    for place, router in enumerate(routers):
+        variant = _variant(router)
+        shift = gap ** (0.3 * ((place + 0.5) / len(routers) - 0.5))  # side by side, so that no bar hides another
+        points = []
+        for lr in rates:
+            found = [row["top1"] for row in rows if row["router"] == router and float(row["lr"]) == lr]
+            finished = [float(top1) for top1 in found if top1 is not None and math.isfinite(top1)]
+            if finished:
+                points.append((lr * shift, statistics.fmean(finished), min(finished), max(finished)))
+            if failed := len(found) - len(finished):
+                any_failed = True
+                text = f"× {NAMES[variant]}" + (f" ({failed})" if failed > 1 else "")
+                foot, height = axis.get_xaxis_transform(), 0.03 + 0.05 * place
+                axis.text(
+                    lr,
+                    height,
+                    text,
+                    color=COLOURS[variant],
+                    fontsize=8,
+                    fontweight="bold",
+                    ha="center",
+                    va="center",
+                    transform=foot,
+                )
+        axis.errorbar(
+            [lr for lr, *_ in points],
+            [mean for _, mean, *_ in points],
+            yerr=[[mean - low for _, mean, low, _ in points], [high - mean for _, mean, _, high in points]],
+            label=NAMES[variant],
+            color=COLOURS[variant],
+            linestyle=LINES[variant],
+            marker=MARKERS[variant],
+            capsize=3,
+            elinewidth=1,
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("top-1 accuracy (%)")
+    axis.set_title(title, fontsize=11)
+    axis.grid(alpha=0.3)
+    if any_failed:
+        axis.margins(x=0.1, y=0.05 * (len(routers) + 1))
+    figure.legend(loc="outside right upper", fontsize=9)
+    notes = "Mean over the seeds; bars from the worst seed to the best." + " ×: failed runs." * any_failed
+    figure.supxlabel(f"{caption}\n{notes}", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _variant(router: str) -> str:
+    return "dense" if router == "none" else router

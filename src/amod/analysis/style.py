@@ -1,0 +1,41 @@
+"""How every picture shows a variant: its name, and a colour, a marker and a line that tell it apart without colour."""
+
+from __future__ import annotations
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = {
+    "dense": "#000000",
+    "isoflop": "#999999",
+    "linear": "#E69F00",
+    "attention": "#0072B2",
+    "attention_weighted": "#56B4E9",
+    "random": "#CC79A7",
+    "tome": "#D55E00",
+}
+MARKERS = {
+    "dense": "X",
+    "isoflop": "s",
+    "linear": "D",
+    "attention": "o",
+    "attention_weighted": "v",
+    "random": "P",
+    "tome": "^",
+}
+LINES = {
+    "dense": (0, (1, 1)),
+    "isoflop": (0, (1, 3)),
+    "linear": "--",
+    "attention": "-",
+    "attention_weighted": "-.",
+    "random": (0, (5, 1, 1, 1, 1, 1)),
+    "tome": (0, (8, 3)),
+}
+NAMES = {
+    "dense": "dense",
+    "isoflop": "isoFLOP",
+    "linear": "MoD",
+    "attention": "A-MoD",
+    "attention_weighted": "A-MoD weighted",
+    "random": "random",
+    "tome": "ToMe",
+}
