@@ -477,7 +477,7 @@ def check_values(cfg: DictConfig) -> None:
     for key, rule in RULES.items():
         group, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, group) if group else cfg
-        if name in node and not rule.allows(node[name]):
+        if node is not None and name in node and not rule.allows(node[name]):
             raise UserError(f"{key}={_shown(node[name])}: must be {rule}")
 
 
