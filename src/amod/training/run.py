@@ -122,6 +122,7 @@ def train(cfg: DictConfig) -> None:
         plot_curves(recorder, folder / "curves.png")
         write_atomically(finished, (json.dumps(summary, indent=2) + "\n").encode())
         for logger in trainer.loggers:
+            logger.experiment.summary.update(summary)  # type: ignore[attr-defined]
             logger.experiment.finish()  # type: ignore[attr-defined]  # W&B's: the next job of a sweep starts a run of its own
     show(summary)
     say(f"run folder: {folder}")
@@ -275,6 +276,16 @@ def check_wandb() -> None:
         ) from error
 
 
+@rank_zero_only
+def wandb_id(folder: Path) -> str:
+    """The run's id at W&B: the one that a sweep's agent gives, else the folder's own. A resumed run finds it again."""
+    kept = folder / "wandb-id.txt"
+    given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    if given or not kept.exists():
+        write_atomically(kept, f"{given or uuid.uuid4().hex[:8]}\n".encode())
+    return kept.read_text().strip()
+
+
 def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     """What logger= asks for besides metrics.csv."""
     if cfg.logger.name == "csv":
@@ -282,13 +293,12 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    kept = folder / "wandb-id.txt"
-    if not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:8] + "\n")
+    if wandb.run is not None:  # a job before this one, in the same process, failed
+        wandb.finish(exit_code=1)
     logger = WandbLogger(
         project=cfg.logger.project,
         name=cfg.logger.run_name,
-        id=kept.read_text().strip(),
+        id=wandb_id(folder),
         resume="allow",
         save_dir=folder,
         config={"amod": OmegaConf.to_container(saved_config(cfg))},
