@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
     figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     routers = sorted({row["router"] for row in rows}, key=lambda router: list(NAMES).index(_variant(router)))
     rates = sorted({float(row["lr"]) for row in rows})
-    gap = min((b / a for a, b in itertools.pairwise(rates)), default=10.0)
+    gap = min([b / a for a, b in itertools.pairwise(rates)] + [10.0])
     any_failed = False
     for place, router in enumerate(routers):
         variant = _variant(router)
@@ -67,15 +68,17 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
             elinewidth=1,
         )
     axis.set_xscale("log")
+    margin = max(gap**0.5, (rates[-1] / rates[0]) ** 0.12)  # failed runs have no point that would make room for them
+    axis.set_xlim(rates[0] / margin, rates[-1] * margin)
     axis.set_xlabel("learning rate")
     axis.set_ylabel("top-1 accuracy (%)")
     axis.set_title(title, fontsize=11)
     axis.grid(alpha=0.3)
     if any_failed:
-        axis.margins(x=0.1, y=0.05 * (len(routers) + 1))
+        axis.margins(y=0.05 * (len(routers) + 1))
     figure.legend(loc="outside right upper", fontsize=9)
     notes = "Mean over the seeds; bars from the worst seed to the best." + " ×: failed runs." * any_failed
-    figure.supxlabel(f"{caption}\n{notes}", fontsize=8)
+    figure.supxlabel("\n".join([*textwrap.wrap(caption, 120), notes]), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
