@@ -1,0 +1,129 @@
+"""What src/reproduce.py does: the studies one after the other, each run and reported, or only listed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from amod.errors import UserError
+from amod.studies.plan import Run, runs_of
+from amod.studies.runner import command, execute, finished
+from amod.training.settings import CONF, check_train, choices, compose_config
+
+BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
+
+
+def check_reproduce(cfg: DictConfig) -> None:
+    """What can be known before anything is run: the settings, and those of every run."""
+    for key in ("study", "scale"):
+        if not isinstance(cfg.get(key), DictConfig):
+            raise UserError(f"{key}={cfg.get(key)}: must stay a group; choose one of {', '.join(choices(key))}")
+    if not (cfg.jobs is None or (isinstance(cfg.jobs, int) and cfg.jobs >= 1)):
+        raise UserError(f"jobs={cfg.jobs}: must be a whole number of at least 1, or null")
+    if not isinstance(cfg.dry, bool):
+        raise UserError(f"dry={cfg.dry}: must be true or false")
+    seeds = cfg.scale.seeds
+    if not OmegaConf.is_list(seeds) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise UserError(f"scale.seeds={seeds}: must be a list of whole numbers such as [0,1,2]")
+
+
+def reproduce(cfg: DictConfig) -> None:
+    GlobalHydra.instance().clear()  # composing the runs' configs needs a Hydra of its own
+    scale = _plain(cfg.scale)
+    root, results = Path(cfg.runs), Path(cfg.results)
+    studies = list(studies_of(_plain(cfg.study)))
+    plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
+    if cfg.dry:
+        for study in studies:
+            print(f"\n{study['title']} ({scale['name']} scale)")
+            if study["name"] in plans:
+                dry_run(plans[study["name"]], root, cfg.launcher)
+            else:
+                print("python src/benchmark.py " + " ".join(throughput(study, scale, results)))
+        return
+
+    runs = list({run.digest: run for plan in plans.values() for run in plan}.values())  # those they share once
+    for run in runs:
+        if not finished(run, root) and run.start is None:  # the others need its checkpoint to be checked
+            check_train(compose_config("train", run.arguments(root)))
+    failed: dict[str, str] = {}
+    try:
+        execute(runs, root, cfg.jobs or default_jobs(), cfg.launcher, failed)
+    finally:  # an interrupted study is reported as far as it got
+        from amod.studies.report import write_report
+
+        for study in studies:
+            if study["name"] in plans:
+                output = results / study["name"] / scale["name"]
+                report = write_report(study, scale, plans[study["name"]], root, failed, output)
+                print(f"{study['title']}: {report}", flush=True)
+    for study in studies:
+        if study["name"] not in plans:
+            line = throughput(study, scale, results)
+            if subprocess.run([sys.executable, str(BENCHMARK), *line], check=False).returncode:
+                failed[study["name"]] = "see above"
+    if failed:
+        raise UserError(
+            f"{len(failed)} runs failed, see the reports and {root}/*.log; the same command tries them again"
+        )
+
+
+def studies_of(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The study itself, or those that it lists."""
+    if "studies" not in study:
+        yield study
+    for name in study.get("studies", []):
+        yield _plain(OmegaConf.load(CONF / "study" / f"{name}.yaml"))
+
+
+def default_jobs() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else 2
+
+
+def dry_run(runs: list[Run], root: Path, launcher: str | None) -> None:
+    """Every command with what it costs: GFLOPs of one forward pass of one image, and epochs."""
+    import torch
+
+    from amod.flops import count_flops
+    from amod.training.weights import build, input_config
+
+    counted: dict[str, float] = {}
+    for run in runs:
+        cfg = compose_config("train", run.arguments(root))
+        cfg.model.pretrained, cfg.model.checkpoint = False, None
+        shape = f"{cfg.model} {cfg.router} {cfg.placement} {cfg.capacity} {cfg.budget} {cfg.data.num_classes}"
+        if shape not in counted:
+            with torch.device("meta"):
+                model = build(cfg, cfg.data.num_classes).model
+            counted[shape] = count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
+        state = "finished" if finished(run, root) else "to run"
+        print(f"# {counted[shape]:.4f} GFLOPs, {cfg.schedule.epochs} epochs, {state}")
+        print(" ".join(command(run, root, launcher)))
+    print(f"{len(runs)} runs", flush=True)
+
+
+def throughput(study: Mapping[str, Any], scale: Mapping[str, Any], results: Path) -> list[str]:
+    """The arguments of src/benchmark.py."""
+    fixed = [
+        "preset=quick",
+        "measures=[speed,parts]",
+        "variants=[isoflop,linear,attention]",
+        "rounds=9",
+        "min_rounds=5",
+    ]
+    here = study["at"][scale["name"]]["benchmark"]
+    return [*fixed, "modes=[forward]", "fill=0.2", *here, f"output={results / study['name'] / scale['name']}"]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}

@@ -1,0 +1,97 @@
+"""From a study (conf/study) and a scale (conf/scale) to the runs of src/train.py that it consists of.
+
+A run is what its settings say and nothing else: two studies that ask for the same settings share the run, its folder
+is named after them, and a changed recipe makes new folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from amod.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of src/train.py.
+
+    ``settings`` are its overrides without run_dir and model.checkpoint, ``start`` is the run whose weights it begins
+    with, and ``variant`` is the study's name for a change of the model itself.
+    """
+
+    stage: str
+    variant: str
+    settings: Mapping[str, str] = field(hash=False)
+    start: Run | None = None
+
+    @property
+    def digest(self) -> str:
+        """Hex digits of everything that makes the run what it is, the run that it starts from included."""
+        text = "\n".join(f"{key}={value}" for key, value in sorted(self.settings.items()))
+        return hashlib.blake2b(f"{text}\n{self.start and self.start.digest}".encode(), digest_size=4).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The run's folder: readable, and unique by its digest."""
+        parts = [self.stage, self.settings["data"], self.settings["model"]]
+        parts += [self.variant] if self.variant else []
+        parts += [self.settings["router"]]
+        parts += [self.settings["capacity"]] if "capacity" in self.settings else []
+        return "-".join([*parts, f"seed{self.settings['seed']}", self.digest])
+
+    def arguments(self, root: Path) -> list[str]:
+        """The arguments of src/train.py."""
+        given = [f"{key}={value}" for key, value in self.settings.items()]
+        start = [f"model.checkpoint={root / self.start.name}"] if self.start else []
+        return [*given, *start, f"run_dir={root / self.name}"]
+
+
+def runs_of(study: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
+    """The runs of a study at a scale, each after the run that it starts from, none twice; the last seed last."""
+    here = {**study, **study.get("at", {}).get(scale["name"], {})}
+    stage = scale["stages"][here["stage"]]
+    data = here.get("data") or (scale["transfer"] if here["stage"] == "transfer" else [scale["data"]])
+    variants = here.get("variants") or {"": []}
+    ordered: dict[str, Run] = {}
+
+    def add(stage: str, variant: str, settings: Iterable[str], start: Run | None) -> Run:
+        run = Run(stage, variant, _merged(settings), start)
+        return ordered.setdefault(run.digest, run)
+
+    for seed, model, (variant, changes) in product(
+        here.get("seeds") or scale["seeds"], here.get("models") or scale["models"], variants.items()
+    ):
+        common = [f"model={model}", f"seed={seed}", *changes]
+        start = None
+        if stage.get("start"):
+            first = scale["stages"][stage["start"]]["settings"]
+            start = add(stage["start"], variant, [f"data={scale['data']}", "router=none", *common, *first], None)
+        for name, axes in product(data, here.get("runs", [])):
+            for values in product(*axes.values()):
+                chosen = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+                recipe = [*stage["settings"], *here.get("settings", [])]
+                add(here["stage"], variant, [f"data={name}", *common, *recipe, *chosen], start)
+    return list(ordered.values())
+
+
+def _merged(settings: Iterable[str]) -> dict[str, str]:
+    """Later settings win; numbers are written one way, so that 5e-4 and 0.0005 are one run."""
+    merged: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = str(setting).partition("=")
+        if not equals:
+            raise UserError(f"{setting}: a setting of a study is written key=value")
+        merged[key] = _plain(value)
+    return merged
+
+
+def _plain(value: str) -> str:
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return value.lower() if value in ("True", "False") else value

@@ -1,0 +1,344 @@
+"""What a study found: results/STUDY/SCALE/{report.md, runs.csv, curves.csv, figure.png}, from the folders of its runs.
+
+Every figure is a mean over seeds with its 95 % interval (Student's t), and every claim is tested on differences of runs
+of the same seed. Runs that failed or were not run are listed, and a cell without runs stays empty.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amod.studies import paper
+from amod.studies.plan import Run
+from amod.studies.runner import finished, last_line
+
+NAMES = {
+    "none": "dense",
+    "isoflop": "isoFLOP",
+    "random": "random (control)",
+    "linear": "MoD",
+    "attention": "A-MoD",
+    "attention_weighted": "A-MoD, weighted",
+}
+METRICS = {
+    "test_top1": "test top-1 (%)",
+    "val_top1": "validation top-1 (%)",
+    "val_top1_untrained": "untrained top-1 (%)",
+    "epochs_to_peak": "epochs to within 1 % of the peak",
+}
+AXES = ("data", "model", "variant", "placement", "keep_prefix", "lr", "capacity", "router")
+COLUMNS = (
+    *("run", "status", "stage", *AXES, "seed", "gflops", "params", "depth", *METRICS),
+    *("best_epoch", "epochs", "seconds", "threads", "git_commit", "git_changed", "note"),
+)
+Row = dict[str, Any]
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple[list[Row], list[Row]]:
+    """(one row for each run, one row for each validation of each run)."""
+    rows, curves = [], []
+    for run in runs:
+        settings = run.settings
+        row: Row = dict.fromkeys(COLUMNS)
+        row |= {
+            "run": run.name,
+            "status": "finished" if finished(run, root) else "failed" if run.name in failed else "not run",
+            "stage": run.stage,
+            "data": settings["data"],
+            "model": settings["model"],
+            "variant": run.variant,
+            "placement": settings.get("placement", "alternate"),
+            "keep_prefix": settings.get("router.keep_prefix", "false"),
+            "lr": settings.get("schedule.lr"),
+            "capacity": float(settings.get("capacity", 1)),
+            "router": settings["router"],
+            "seed": int(settings["seed"]),
+            "note": failed.get(run.name),
+        }
+        if finished(run, root):
+            folder = root / run.name
+            summary = json.loads((folder / "summary.json").read_text())
+            environment = json.loads((folder / "environment.json").read_text())
+            row |= {key: value for key, value in (environment | summary).items() if key in COLUMNS and key not in AXES}
+            curve = curve_of(folder, summary["val_top1_untrained"])
+            row["epochs_to_peak"] = epochs_to_peak(curve)
+            curves += [{"run": run.name, "epoch": epoch, "val_top1": value} for epoch, value in curve]
+        elif row["status"] == "not run":
+            row["note"] = last_line(run, root) or None
+        rows.append(row)
+    return rows, curves
+
+
+def curve_of(folder: Path, untrained: float | None) -> list[tuple[int, float]]:
+    """(epochs trained, validation top-1 in percent), the untrained accuracy first where there is one."""
+    with open(folder / "metrics.csv", newline="") as file:
+        trained = [(int(row["epoch"]) + 1, float(row["val/top1"])) for row in csv.DictReader(file) if row["val/top1"]]
+    return trained if untrained is None else [(0, untrained), *trained]
+
+
+def epochs_to_peak(curve: Sequence[tuple[int, float]]) -> int | None:
+    """Epochs until the accuracy is first at least 0.99 of its highest (Sec. 4.3: "within 1 % of its peak")."""
+    peak = max((value for _, value in curve), default=None)
+    return None if peak is None else next(epoch for epoch, value in curve if value >= 0.99 * peak)
+
+
+def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(text.getvalue())
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half the width of its 95 % interval by Student's t; NaN for fewer than two values)."""
+    from scipy import stats
+
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def cells(rows: Sequence[Row], metric: str) -> dict[tuple[Any, ...], dict[int, float]]:
+    """Axes' values (in the order of AXES) -> {seed: value}, of the finished runs that have the metric."""
+    found: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        if row["status"] == "finished" and row[metric] is not None:
+            found.setdefault(tuple(row[axis] for axis in AXES), {})[row["seed"]] = row[metric]
+    return found
+
+
+def test_claim(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[str, Any]:
+    """A claim "higher is above lower, give or take the margin", cell by cell.
+
+    A cell is held when the 95 % interval of the differences, seed by seed, lies above -margin. Returns the verdict
+    ("held", "not held", "held in k of n cells", "not tested") and a line for each cell.
+    """
+    metric = claim.get("metric", metric)
+    axis, where = claim.get("axis", "router"), {key: str(value) for key, value in claim.get("where", {}).items()}
+    by_cell = cells(rows, metric)
+    margin = float(claim.get("margin", 0.0))
+    lines, held, tested = [], 0, 0
+    for key, values in by_cell.items():
+        labels = dict(zip(AXES, key, strict=True))
+        if labels[axis] != claim["higher"] or any(str(labels[name]) != value for name, value in where.items()):
+            continue
+        other = labels | {axis: claim["lower"]}
+        if claim["lower"] == "none":  # the dense model has one capacity and no placement
+            other |= {"capacity": 1.0, "placement": "alternate"}
+        below = by_cell.get(tuple(other[name] for name in AXES), {})
+        differences = [values[seed] - below[seed] for seed in sorted(values.keys() & below.keys())]
+        shown = describe({name: value for name, value in labels.items() if name != axis})
+        if len(differences) < 2:
+            lines.append(f"{shown}: {len(differences)} pairs of runs, not tested")
+            continue
+        mean, half = interval(differences)
+        tested += 1
+        held += mean - half > -margin
+        lines.append(f"{shown}: {mean:+.2f} ± {half:.2f} (n = {len(differences)})")
+    verdict = "not tested" if not tested else f"held in {held} of {tested} cells"
+    if tested and held in (0, tested):
+        verdict = "held" if held else "not held"
+    return {"text": claim["text"], "metric": metric, "margin": margin, "verdict": verdict, "lines": lines}
+
+
+def describe(labels: Mapping[str, Any]) -> str:
+    """The labels that are worth showing: what every run shares by default is left out."""
+    usual = {"placement": "alternate", "keep_prefix": "false", "variant": ""}
+    parts = [str(value) for key, value in labels.items() if key in ("data", "model")]
+    parts += [f"{value}" for key, value in labels.items() if key in ("placement", "variant") and value != usual[key]]
+    parts += ["class token kept"] if labels.get("keep_prefix", "false") != "false" else []
+    parts += [f"lr {labels['lr']}"] if labels.get("lr") is not None else []
+    parts += [f"C = {labels['capacity']:g}"] if "capacity" in labels else []
+    parts += [NAMES[labels["router"]]] if "router" in labels else []
+    return ", ".join(parts)
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    study: Mapping[str, Any], scale: Mapping[str, Any], runs: Sequence[Run], root: Path, failed: Mapping[str, str],
+    output: Path,
+) -> Path:  # fmt: skip
+    """Write report.md, runs.csv, curves.csv and figure.png of a study; returns report.md's path."""
+    rows, curves = rows_of(runs, root, failed)
+    ours = [row for row in rows if row["stage"] == study["stage"]]
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "runs.csv", rows, COLUMNS)
+    write_csv(output / "curves.csv", curves, ("run", "epoch", "val_top1"))
+    parts = [head(study, scale, rows), table(ours, study.get("metrics") or [study["metric"]])]
+    if any(row["status"] == "finished" for row in ours):
+        from amod.studies.figures import FIGURES
+
+        caption = f"{scale['data'] if study['stage'] != 'transfer' else ', '.join(scale['transfer'])}; {seeds_of(ours)}"
+        FIGURES[study.get("figure", "dots")](ours, curves, study, caption, output / "figure.png")
+        parts.append(f"![{study['title']}](figure.png)")
+    if study["claims"]:
+        parts.append(claims_section(study, scale, ours))
+    if study["name"] in paper.ACCURACY:
+        parts.append(beside_the_paper(study, ours))
+    parts.append(runs_section(rows))
+    report = output / "report.md"
+    report.write_text("\n\n".join(parts) + "\n")
+    return report
+
+
+def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    counted = {status: sum(row["status"] == status for row in rows) for status in ("finished", "failed", "not run")}
+    commits = sorted({str(row["git_commit"])[:7] for row in rows if row["git_commit"]})
+    stages = [study["stage"], *filter(None, [scale["stages"][study["stage"]].get("start")])]
+    recipes = "\n".join(f"- {stage}: `{' '.join(map(str, scale['stages'][stage]['settings']))}`" for stage in stages)
+    return (
+        f"# {study['title']} ({scale['name']} scale)\n\n"
+        f"`python src/reproduce.py study={study['name']} scale={scale['name']}`, commit {', '.join(commits) or '-'}; "
+        + ", ".join(f"{number} runs {status}" for status, number in counted.items() if number)
+        + f"; {seeds_of(rows)}.\n\nRecipes, over those of conf/schedule:\n\n{recipes}"
+    )
+
+
+def seeds_of(rows: Sequence[Row]) -> str:
+    seeds = sorted({row["seed"] for row in rows if row["status"] == "finished"})
+    return f"seeds {', '.join(map(str, seeds))}" if seeds else "no seed finished"
+
+
+def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """A line for each cell: mean ± half of the 95 % interval over seeds, and the seeds' own values for the last."""
+    keys = sorted({tuple(row[axis] for axis in AXES) for row in rows}, key=order)
+    shown = [
+        axis for axis in AXES if len({key[AXES.index(axis)] for key in keys}) > 1 or axis in ("capacity", "router")
+    ]
+    titles = {"capacity": "C", "router": "configuration", "keep_prefix": "class token kept", "lr": "learning rate"}
+    header = [
+        *(titles.get(axis, axis) for axis in shown),
+        "GFLOPs",
+        "runs",
+        *(METRICS[m] for m in metrics),
+        "each seed",
+    ]
+    by_metric = {metric: cells(rows, metric) for metric in metrics}
+    lines = [header, ["---"] * len(shown) + ["---:"] * (len(header) - len(shown))]
+    for key in keys:
+        labels = dict(zip(AXES, key, strict=True))
+        of_cell = [row for row in rows if tuple(row[axis] for axis in AXES) == key]
+        compute = next((f"{row['gflops']:.4f}" for row in of_cell if row["gflops"]), "")
+        last = by_metric[metrics[-1]].get(key, {})
+        lines.append(
+            [
+                *(cell_text(axis, labels[axis]) for axis in shown),
+                compute,
+                f"{sum(row['status'] == 'finished' for row in of_cell)}/{len(of_cell)}",
+                *(mean_text(by_metric[metric].get(key, {}).values()) for metric in metrics),
+                " ".join(f"{last[seed]:g}" for seed in sorted(last)),
+            ]
+        )
+    note = "Mean ± half of the 95 % interval over seeds (Student's t); with one seed the value alone."
+    return f"{note}\n\n{markdown(lines)}"
+
+
+def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    labels = dict(zip(AXES, key, strict=True))
+    values = [float(v or 0) if axis == "lr" else v for axis, v in labels.items() if axis not in ("router", "capacity")]
+    return (*values, labels["capacity"], list(NAMES).index(labels["router"]))
+
+
+def cell_text(axis: str, value: Any) -> str:
+    if axis == "router":
+        return NAMES[value]
+    return f"{value:g}" if isinstance(value, float) else str(value or "-")
+
+
+def mean_text(values: Iterable[float]) -> str:
+    values = list(values)
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
+
+
+def claims_section(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    tested = [test_claim(claim, rows, study["metric"]) for claim in study["claims"]]
+    lines = [["claim", "on", "verdict here", "difference by cell"], ["---"] * 4]
+    for claim in tested:
+        by_cell = "<br>".join(claim["lines"]) or "no runs"
+        lines.append([claim["text"], METRICS[claim["metric"]], f"**{claim['verdict']}**", by_cell])
+    return (
+        "## Claims\n\nA cell is held when the 95 % interval of the differences between runs of the same seed "
+        "(Student's t) lies above zero, or above minus the margin that the claim names. Held and not held are about "
+        f"the {scale['name']} scale alone; not held says that it was not shown, not that the opposite is true.\n\n"
+        + markdown(lines)
+    )
+
+
+def beside_the_paper(study: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The paper's cells: its compute beside ours, digit by digit, and its accuracy beside ours where we ran it."""
+    lines = [["data", "model", "configuration", "C", "GFLOPs, paper", "GFLOPs, computed", "paper (%)", "ours (%)"]]
+    lines.append(["---"] * 3 + ["---:"] * 5)
+    mine: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row["status"] == "finished" and row[study["metric"]] is not None:
+            key = (row["data"], row["model"], row["router"], row["capacity"])
+            mine.setdefault(key, []).append(row[study["metric"]])
+    wanted = {(row["router"], row["capacity"]) for row in rows}
+    for data, printed in paper.ACCURACY[study["name"]].items():
+        for (model, router, capacity), accuracy in printed.items():
+            if (router, capacity) not in wanted:
+                continue
+            theirs = paper.GFLOPS.get((model, router, capacity), "") if study["name"] != "table7" else ""
+            values = mine.get((data, model, router, capacity), [])
+            lines.append(
+                [
+                    *(data, model, NAMES[router], f"{capacity:g}", theirs),
+                    computed_gflops(model, router, capacity, theirs) if theirs else "",
+                    f"{accuracy:g}",
+                    mean_text(values) if values else "not run",
+                ]
+            )
+    return "## The paper's figures\n\n" + markdown(lines)
+
+
+def computed_gflops(model: str, router: str, capacity: float, printed: str) -> str:
+    """Our count for one of the paper's models with 1000 classes, with as many digits as `printed`."""
+    import timm
+    import torch
+
+    import amod
+
+    name = paper.ARCHITECTURES[model]
+    with torch.device("meta"):
+        vit = timm.create_model(name)
+    assert isinstance(vit, timm.models.VisionTransformer)
+    if router == "isoflop":
+        vit = amod.truncate(vit, amod.PAPER_DEPTHS[name][capacity])
+    elif router != "none":
+        vit = amod.convert(vit, router, capacity)
+    return f"{amod.count_flops(vit) / 1e9:.{len(printed.partition('.')[2])}f}"
+
+
+def runs_section(rows: Sequence[Row]) -> str:
+    bad = [row for row in rows if row["status"] != "finished"]
+    if not bad:
+        return "All runs are finished: [runs.csv](runs.csv), a line for each, and their [curves.csv](curves.csv)."
+    lines = [["run", "status", "note"], ["---"] * 3, *([r["run"], r["status"], r["note"] or ""] for r in bad)]
+    return f"## Runs that did not finish\n\nThe others are in [runs.csv](runs.csv).\n\n{markdown(lines)}"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+Draw = Callable[[Sequence[Row], Sequence[Row], Mapping[str, Any], str, Path], None]

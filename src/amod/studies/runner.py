@@ -1,0 +1,127 @@
+"""Runs of a study, each its own process, several at a time; finished ones are found and not repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from amod.studies.plan import Run
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+
+
+@dataclass
+class Job:
+    run: Run
+    process: subprocess.Popen[bytes]
+    since: float
+
+
+def command(run: Run, root: Path, launcher: str | None) -> list[str]:
+    """The command line of a run, to be typed at the top of the repository."""
+    hydra = ["-m", f"hydra/launcher={launcher}"] if launcher else []
+    return ["python", "src/train.py", *hydra, *run.arguments(root)]
+
+
+def finished(run: Run, root: Path) -> bool:
+    return (root / run.name / "summary.json").exists()
+
+
+def log_of(run: Run, root: Path) -> Path:
+    return root / f"{run.name}.log"
+
+
+def last_line(run: Run, root: Path) -> str:
+    """The last line that a run printed: of a failed one, what went wrong."""
+    log = log_of(run, root)
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1].strip() if lines else ""
+
+
+def execute(runs: Sequence[Run], root: Path, jobs: int, launcher: str | None, failed: dict[str, str]) -> None:
+    """Run what is not finished, `jobs` at a time; what fails is put into `failed`: {run's name: its last line}.
+
+    A run whose start failed is not run. An interrupt or SIGTERM stops the running ones, which leave a checkpoint if
+    they can; the same command goes on.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    waiting = [run for run in runs if not finished(run, root)]
+    done, total = len(runs) - len(waiting), len(runs)
+    running: list[Job] = []
+    seconds: dict[str, list[float]] = {}  # of the runs of a stage, by what their summaries say
+    for run in runs:
+        if finished(run, root):
+            spent = json.loads((root / run.name / "summary.json").read_text())["seconds"]
+            seconds.setdefault(run.stage, []).append(spent)
+
+    def say(event: str) -> None:
+        left = total - done - len(failed) - len(running)
+        print(
+            f"[{time.strftime('%H:%M:%S')}] {done} done, {len(running)} running, {left} left, {len(failed)} failed"
+            f"{_expected(waiting, running, seconds, jobs)}: {event}",
+            flush=True,
+        )
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        while waiting or running:
+            for run in [run for run in waiting if run.start and run.start.name in failed]:
+                waiting.remove(run)
+                failed[run.name] = f"not run: {run.start.name} failed"  # type: ignore[union-attr]
+                say(f"{run.name} cannot start")
+            ready = [run for run in waiting if run.start is None or finished(run.start, root)]
+            for run in ready[: max(0, jobs - len(running))]:
+                waiting.remove(run)
+                running.append(_start(run, root, jobs, launcher))
+                say(f"started {run.name}")
+            ended = [job for job in running if job.process.poll() is not None]
+            for job in ended:
+                running.remove(job)
+                if finished(job.run, root):
+                    done += 1
+                    seconds.setdefault(job.run.stage, []).append(time.monotonic() - job.since)
+                    say(f"finished {job.run.name}")
+                else:
+                    failed[job.run.name] = last_line(job.run, root) or f"exit status {job.process.returncode}"
+                    say(f"FAILED {job.run.name}: {failed[job.run.name]}")
+            if running and not ended:
+                time.sleep(0.2)
+    finally:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            try:
+                job.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                job.process.kill()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start(run: Run, root: Path, jobs: int, launcher: str | None) -> Job:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if jobs > 1 else dict(os.environ)
+    line = [sys.executable, str(TRAIN), *command(run, root, launcher)[2:]]
+    with open(log_of(run, root), "ab") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return Job(run, process, time.monotonic())
+
+
+def _expected(waiting: list[Run], running: list[Job], seconds: dict[str, list[float]], jobs: int) -> str:
+    """When it will be over, by the mean time of a stage's runs so far; nothing while one stage is unknown."""
+    if not {run.stage for run in [*waiting, *(job.run for job in running)]} <= seconds.keys():
+        return ""
+    mean = {stage: sum(spent) / len(spent) for stage, spent in seconds.items()}
+    now = time.monotonic()
+    left = sum(mean[run.stage] for run in waiting)
+    left += sum(max(0.0, mean[job.run.stage] - (now - job.since)) for job in running)
+    return f", expected end {time.strftime('%H:%M', time.localtime(time.time() + left / jobs))}"
