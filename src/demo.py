@@ -85,9 +85,10 @@ def draw(cfg, model, data) -> None:
     names = [f"{labels[i]}, read as {int(row.argmax())}" for i, row in zip(chosen, logits, strict=True)]
     title = (
         f"Patches kept by A-MoD at a capacity of {cfg.capacity:.1%}: {model.tokens_kept(50)} of 50 tokens a block\n"
-        f"{cfg.model.label}, handwritten digits, seed {cfg.seed}; skipped patches dimmed, ● class token kept"
+        f"{cfg.model.label}, handwritten digits, seed {cfg.seed}"
     )
-    draw_kept_patches(images * std + mean, routing, model.vit.patch_embed.grid_size, FOLDER / "kept.png", title, names)
+    grid = model.vit.patch_embed.grid_size
+    draw_kept_patches(images * std + mean, {"A-MoD": routing}, grid, FOLDER / "kept.png", title, names)
 
 
 if __name__ == "__main__":

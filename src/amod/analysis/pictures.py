@@ -1,62 +1,328 @@
-"""Pictures of what routing does."""
+"""Pictures of what routing does.
+
+Every picture is a grid of panels: the images downwards (for each of them one row per model), routed blocks or heads
+to the right. Patches lie where they are in the image. Tokens without a patch (class, distillation, register) are
+squares under the panel, in the order in which they enter the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from amod.analysis.routing_statistics import METHODS, Correlation, kept_mask
+from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
 from amod.routing import Routing
 
-
-def kept_mask(indices: Tensor, tokens: int) -> Tensor:
-    """Kept positions (B, K) -> which tokens were kept, (B, N) bool."""
-    mask = torch.zeros(len(indices), tokens, dtype=torch.bool, device=indices.device)
-    return mask.scatter_(1, indices, True)
+VEIL = (0.25, 0.33, 0.45)
+"""Skipped patches fade towards this grey blue, so that kept black ones still stand out."""
+SQUARES = "Squares below: tokens without a patch"
 
 
 def draw_kept_patches(
-    images: Tensor, routing: Routing, grid: tuple[int, int], path: Path, title: str, names: Sequence[str] = ()
+    images: Tensor,
+    routings: Mapping[str, Routing],
+    grid: tuple[int, int],
+    path: Path,
+    title: str,
+    names: Sequence[str] = (),
+    caption: str = "",
 ) -> None:
-    """One row per image: the image, then what each routed block kept, with the rest dimmed (the paper's Fig. 6).
-
-    A dot beside the block's name says that the class token (the first token without a patch) was kept as well.
+    """The image, then what each routed block kept, with the rest dimmed; one model above the other (Fig. 6, 24).
 
     Args:
         images: (B, 3, H, W) in [0, 1], as they should be shown.
-        routing: of the same batch.
+        routings: by the model's name, of the same batch.
         grid: patches in a column and in a row; tokens beyond their product are the prefix tokens.
         names: a label per image.
     """
+    shown = _as_shown(images)
+
+    def panel(axis: Any, row: int, scores: Tensor, indices: Tensor) -> None:
+        mask = kept_mask(indices.unsqueeze(0), len(scores))[0]
+        prefix = len(mask) - grid[0] * grid[1]
+        light = _patches(mask.float(), grid, shown.shape[1:3])[:, :, None]
+        axis.imshow(shown[row] * light + (0.2 * shown[row] + 0.8 * np.array(VEIL)) * (1 - light))
+        _squares(axis, ["white" if kept else VEIL for kept in mask[:prefix]])
+
+    foot = f"Skipped patches are dimmed. {SQUARES}, white if kept."
+    _draw_blocks(shown, routings, panel, path, title, names, _lines(caption, foot))
+
+
+def draw_scores(
+    images: Tensor,
+    routings: Mapping[str, Routing],
+    grid: tuple[int, int],
+    path: Path,
+    title: str,
+    names: Sequence[str] = (),
+    caption: str = "",
+) -> None:
+    """The score of every token as heat, for each routed block and model (Fig. 26). Arguments as above."""
+    shown = _as_shown(images)
+
+    def panel(axis: Any, row: int, scores: Tensor, indices: Tensor) -> None:
+        _heat(axis, scores, grid, shown.shape[1:3])
+        axis.set_title(f"{axis.get_title()}: {_span(scores)}", fontsize=6)
+
+    foot = f"Bright: high score; each panel has its own scale, from the first to the second number. {SQUARES}."
+    _draw_blocks(shown, routings, panel, path, title, names, _lines(caption, foot))
+
+
+def draw_heads(
+    images: Tensor,
+    heads: Mapping[str, tuple[int, Tensor]],
+    grid: tuple[int, int],
+    path: Path,
+    title: str,
+    names: Sequence[str] = (),
+    caption: str = "",
+) -> None:
+    """What each head of the last dense block looks at (Fig. 7, 25).
+
+    Args:
+        heads: by the model's name, the block and the column mean of each head's map, (B, H, N).
+    """
+    shown = _as_shown(images)
+    rows = [(image, model) for image in range(len(images)) for model in heads]
+    figure, axes = _figure(len(rows), 1 + max(scores.shape[1] for _, scores in heads.values()), shown, title)
+    for row, (image, model) in enumerate(rows):
+        block, scores = heads[model]
+        _first_panel(axes[row, 0], shown[image], names[image] if names else "image", f"{model}, block {block}")
+        for head, score in enumerate(scores[image].cpu()):
+            axis = axes[row, 1 + head]
+            _heat(axis, score, grid, shown.shape[1:3])
+            axis.set_title(f"head {head}: {_span(score)}", fontsize=6)
+    foot = (
+        "Share of the attention that each token receives, as a mean over all tokens that look; each panel has its own "
+        f"scale, from the first to the second number. {SQUARES}."
+    )
+    _save(figure, axes, path, _lines(caption, foot))
+
+
+def draw_importance(
+    images: Tensor,
+    importance: Mapping[int, Tensor],
+    removed: Tensor,
+    prefix: int,
+    grid: tuple[int, int],
+    path: Path,
+    title: str,
+    names: Sequence[str] = (),
+    caption: str = "",
+) -> None:
+    """How the loss changes when a patch is removed before each block: dark orange up, dark purple down.
+
+    Args:
+        importance: by block, (B, M), of the positions ``removed`` (B, M).
+    """
+    shown = _as_shown(images)
+    figure, axes = _figure(len(images), 1 + len(importance), shown, title)
+    for image in range(len(images)):
+        _first_panel(axes[image, 0], shown[image], names[image] if names else "image", "")
+        for column, (block, values) in enumerate(importance.items(), start=1):
+            axis, value = axes[image, column], values[image].cpu()
+            field = torch.full((grid[0] * grid[1],), torch.nan)
+            field[removed[image].cpu() - prefix] = value
+            most = max(float(value.abs().max()), 1e-12)
+            axis.imshow(_patches(field, grid, shown.shape[1:3]), cmap="PuOr_r", vmin=-most, vmax=most)
+            axis.set_facecolor("0.7")
+            axis.set_title(f"block {block}: ±{most:.2g}", fontsize=6)
+    foot = (
+        "Change of the dense model's cross-entropy (nats) without the patch: orange higher, the patch mattered; purple "
+        "lower; grey: not measured. Each panel has its own scale, the number above it."
+    )
+    _save(figure, axes, path, _lines(caption, foot))
+
+
+def draw_kept_often(
+    routings: Mapping[str, Routing], grid: tuple[int, int], path: Path, title: str, caption: str = ""
+) -> None:
+    """How often each place is kept, over all images: a router that does not look at the image keeps the same places."""
+    blocks = _blocks(routings)
+    figure, axes = _figure(len(routings), len(blocks), np.zeros((1, *grid, 3)), title)
+    mesh = None
+    for row, (model, routing) in enumerate(routings.items()):
+        for layer in routing:
+            axis = axes[row, blocks.index(layer.layer)]
+            often = kept_mask(layer.indices, layer.scores.shape[1]).float().mean(dim=0)
+            prefix = len(often) - grid[0] * grid[1]
+            mesh = axis.imshow(often[prefix:].view(grid), cmap="cividis", vmin=0, vmax=1)
+            _squares(axis, [mesh.cmap(float(value)) for value in often[:prefix]])
+            axis.set_title(f"block {layer.layer}", fontsize=7)
+        axes[row, 0].set_ylabel(model, fontsize=8)
+    figure.colorbar(mesh, ax=axes, label="share of the images", shrink=0.8)
+    _save(figure, axes, path, _lines(caption, f"{SQUARES}."))
+
+
+def draw_correlation(
+    table: Sequence[Correlation], path: Path, title: str, caption: str, labels: Mapping[str, str]
+) -> None:
+    """Correlation with importance by block, a line per source of scores, bars for the 95 % intervals.
+
+    Args:
+        labels: the sources to draw, and their names.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(METHODS), figsize=(10, 3.8), sharey=True, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for axis, method in zip(axes, METHODS, strict=True):
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        for place, (source, label) in enumerate(labels.items()):
+            rows = [row for row in table if row.method == method and row.router == source]
+            low = [row.value.mean - row.value.low for row in rows]
+            high = [row.value.high - row.value.mean for row in rows]
+            # side by side, so that no bar hides another
+            shift = 0.5 * ((place + 0.5) / len(labels) - 0.5)
+            colour, marker, line, fill = _line_style(source)
+            axis.errorbar(
+                [row.block + shift for row in rows],
+                [row.value.mean for row in rows],
+                yerr=np.nan_to_num([low, high]),
+                label=label,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                fillstyle=fill,
+                capsize=2,
+                elinewidth=1,
+                markersize=5,
+            )
+        axis.set_title(method, fontsize=9)
+        axis.set_xlabel("routed block")
+        axis.set_xticks(sorted({row.block for row in table}))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("correlation of score and importance")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    _save(figure, axes, path, caption)
+
+
+def _line_style(source: str) -> tuple[Any, Any, Any, Any]:
+    if source in NAMES:
+        return COLOURS[source], MARKERS[source], LINES[source], "full"
+    if source == "dense maps":
+        return COLOURS["attention"], MARKERS["attention"], ":", "none"
+    return COLOURS["isoflop"], MARKERS["isoflop"], LINES["isoflop"], "none"
+
+
+# --- panels -------------------------------------------------------------------------------------------------------
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    rows, columns = len(images), 1 + len(routing)
-    shape = (1.1 * columns, 1.25 * rows + 0.8)
-    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    return pyplot
+
+
+def _as_shown(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) -> (B, H, W, 3) in [0, 1]."""
+    return images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _blocks(routings: Mapping[str, Routing]) -> list[int]:
+    return sorted({layer.layer for routing in routings.values() for layer in routing})
+
+
+def _lines(*parts: str) -> str:
+    return "\n".join(part for part in parts if part)
+
+
+def _span(scores: Tensor) -> str:
+    return f"{float(scores.min()):.2g} to {float(scores.max()):.2g}"
+
+
+def _patches(values: Tensor, grid: tuple[int, int], size: Sequence[int]) -> np.ndarray:
+    """The values of the patches, the last of ``values``, as pixels (H, W)."""
+    field = values[len(values) - grid[0] * grid[1] :].view(1, 1, *grid).float().cpu()
+    return torch.nn.functional.interpolate(field, size=tuple(size), mode="nearest")[0, 0].numpy()
+
+
+def _heat(axis: Any, scores: Tensor, grid: tuple[int, int], size: Sequence[int]) -> None:
+    low, high = float(scores.min()), float(scores.max())
+    mesh = axis.imshow(_patches(scores, grid, size), cmap="cividis", vmin=low, vmax=max(high, low + 1e-12))
+    _squares(axis, [mesh.cmap(mesh.norm(float(score))) for score in scores[: len(scores) - grid[0] * grid[1]]])
+
+
+def _squares(axis: Any, colours: Sequence[Any]) -> None:
+    """A square under the panel for each token without a patch."""
+    from matplotlib.patches import Rectangle
+
+    for place, colour in enumerate(colours):
+        axis.add_patch(
+            Rectangle(
+                (0.11 * place, -0.13),
+                0.09,
+                0.09,
+                transform=axis.transAxes,
+                facecolor=colour,
+                edgecolor="black",
+                linewidth=0.5,
+                clip_on=False,
+            )
+        )
+    if colours:
+        axis.set_xlabel(" ", fontsize=5)  # room for them
+
+
+def _figure(rows: int, columns: int, shown: np.ndarray, title: str) -> tuple[Any, Any]:
+    height, width = shown.shape[1:3]
+    wide = 1.25 * min(2.0, max(1.0, width / height))
+    tall = wide * height / width + 0.3
+    figure, axes = _pyplot().subplots(
+        rows, columns, figsize=(wide * columns + 0.3, tall * rows + 1.0), squeeze=False, layout="constrained"
+    )
     figure.suptitle(title, fontsize=9)
-    shown = images.clamp(0, 1).permute(0, 2, 3, 1).cpu()
-    for row in range(rows):
-        axes[row, 0].imshow(shown[row], interpolation="nearest")
-        axes[row, 0].set_title(names[row] if names else "image", fontsize=7)
-        for column, layer in enumerate(routing, start=1):
-            tokens = layer.scores.shape[1]
-            mask = kept_mask(layer.indices.cpu(), tokens)[row]
-            prefix = tokens - grid[0] * grid[1]
-            patches = mask[prefix:].view(1, 1, *grid).float()
-            light = torch.nn.functional.interpolate(patches, size=shown.shape[1:3], mode="nearest")[0, 0, :, :, None]
-            # skipped patches fade towards a grey blue, so that kept black ones still stand out
-            veil = torch.tensor([0.25, 0.33, 0.45])
-            axes[row, column].imshow(shown[row] * light + (0.2 * shown[row] + 0.8 * veil) * (1 - light))
-            class_token = " ●" if prefix and mask[0] else ""
-            axes[row, column].set_title(f"block {layer.layer}{class_token}", fontsize=7)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
+    return figure, axes
+
+
+def _first_panel(axis: Any, image: np.ndarray, name: str, model: str) -> None:
+    axis.imshow(image, interpolation="nearest")
+    axis.set_title(name, fontsize=7)
+    axis.set_ylabel(model, fontsize=8)
+
+
+def _draw_blocks(
+    shown: np.ndarray,
+    routings: Mapping[str, Routing],
+    panel: Any,
+    path: Path,
+    title: str,
+    names: Sequence[str],
+    caption: str,
+) -> None:
+    """A row per image and model, a column per routed block of any of the models."""
+    blocks = _blocks(routings)
+    rows = [(image, model) for image in range(len(shown)) for model in routings]
+    figure, axes = _figure(len(rows), 1 + len(blocks), shown, title)
+    for row, (image, model) in enumerate(rows):
+        _first_panel(axes[row, 0], shown[image], names[image] if names else "image", model)
+        for layer in routings[model]:
+            axis = axes[row, 1 + blocks.index(layer.layer)]
+            axis.set_title(f"block {layer.layer}", fontsize=7)
+            panel(axis, image, layer.scores[image].cpu(), layer.indices[image].cpu())
+    _save(figure, axes, path, caption)
+
+
+def _save(figure: Any, axes: Any, path: Path, caption: str) -> None:
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.set_axis_off()
+    if caption:
+        width = int(figure.get_figwidth() * 17)  # characters of this size that fit
+        wrapped = "\n".join(textwrap.fill(line, width) for line in caption.splitlines())
+        figure.supxlabel(wrapped, fontsize=7, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _pyplot().close(figure)

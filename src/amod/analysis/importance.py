@@ -1,0 +1,120 @@
+"""How much each token matters to the dense model, and what its attention says of each (the paper's Sec. 4.4).
+
+The importance of token j at block l is the change of the dense model's cross-entropy loss when token j is removed from
+the input of block l:
+
+    importance(l, j) = loss(blocks l..L of the other N - 1 tokens) - loss(blocks l..L of all N tokens).
+
+Blocks 0..l-1 are computed with all tokens, block l and all later ones, the pooling and the head without token j.
+Positive: the model does worse without the token. The paper says "change in the loss" and no more; the sign is ours.
+
+Only patches are removed. Class, distillation and register tokens stay: without its class token a model that reads its
+answer there has none to give, and its importance would be that of the answer, not of a part of the image.
+
+Axes: B images, N tokens, M removed tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from amod.errors import UserError
+from amod.vit import check_scorable, run_block
+
+CHUNK_ELEMENTS = 1 << 20
+"""Shortened sequences run together up to so many values of their tokens (4 MiB; with the MLP's and attention's
+temporaries about ten times that), and at least one."""
+
+
+class DenseWalk(NamedTuple):
+    """What a dense model leaves behind: ``inputs[l]`` (B, N, D) of block l, ``scores[l]`` (B, N) that A-MoD would route
+    block l by (Eq. 4: the column mean of block l-1's attention map, float32), and ``logits`` (B, classes).
+    """
+
+    inputs: dict[int, Tensor]
+    scores: dict[int, Tensor]
+    logits: Tensor
+
+
+@torch.no_grad()
+def dense_walk(vit: VisionTransformer, images: Tensor, blocks: Iterable[int]) -> DenseWalk:
+    """One dense forward pass of images (B, 3, H, W), kept at the given 0-based blocks.
+
+    Block 0 has no score, nor has a block behind one whose attention map cannot be read.
+    """
+    blocks = set(blocks)
+    inputs, scores = {}, {}
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    for i, block in enumerate(vit.blocks):
+        if i in blocks:
+            inputs[i] = x
+        x, column_mean = run_block(block, x, i + 1 in blocks and is_scorable(block))
+        if column_mean is not None:
+            scores[i + 1] = column_mean
+    return DenseWalk(inputs, scores, vit.forward_head(vit.norm(x)))
+
+
+def is_scorable(block: Any) -> bool:
+    try:
+        check_scorable(block, 0)
+    except UserError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def leave_one_out(
+    vit: VisionTransformer,
+    x: Tensor,
+    labels: Tensor,
+    block: int,
+    removed: Tensor,
+    done: Callable[[int], object] = lambda blocks: None,
+) -> Tensor:
+    """The importance (B, M) of the tokens ``removed`` at ``block``; see the module's text.
+
+    All B * M shortened sequences are independent rows: they run in chunks of :data:`CHUNK_ELEMENTS`.
+
+    Args:
+        vit: the dense model, in evaluation mode.
+        x: (B, N, D), the tokens that enter the block.
+        labels: (B,), the classes whose loss is meant.
+        removed: (B, M) int64, positions in 0..N-1, each removed alone.
+        done: called after each chunk with the number of blocks it ran, each sequence counted.
+    """
+    b, n, d = x.shape
+    others = torch.arange(n - 1, device=x.device)
+    rows = torch.arange(b, device=x.device).repeat_interleave(removed.shape[1])
+    chunk = max(1, CHUNK_ELEMENTS // (n * d))
+    losses = []
+    for row, token in zip(rows.split(chunk), removed.flatten().split(chunk), strict=True):
+        kept = others + (others >= token.unsqueeze(1))  # 0..N-1 without the token: (chunk, N-1)
+        losses.append(_loss(vit, x[row.unsqueeze(1), kept], labels[row], block))
+        done(len(row) * (len(vit.blocks) - block))
+    return torch.cat(losses).view(removed.shape) - _loss(vit, x, labels, block).unsqueeze(1)
+
+
+def _loss(vit: VisionTransformer, x: Tensor, labels: Tensor, block: int) -> Tensor:
+    """Cross-entropy (B,) of the blocks from ``block`` on."""
+    for later in vit.blocks[block:]:
+        x = later(x)
+    return F.cross_entropy(vit.forward_head(vit.norm(x)).float(), labels, reduction="none")
+
+
+def patches_to_remove(images: int, tokens: int, prefix: int, limit: int | None, generator: torch.Generator) -> Tensor:
+    """Positions (B, M), ascending: all patches of each image, or ``limit`` of them drawn without replacement."""
+    patches = tokens - prefix
+    count = patches if limit is None else min(limit, patches)
+    drawn = torch.rand(images, patches, generator=generator).argsort(dim=1)[:, :count]
+    return prefix + drawn.sort(dim=1).values
+
+
+def cost(depth: int, blocks: Iterable[int], images: int, removed: int) -> int:
+    """Blocks that leave-one-out runs, each sequence counted: L - l of them for a token removed at block l of L."""
+    return images * removed * sum(depth - block for block in blocks)

@@ -1,0 +1,165 @@
+"""What routed models and the dense model they come from do with the same images: the numbers behind every picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from amod.analysis.importance import dense_walk, is_scorable, leave_one_out, patches_to_remove
+from amod.analysis.routing_statistics import METHODS, Correlation, correlate, correlation, patch_contrast
+from amod.errors import UserError
+from amod.routing import RoutedLayer, Routing, take
+from amod.vit import RoutedViT
+
+BATCH = 16
+DENSE_MAPS, CONTRAST = "dense maps", "contrast"
+
+
+@dataclass
+class Measured:
+    """One run's (seed's) measurements over B images; blocks are those that any of the models routes.
+
+    ``routing`` by router: what each model decided. ``scores[source][block]`` (B, N): ``dense maps`` is Eq. 4 on the
+    dense model's map of the block before; a router's own name is what it gave in its model; ``random`` is uniform;
+    ``contrast`` is the spread of the patch's pixels (zero for prefix tokens). ``importance[block]`` (B, M) belongs to
+    the positions ``removed`` (B, M). ``predicted`` (B,) are the dense model's classes.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    routing: dict[str, Routing]
+    scores: dict[str, dict[int, Tensor]]
+    removed: Tensor
+    importance: dict[int, Tensor]
+    predicted: Tensor
+
+
+def grid_of(vit: VisionTransformer, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches that the model makes of images (B, 3, H, W)."""
+    height, width = images.shape[-2:]
+    return vit.patch_embed.dynamic_feat_size((height, width))
+
+
+def blocks_of(models: Mapping[str, RoutedViT]) -> list[int]:
+    """The blocks that any of the models routes."""
+    return sorted({block for model in models.values() for block in model.blocks_routed})
+
+
+@torch.no_grad()
+def measure(
+    dense: VisionTransformer,
+    models: Mapping[str, RoutedViT],
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    done: Callable[[int], object] = lambda blocks: None,
+) -> Measured:
+    """Route, score and remove the tokens of images (B, 3, H, W), in batches, on the models' device.
+
+    Args:
+        dense: where importance is measured.
+        models: by router name; in evaluation mode like ``dense``.
+        labels: (B,); None: importance is about the class that the dense model predicts.
+        tokens: remove at most so many patches of each image, drawn by ``seed``; None: each in turn.
+        done: as in :func:`~amod.analysis.importance.leave_one_out`, which takes nearly all of the time.
+    """
+    device = next(dense.parameters()).device
+    blocks = blocks_of(models)
+    grid, prefix = grid_of(dense, images), dense.num_prefix_tokens
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # a random router draws from torch's own
+    parts: list[Measured] = []
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH].to(device)
+        walk = dense_walk(dense, batch, blocks)
+        predicted = walk.logits.argmax(dim=1)
+        wanted = predicted if labels is None else labels[start : start + BATCH].to(device)
+        b, n = walk.inputs[blocks[0]].shape[:2]
+        removed = patches_to_remove(b, n, prefix, tokens, generator).to(device)
+        routing = {router: model(batch, return_routing=True)[1] for router, model in models.items()}
+        contrast = torch.nn.functional.pad(patch_contrast(batch, grid), (prefix, 0))
+        scores = {
+            DENSE_MAPS: walk.scores,
+            **{router: {layer.layer: layer.scores for layer in layers} for router, layers in routing.items()},
+            CONTRAST: dict.fromkeys(blocks, contrast),
+        }
+        chance = {block: torch.rand(b, n, generator=generator).to(device) for block in blocks}
+        scores.setdefault("random", chance)  # a random router's own are as good
+        importance = {block: leave_one_out(dense, walk.inputs[block], wanted, block, removed, done) for block in blocks}
+        parts.append(Measured(grid, prefix, routing, scores, removed, importance, predicted))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Measured]) -> Measured:
+    """The batches as one, on the CPU."""
+
+    def cat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([tensor.cpu() for tensor in tensors])
+
+    def cat_layers(router: str, place: int) -> RoutedLayer:
+        layers = [part.routing[router][place] for part in parts]
+        return RoutedLayer(layers[0].layer, cat([x.scores for x in layers]), cat([x.indices for x in layers]))
+
+    first = parts[0]
+    return Measured(
+        first.grid,
+        first.prefix,
+        {
+            router: [cat_layers(router, place) for place in range(len(layers))]
+            for router, layers in first.routing.items()
+        },
+        {
+            source: {block: cat([part.scores[source][block] for part in parts]) for block in scores}
+            for source, scores in first.scores.items()
+        },
+        cat([part.removed for part in parts]),
+        {block: cat([part.importance[block] for part in parts]) for block in first.importance},
+        cat([part.predicted for part in parts]),
+    )
+
+
+def correlations(runs: Sequence[Measured], magnitude: bool = False) -> list[Correlation]:
+    """Every source of scores against importance, per block and method, over the removed tokens of each image.
+
+    Args:
+        runs: one or several; several must have routed the same blocks.
+        magnitude: against the size of the loss's change, whatever its sign.
+    """
+    table = []
+    for method in METHODS:
+        for source, scores in runs[0].scores.items():
+            for block in scores:
+                pairs = [(take(run.scores[source][block], run.removed), run.importance[block]) for run in runs]
+                single = [correlate(s, i.abs() if magnitude else i, method) for s, i in pairs]
+                table.append(correlation(source, block, method, single))
+    return table
+
+
+@torch.no_grad()
+def head_scores(model: RoutedViT | VisionTransformer, images: Tensor) -> tuple[int, Tensor]:
+    """The last dense block's index, and of each of its heads the column mean of its map, (B, H, N).
+
+    "How much the others look at each token": their mean over the heads is Eq. 4's score of the next block.
+    """
+    vit, routed = (model.vit, model.blocks_routed) if isinstance(model, RoutedViT) else (model, ())
+    found = [i for i, block in enumerate(vit.blocks) if i not in routed and is_scorable(block)]
+    if not found:
+        raise UserError("no dense block of this model has an attention map that can be read")
+    attn: Any = vit.blocks[found[-1]].attn
+    caught: list[Tensor] = []
+    hook = attn.qkv.register_forward_hook(lambda module, args, output: caught.append(output))
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    b, n, _ = images.shape[0], *caught[0].shape[1:]
+    q, k, _ = caught[0].reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q).float(), attn.k_norm(k).float()
+    return found[-1], ((q * attn.head_dim**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=2)

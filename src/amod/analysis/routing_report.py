@@ -1,0 +1,206 @@
+"""What ``src/explain.py`` writes: pictures, tables (Markdown and CSV), and the report that shows and explains them."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from amod.analysis import pictures
+from amod.analysis.measurement import CONTRAST, DENSE_MAPS, Measured, correlations
+from amod.analysis.routing_statistics import AGREEMENT, METHODS, Correlation, agreement, estimate
+from amod.analysis.style import NAMES
+from amod.routing import RoutedLayer
+
+
+@dataclass(frozen=True)
+class About:
+    """What was measured, in words, for captions and the head of the report.
+
+    ``labelled``: whether importance is about the true classes (or the predicted ones); ``dense``: where the dense
+    model comes from.
+    """
+
+    subject: str
+    amount: str
+    seeds: list[int]
+    dense: str
+    labelled: bool
+    command: str
+    provenance: str
+
+
+def write_report(
+    output: Path,
+    about: About,
+    runs: Sequence[Measured],
+    images: Tensor,
+    names: Sequence[str],
+    heads: Mapping[str, tuple[int, Tensor]],
+) -> None:
+    """report.md, correlation.csv, agreement.csv and the pictures, of the first run where they show single images.
+
+    Args:
+        images: the first B measured images in [0, 1], (B, 3, H, W), with a label each in ``names``.
+        heads: of these images, by router, what :func:`~amod.analysis.measurement.head_scores` gives; may be empty.
+    """
+    run, count = runs[0], len(images)
+    measured = len(run.predicted)
+    dense = f"{about.subject}, dense model of seed {about.seeds[0]}."
+    caption = f"{about.subject}, {about.amount}, seed {about.seeds[0]}."
+    routings = {
+        NAMES[router]: [RoutedLayer(layer.layer, layer.scores[:count], layer.indices[:count]) for layer in layers]
+        for router, layers in run.routing.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    panels = (run.grid, output / "kept.png", "Patches that each routed block kept", names, caption)
+    pictures.draw_kept_patches(images, routings, *panels)
+    panels = (run.grid, output / "scores.png", "Scores by which each routed block chose", names, caption)
+    pictures.draw_scores(images, routings, *panels)
+    if heads:
+        panels = (run.grid, output / "heads.png", "Heads of the last dense block", names, caption)
+        pictures.draw_heads(images, {NAMES[router]: value for router, value in heads.items()}, *panels)
+    importance = {block: values[:count] for block, values in run.importance.items()}
+    panels = (run.grid, output / "importance.png", "Leave-one-out importance of each patch", names, dense)
+    pictures.draw_importance(images, importance, run.removed[:count], run.prefix, *panels)
+    every = {NAMES[router]: layers for router, layers in run.routing.items()}
+    foot = f"{caption[:-1]}, {measured} images."
+    pictures.draw_kept_often(every, run.grid, output / "kept-often.png", "How often each place is kept", foot)
+
+    seeds = f"seed{'s' if len(runs) > 1 else ''} {', '.join(map(str, about.seeds))}"
+    all_of_it = f"{about.subject}, {about.amount}, {seeds}, {measured} images."
+    over = "the images" if len(runs) == 1 else f"{len(runs)} runs"
+    table = correlations(runs)
+    labels = source_labels(run.scores)
+    pictures.draw_correlation(
+        table,
+        output / "correlation.png",
+        "Does a score rank the patches as their leave-one-out importance does?",
+        f"{all_of_it} Per image over its {run.removed.shape[1]} patches; means and 95 % intervals over {over}.",
+        labels,
+    )
+    write_correlations(runs, output / "correlation.csv")
+    write_agreement(runs, output / "agreement.csv")
+    wanted = "the true class" if about.labelled else "the class that the dense model predicts"
+    shown = ["kept", "scores", *(["heads"] if heads else []), "importance", "kept-often", "correlation"]
+    lines = [
+        f"# What routing does: {about.subject}\n",
+        f"    {about.command}\n",
+        f"{about.provenance} {all_of_it}\n",
+        f"Importance of a patch at a block: how the dense model's cross-entropy of {wanted} changes when the patch is "
+        f"removed before the block ({run.removed.shape[1]} patches of each image, one at a time). "
+        f"Dense model: {about.dense}.\n",
+        *(f"![{name}]({name}.png)\n" for name in shown),
+        "## Correlation with importance\n",
+        f"Per image over its patches, then over {over}. Contrast is the spread of a patch's pixels. The size of the "
+        "change instead of the change itself: see correlation.csv.\n",
+        correlation_tables(table, labels),
+        "## Which tokens are kept\n",
+        agreement_tables(runs),
+    ]
+    (output / "report.md").write_text("\n".join(lines))
+
+
+def source_labels(sources: Iterable[str]) -> dict[str, str]:
+    """Names of the sources of scores, in their order."""
+    own = {DENSE_MAPS: "A-MoD on the dense model's maps", "random": "random", CONTRAST: "patch contrast (no model)"}
+    return {source: own.get(source) or f"{NAMES[source]} as routed" for source in sources}
+
+
+def correlation_tables(table: Sequence[Correlation], labels: Mapping[str, str]) -> str:
+    """Two Markdown tables per method: the coefficients with intervals, and the p-values of single images."""
+    blocks = sorted({row.block for row in table})
+    text = []
+    for method in METHODS:
+        rows = {(row.router, row.block): row for row in table if row.method == method}
+        over = max((row.over for row in rows.values()), key=lambda over: int(over.split()[0]))
+        text.append(f"{method}: mean and 95 % interval over {over}; in brackets p of the mean being zero.\n")
+        text.append(
+            markdown(
+                ["scores", *(f"block {block}" for block in blocks)],
+                [
+                    [label, *(_coefficient(rows.get((source, block))) for block in blocks)]
+                    for source, label in labels.items()
+                ],
+            )
+        )
+        text.append(f"{method}, single images: median p, and the share of images with p < 0.05.\n")
+        text.append(
+            markdown(
+                ["scores", *(f"block {block}" for block in blocks)],
+                [
+                    [label, *(_chance(rows.get((source, block))) for block in blocks)]
+                    for source, label in labels.items()
+                ],
+            )
+        )
+    return "\n".join(text)
+
+
+def agreement_tables(runs: Sequence[Measured]) -> str:
+    """A Markdown table per router: a row per statistic, a column per routed block; intervals where there are runs."""
+    text = []
+    for router in runs[0].routing:
+        found = [agreement(run.routing[router], run.prefix) for run in runs]
+        blocks = [int(row["block"]) for row in found[0]]
+        rows = []
+        for key, meaning in AGREEMENT.items():
+            cells = [str(estimate([run[i][key] for run in found])) for i in range(len(blocks))]
+            if set(cells) != {"-"}:
+                rows.append([f"{key}: {meaning}", *cells])
+        text.append(f"{NAMES[router]}{_over(runs)}:\n")
+        text.append(markdown(["", *(f"block {block}" for block in blocks)], rows))
+    return "\n".join(text)
+
+
+def write_correlations(runs: Sequence[Measured], path: Path) -> None:
+    """correlation.csv: every row, of the signed change of the loss and of its size."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        statistics = ["mean", "low", "high", "p", "over", "median_p_of_an_image", "share_of_images_below_5_percent"]
+        writer.writerow(["importance", "scores", "block", "method", *statistics])
+        for name, magnitude in (("signed", False), ("magnitude", True)):
+            for row in correlations(runs, magnitude):
+                v = row.value
+                numbers = [f"{x:.6g}" for x in (v.mean, v.low, v.high, v.p)]
+                chance = [f"{x:.6g}" for x in (row.median_p, row.significant)]
+                writer.writerow([name, row.router, row.block, row.method, *numbers, row.over, *chance])
+
+
+def write_agreement(runs: Sequence[Measured], path: Path) -> None:
+    """agreement.csv: a row per run (numbered from 0), router and block."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "router", "block", *AGREEMENT])
+        for number, run in enumerate(runs):
+            for router, routing in run.routing.items():
+                for row in agreement(routing, run.prefix):
+                    writer.writerow([number, router, int(row["block"]), *(f"{row[key]:.6g}" for key in AGREEMENT)])
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _over(runs: Sequence[Measured]) -> str:
+    return f", means and 95 % intervals over {len(runs)} runs" if len(runs) > 1 else ""
+
+
+def _coefficient(row: Correlation | None) -> str:
+    if row is None:
+        return "-"
+    p = row.value.p
+    return str(row.value) if math.isnan(p) else f"{row.value} ({_p(p)})"
+
+
+def _chance(row: Correlation | None) -> str:
+    return "-" if row is None or math.isnan(row.median_p) else f"{_p(row.median_p)}, {row.significant:.0%}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.2f}" if p >= 0.01 else f"{p:.0e}" if p >= 1e-99 else "<1e-99"

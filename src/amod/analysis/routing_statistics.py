@@ -1,0 +1,158 @@
+"""Numbers about routing: does a score rank tokens as their importance does, and which tokens do blocks keep?
+
+Axes: R runs (seeds), B images, N tokens, M tokens whose importance was measured, K tokens kept.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from amod.routing import Routing
+
+METHODS = {"Spearman": stats.spearmanr, "Pearson": stats.pearsonr}
+LEVEL = 0.05
+"""p-values below it count as significant; intervals are of 1 - it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval (Student's t), and the p-value of the hypothesis that the true mean is zero.
+
+    ``count`` values; with fewer than two there is no interval and no p-value (nan).
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    count: int
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return "-"
+        return f"{self.mean:.2f}" if math.isnan(self.low) else f"{self.mean:.2f} ± {self.high - self.mean:.2f}"
+
+
+def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
+    """nan is left out: the correlation of a constant, for instance."""
+    known = np.asarray(values, dtype=float)
+    known = known[~np.isnan(known)]
+    mean = float(known.mean()) if len(known) else math.nan
+    if len(known) < 2 or np.ptp(known) < 1e-12:  # a constant has no test
+        return Estimate(mean, math.nan, math.nan, math.nan, len(known))
+    test = stats.ttest_1samp(known, 0.0)
+    low, high = test.confidence_interval(1 - LEVEL)
+    return Estimate(mean, float(low), float(high), float(test.pvalue), len(known))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of a router's scores with importance at one block: computed over an image's tokens, then averaged.
+
+    ``over`` says what ``value`` averages: the images of one run, or the means of several runs. ``median_p`` and
+    ``significant`` (the share below 5 %) are about the single image's correlation: could its tokens have come out so
+    by chance?
+    """
+
+    router: str
+    block: int
+    method: str
+    value: Estimate
+    over: str
+    median_p: float
+    significant: float
+
+
+def correlate(scores: Tensor, importance: Tensor, method: str) -> np.ndarray:
+    """(B, M) and (B, M) -> per image the coefficient and scipy's two-sided p-value, (B, 2); nan for a constant row."""
+    rows = zip(scores.double().cpu().numpy(), importance.double().cpu().numpy(), strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return np.array([tuple(METHODS[method](*row)) for row in rows], dtype=float)
+
+
+def correlation(router: str, block: int, method: str, runs: Sequence[np.ndarray]) -> Correlation:
+    """One row of the table from what :func:`correlate` gave for each run."""
+    means = [float(np.nanmean(run[:, 0])) if not np.isnan(run[:, 0]).all() else math.nan for run in runs]
+    value = estimate(runs[0][:, 0] if len(runs) == 1 else means)
+    p = np.concatenate([run[:, 1] for run in runs])
+    p = p[~np.isnan(p)]
+    over = f"{value.count} images" if len(runs) == 1 else f"{value.count} runs"
+    median, share = (float(np.median(p)), float((p < LEVEL).mean())) if len(p) else (math.nan, math.nan)
+    return Correlation(router, block, method, value, over, median, share)
+
+
+# --- which tokens are kept ----------------------------------------------------------------------------------------
+
+
+def kept_mask(indices: Tensor, tokens: int) -> Tensor:
+    """Kept positions (B, K) -> which tokens were kept, (B, N) bool."""
+    mask = torch.zeros(len(indices), tokens, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(1, indices, True)
+
+
+AGREEMENT = {
+    "kept again": "of the tokens kept, the share that the routed block before kept as well",
+    "by chance": "the same for tokens drawn at random, K/N",
+    "class token kept": "share of the images whose class token (the first token without a patch) was kept",
+    "entropy": "of the scores as a distribution over tokens, 1 where all are equal, 0 where one has all",
+    "top score": "the highest score of an image's tokens, as a share of their sum",
+    "on one token": "share of the images where one token has more than half of the sum",
+    "on a patch": "share of the images whose highest score is a patch's, not a class or register token's",
+    "same place": "share of the images whose highest-scored patch is the one that is most often the highest",
+    "never kept": "share of the tokens that no routed block so far kept",
+    "never, by chance": "the same for tokens drawn at random in each block, (1 - K/N) to the number of blocks",
+}
+
+
+def agreement(routing: Routing, prefix: int) -> list[dict[str, float]]:
+    """One row per routed block: its index ``block``, and the shares that :data:`AGREEMENT` explains, as means over the
+    images; nan where it has no meaning (entropy of scores that may be negative, a model without a class token).
+    """
+    rows: list[dict[str, float]] = []
+    before: Tensor | None = None
+    missed: Tensor | None = None
+    for layer in routing:
+        b, n = layer.scores.shape
+        kept = kept_mask(layer.indices, n)
+        k = layer.indices.shape[1]
+        scores = layer.scores.double()
+        share = scores / scores.sum(dim=1, keepdim=True)
+        distribution = bool((scores >= 0).all())
+        top_patch = scores[:, prefix:].argmax(dim=1)
+        missed = ~kept if missed is None else missed & ~kept
+        rows.append(
+            {
+                "block": layer.layer,
+                "kept again": float((kept & before).sum() / (b * k)) if before is not None else math.nan,
+                "by chance": k / n if before is not None else math.nan,
+                "class token kept": float(kept[:, 0].double().mean()) if prefix else math.nan,
+                "entropy": float((torch.special.entr(share).sum(dim=1) / math.log(n)).mean())
+                if distribution
+                else math.nan,
+                "top score": float(share.amax(dim=1).mean()) if distribution else math.nan,
+                "on one token": float((share.amax(dim=1) > 0.5).double().mean()) if distribution else math.nan,
+                "on a patch": float((scores.argmax(dim=1) >= prefix).double().mean()),
+                "same place": float(top_patch.bincount().max() / b),
+                "never kept": float(missed.double().mean()),
+                "never, by chance": (1 - k / n) ** (len(rows) + 1),
+            }
+        )
+        before = kept
+    return rows
+
+
+def patch_contrast(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Standard deviation of the pixels of each patch, (B, 3, H, W) -> (B, rows * columns): a score without a model."""
+    grey = images.mean(dim=1)
+    height, width = grey.shape[1] // grid[0], grey.shape[2] // grid[1]
+    cells = grey[:, : height * grid[0], : width * grid[1]].unfold(1, height, height).unfold(2, width, width)
+    return cells.flatten(3).std(dim=3).flatten(1)
