@@ -36,7 +36,7 @@ class Toy(nn.Module):
 def test_importance_of_three_tokens_by_hand():
     # A block doubles the tokens' sum. With z = second minus first logit, the loss of class 0 is ln(1 + e^z).
     # All tokens: z = 0, loss ln 2. At block 1 the tokens' own shares of z are -ln 2, 0, ln 2, doubled by one block:
-    # without the first z = 2 ln 2, loss ln 5; without the third z = -2 ln 2, loss ln 5/4. At block 0 two blocks: 4 ln 2.
+    # without the first z = 2 ln 2, loss ln 5; without the third z = -2 ln 2, loss ln 5/4. From block 0 on: 4 ln 2.
     vit, ln2 = Toy(), math.log(2)
     x = torch.tensor([[[ln2, 0.0], [0.0, 0.0], [0.0, ln2]]])
     label, tokens = torch.tensor([0]), torch.tensor([[0, 1, 2]])

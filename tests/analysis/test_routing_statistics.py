@@ -43,9 +43,9 @@ def test_estimate_by_hand():
 
 def test_one_run_is_over_images_and_several_are_over_runs():
     first = np.array([[0.1, 0.2], [0.3, 0.01], [0.5, 0.04]])
-    alone = correlation("attention", 1, "Spearman", [first])
+    alone = correlation("attention", 1, "change", "Spearman", [first])
     assert (alone.over, alone.median_p, alone.significant) == ("3 images", 0.04, pytest.approx(2 / 3))
-    both = correlation("attention", 1, "Spearman", [first, first + 0.2])
+    both = correlation("attention", 1, "change", "Spearman", [first, first + 0.2])
     assert both.over == "2 runs"
     assert both.value.mean == pytest.approx(0.4)
     assert both.value.high == pytest.approx(0.4 + stats.t.ppf(0.975, 1) * 0.1)
@@ -133,11 +133,11 @@ def test_importance_correlates_with_itself_only_where_it_should():
     found = measure(vit, {"linear": amod.convert(vit, "linear", 0.4)}, torch.randn(12, *size))
     for block, values in found.importance.items():
         found.scores["linear"][block][:, 1:] = values  # a router that knows
-    rows = {(row.router, row.block, row.method): row for row in correlations([found])}
+    table = correlations([found])
+    rows = {(row.router, row.block): row for row in table if (row.measure, row.method) == ("change", "Spearman")}
     for block in found.importance:
-        assert rows["linear", block, "Spearman"].value.mean == pytest.approx(1)
-        assert rows["linear", block, "Spearman"].significant == 1
-        assert abs(rows["random", block, "Spearman"].value.mean) < 0.3
-    assert {row.value.mean for row in correlations([found], magnitude=True)} != {
-        row.value.mean for row in rows.values()
-    }
+        assert rows["linear", block].value.mean == pytest.approx(1)
+        assert rows["linear", block].significant == 1
+        assert abs(rows["random", block].value.mean) < 0.3
+    sizes = [row for row in table if (row.measure, row.method, row.router) == ("size", "Spearman", "linear")]
+    assert all(row.value.mean < 0.9 for row in sizes)  # negative changes are large ones

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from amod.analysis.importance import dense_walk, is_scorable, leave_one_out, patches_to_remove
-from amod.analysis.routing_statistics import METHODS, Correlation, correlate, correlation, patch_contrast
+from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, correlate, correlation, patch_contrast
 from amod.errors import UserError
 from amod.routing import RoutedLayer, Routing, take
 from amod.vit import RoutedViT
@@ -125,20 +126,20 @@ def _joined(parts: Sequence[Measured]) -> Measured:
     )
 
 
-def correlations(runs: Sequence[Measured], magnitude: bool = False) -> list[Correlation]:
-    """Every source of scores against importance, per block and method, over the removed tokens of each image.
+def correlations(runs: Sequence[Measured]) -> list[Correlation]:
+    """Every source of scores against importance, per block, measure and method, over the removed tokens of each image.
 
-    Args:
-        runs: one or several; several must have routed the same blocks.
-        magnitude: against the size of the loss's change, whatever its sign.
+    Several runs must have routed the same blocks.
     """
     table = []
-    for method in METHODS:
+    for measure, method in product(MEASURES, METHODS):
         for source, scores in runs[0].scores.items():
             for block in scores:
-                pairs = [(take(run.scores[source][block], run.removed), run.importance[block]) for run in runs]
-                single = [correlate(s, i.abs() if magnitude else i, method) for s, i in pairs]
-                table.append(correlation(source, block, method, single))
+                single = []
+                for run in runs:
+                    wanted = run.importance[block].abs() if measure == "size" else run.importance[block]
+                    single.append(correlate(take(run.scores[source][block], run.removed), wanted, method))
+                table.append(correlation(source, block, measure, method, single))
     return table
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amod.analysis.routing_statistics import METHODS, Correlation, kept_mask
+from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, kept_mask
 from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
 from amod.routing import Routing
 
@@ -169,22 +170,20 @@ def draw_correlation(
     Args:
         labels: the sources to draw, and their names.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(METHODS), figsize=(10, 3.8), sharey=True, layout="constrained")
+    figure, axes = _pyplot().subplots(
+        len(MEASURES), len(METHODS), figsize=(10, 6), sharex=True, sharey="row", layout="constrained"
+    )
     figure.suptitle(title, fontsize=10)
-    for axis, method in zip(axes, METHODS, strict=True):
+    for axis, (measure, method) in zip(axes.flat, product(MEASURES, METHODS), strict=True):
         axis.axhline(0, color="0.6", linewidth=0.8)
         for place, (source, label) in enumerate(labels.items()):
-            rows = [row for row in table if row.method == method and row.router == source]
-            low = [row.value.mean - row.value.low for row in rows]
-            high = [row.value.high - row.value.mean for row in rows]
-            # side by side, so that no bar hides another
-            shift = 0.5 * ((place + 0.5) / len(labels) - 0.5)
+            rows = [row for row in table if (row.measure, row.method, row.router) == (measure, method, source)]
             colour, marker, line, fill = _line_style(source)
             axis.errorbar(
-                [row.block + shift for row in rows],
+                # side by side, so that no bar hides another
+                [row.block + 0.5 * ((place + 0.5) / len(labels) - 0.5) for row in rows],
                 [row.value.mean for row in rows],
-                yerr=np.nan_to_num([low, high]),
+                yerr=np.nan_to_num([row.value.high - row.value.mean for row in rows]),
                 label=label,
                 color=colour,
                 marker=marker,
@@ -194,12 +193,13 @@ def draw_correlation(
                 elinewidth=1,
                 markersize=5,
             )
-        axis.set_title(method, fontsize=9)
-        axis.set_xlabel("routed block")
+        axis.set_title(f"{method}, {MEASURES[measure]}", fontsize=8)
         axis.set_xticks(sorted({row.block for row in table}))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("correlation of score and importance")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("routed block")
+    figure.supylabel("correlation of score and importance", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     _save(figure, axes, path, caption)
 
 

@@ -6,13 +6,14 @@ import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
 
 from amod.analysis import pictures
 from amod.analysis.measurement import CONTRAST, DENSE_MAPS, Measured, correlations
-from amod.analysis.routing_statistics import AGREEMENT, METHODS, Correlation, agreement, estimate
+from amod.analysis.routing_statistics import AGREEMENT, MEASURES, METHODS, Correlation, agreement, estimate
 from amod.analysis.style import NAMES
 from amod.routing import RoutedLayer
 
@@ -83,7 +84,7 @@ def write_report(
         f"{all_of_it} Per image over its {run.removed.shape[1]} patches; means and 95 % intervals over {over}.",
         labels,
     )
-    write_correlations(runs, output / "correlation.csv")
+    write_correlations(table, output / "correlation.csv")
     write_agreement(runs, output / "agreement.csv")
     wanted = "the true class" if about.labelled else "the class that the dense model predicts"
     shown = ["kept", "scores", *(["heads"] if heads else []), "importance", "kept-often", "correlation"]
@@ -96,8 +97,7 @@ def write_report(
         f"Dense model: {about.dense}.\n",
         *(f"![{name}]({name}.png)\n" for name in shown),
         "## Correlation with importance\n",
-        f"Per image over its patches, then over {over}. Contrast is the spread of a patch's pixels. The size of the "
-        "change instead of the change itself: see correlation.csv.\n",
+        f"Per image over its patches, then over {over}. Contrast is the spread of a patch's pixels.\n",
         correlation_tables(table, labels),
         "## Which tokens are kept\n",
         agreement_tables(runs),
@@ -112,32 +112,22 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
 
 
 def correlation_tables(table: Sequence[Correlation], labels: Mapping[str, str]) -> str:
-    """Two Markdown tables per method: the coefficients with intervals, and the p-values of single images."""
+    """Two Markdown tables per measure and method: coefficients with intervals, and the p-values of single images."""
     blocks = sorted({row.block for row in table})
+    head = ["scores", *(f"block {block}" for block in blocks)]
     text = []
-    for method in METHODS:
-        rows = {(row.router, row.block): row for row in table if row.method == method}
+    for (measure, meaning), method in product(MEASURES.items(), METHODS):
+        rows = {(row.router, row.block): row for row in table if (row.measure, row.method) == (measure, method)}
         over = max((row.over for row in rows.values()), key=lambda over: int(over.split()[0]))
-        text.append(f"{method}: mean and 95 % interval over {over}; in brackets p of the mean being zero.\n")
-        text.append(
-            markdown(
-                ["scores", *(f"block {block}" for block in blocks)],
-                [
-                    [label, *(_coefficient(rows.get((source, block))) for block in blocks)]
-                    for source, label in labels.items()
-                ],
-            )
-        )
-        text.append(f"{method}, single images: median p, and the share of images with p < 0.05.\n")
-        text.append(
-            markdown(
-                ["scores", *(f"block {block}" for block in blocks)],
-                [
-                    [label, *(_chance(rows.get((source, block))) for block in blocks)]
-                    for source, label in labels.items()
-                ],
-            )
-        )
+        for title, cell in (
+            (f"mean and 95 % interval over {over} (p of the mean being zero)", _coefficient),
+            ("median p of a single image, and the share of images with p < 0.05", _chance),
+        ):
+            text.append(f"{method}, {meaning}: {title}.\n")
+            cells = [
+                [label, *(cell(rows.get((source, block))) for block in blocks)] for source, label in labels.items()
+            ]
+            text.append(markdown(head, cells))
     return "\n".join(text)
 
 
@@ -157,18 +147,16 @@ def agreement_tables(runs: Sequence[Measured]) -> str:
     return "\n".join(text)
 
 
-def write_correlations(runs: Sequence[Measured], path: Path) -> None:
-    """correlation.csv: every row, of the signed change of the loss and of its size."""
+def write_correlations(table: Sequence[Correlation], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         statistics = ["mean", "low", "high", "p", "over", "median_p_of_an_image", "share_of_images_below_5_percent"]
-        writer.writerow(["importance", "scores", "block", "method", *statistics])
-        for name, magnitude in (("signed", False), ("magnitude", True)):
-            for row in correlations(runs, magnitude):
-                v = row.value
-                numbers = [f"{x:.6g}" for x in (v.mean, v.low, v.high, v.p)]
-                chance = [f"{x:.6g}" for x in (row.median_p, row.significant)]
-                writer.writerow([name, row.router, row.block, row.method, *numbers, row.over, *chance])
+        writer.writerow(["measure", "scores", "block", "method", *statistics])
+        for row in table:
+            v = row.value
+            numbers = [f"{x:.6g}" for x in (v.mean, v.low, v.high, v.p)]
+            chance = [f"{x:.6g}" for x in (row.median_p, row.significant)]
+            writer.writerow([row.measure, row.router, row.block, row.method, *numbers, row.over, *chance])
 
 
 def write_agreement(runs: Sequence[Measured], path: Path) -> None:

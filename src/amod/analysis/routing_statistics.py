@@ -17,6 +17,8 @@ from torch import Tensor
 
 from amod.routing import Routing
 
+MEASURES = {"change": "the change of the loss", "size": "the size of that change, whatever its sign"}
+"""What importance may mean: the paper's "change in the loss" leaves the sign open."""
 METHODS = {"Spearman": stats.spearmanr, "Pearson": stats.pearsonr}
 LEVEL = 0.05
 """p-values below it count as significant; intervals are of 1 - it."""
@@ -57,13 +59,14 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
 class Correlation:
     """Of a router's scores with importance at one block: computed over an image's tokens, then averaged.
 
-    ``over`` says what ``value`` averages: the images of one run, or the means of several runs. ``median_p`` and
-    ``significant`` (the share below 5 %) are about the single image's correlation: could its tokens have come out so
-    by chance?
+    ``measure`` is a key of :data:`MEASURES`, ``method`` of :data:`METHODS`. ``over`` says what ``value`` averages: the
+    images of one run, or the means of several runs. ``median_p`` and ``significant`` (the share below 5 %) are about
+    the single image's correlation: could its tokens have come out so by chance?
     """
 
     router: str
     block: int
+    measure: str
     method: str
     value: Estimate
     over: str
@@ -79,7 +82,7 @@ def correlate(scores: Tensor, importance: Tensor, method: str) -> np.ndarray:
         return np.array([tuple(METHODS[method](*row)) for row in rows], dtype=float)
 
 
-def correlation(router: str, block: int, method: str, runs: Sequence[np.ndarray]) -> Correlation:
+def correlation(router: str, block: int, measure: str, method: str, runs: Sequence[np.ndarray]) -> Correlation:
     """One row of the table from what :func:`correlate` gave for each run."""
     means = [float(np.nanmean(run[:, 0])) if not np.isnan(run[:, 0]).all() else math.nan for run in runs]
     value = estimate(runs[0][:, 0] if len(runs) == 1 else means)
@@ -87,7 +90,7 @@ def correlation(router: str, block: int, method: str, runs: Sequence[np.ndarray]
     p = p[~np.isnan(p)]
     over = f"{value.count} images" if len(runs) == 1 else f"{value.count} runs"
     median, share = (float(np.median(p)), float((p < LEVEL).mean())) if len(p) else (math.nan, math.nan)
-    return Correlation(router, block, method, value, over, median, share)
+    return Correlation(router, block, measure, method, value, over, median, share)
 
 
 # --- which tokens are kept ----------------------------------------------------------------------------------------

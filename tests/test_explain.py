@@ -1,0 +1,174 @@
+"""The command: from run folders to pictures, tables and a report; what it refuses."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+
+import amod
+import explain
+import families
+from amod.analysis import pictures
+from amod.errors import UserError
+from amod.training.settings import compose_config, saved_config
+from amod.training.weights import build
+from tiny import MODEL, config
+
+FILES = ["agreement.csv", "correlation.csv", "correlation.png", "heads.png", "importance.png", "kept-often.png"]
+FILES += ["kept.png", "report.md", "scores.png"]
+
+
+def make_run(folder: Path, *overrides: str) -> Path:
+    """A finished run's folder, with random weights."""
+    cfg = config("model.pretrained=false", *overrides, f"run_dir={folder}")
+    folder.mkdir()
+    torch.manual_seed(cfg.seed)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(saved_config(cfg)))
+    weightless = OmegaConf.merge(cfg, {"model": {"checkpoint": None}})
+    model = build(weightless, 10).model
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """dense-SEED, attention-SEED (from dense-SEED) and linear-SEED of two seeds."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        dense = make_run(root / f"dense-{seed}", "router=none", f"seed={seed}")
+        for router in ("attention", "linear"):
+            adapt = (f"router={router}", "capacity=0.3", f"seed={seed}", f"model.checkpoint={dense}")
+            make_run(root / f"{router}-{seed}", *adapt)
+    return root
+
+
+def run(*overrides: str) -> None:
+    cfg = compose_config("explain", ["images_max=6", "device=cpu", *overrides])
+    explain.check_explain(cfg)
+    explain.job(cfg)
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / name).open()))
+
+
+def test_two_seeds_of_both_routers(runs, tmp_path, capsys):
+    run(f"run={runs}/attention-*", f"mod={runs}/linear-*", f"output={tmp_path}", "tokens=8", "shown=2")
+    said = capsys.readouterr().out
+    # two routed blocks, 1 and 3 of 4: 3 + 1 blocks of 4 for each token
+    assert "2 runs x 6 images x 8 patches x 2 blocks cost as much as 96 images" in said
+    assert sorted(file.name for file in tmp_path.iterdir()) == FILES
+    report = (tmp_path / "report.md").read_text()
+    assert f"dense-0; {runs}/dense-1" in report
+    assert "seeds 0, 1, 6 images" in report
+    assert "over 2 runs" in report
+    assert "MoD as routed" in report
+    found = rows(tmp_path, "correlation.csv")
+    assert {row["scores"] for row in found} == {"dense maps", "attention", "linear", "random", "contrast"}
+    assert {row["over"] for row in found} == {"2 runs"}
+    assert len(found) == 2 * 5 * 2 * 2  # measures, sources, blocks, methods
+    kept = rows(tmp_path, "agreement.csv")
+    assert [(row["run"], row["router"], row["block"]) for row in kept][:3] == [
+        ("0", "attention", "1"),
+        ("0", "attention", "3"),
+        ("0", "linear", "1"),
+    ]
+
+
+def test_a_dense_run_is_adapted_untrained(runs, tmp_path):
+    folder = f"output={tmp_path}"
+    run(f"run={runs}/dense-0", "router=linear", "capacity=0.5", folder, "tokens=3", "shown=1", "split=val")
+    report = (tmp_path / "report.md").read_text()
+    assert "capacity 0.5 (13 of 26 tokens kept in a routed block)" in report
+    assert "Dense model: the run itself" in report
+    assert "digits, val images" in report
+
+
+def test_your_own_pictures_without_the_data(runs, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("b.png", "a.jpg"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 20, 3), dtype=np.uint8)).save(
+            tmp_path / "pictures" / name
+        )
+    (tmp_path / "pictures/notes.txt").write_text("no picture")
+    moved = OmegaConf.load(runs / "attention-0/config.yaml")
+    moved.model.checkpoint = "gone"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    OmegaConf.save(moved, copy / "config.yaml")
+    (copy / "weights.safetensors").symlink_to(runs / "attention-0/weights.safetensors")
+    run(f"run={copy}", f"images={tmp_path}/pictures", f"output={tmp_path}/out", "tokens=3")
+    report = (tmp_path / "out/report.md").read_text()
+    assert "own pictures" in report
+    assert "2 images" in report
+    assert "the class that the dense model predicts" in report
+    assert "own weights with all tokens" in report  # what the run came from is gone
+
+
+def test_a_model_by_its_name(runs, tmp_path):
+    model = [*MODEL, "data=digits", f"model.checkpoint={runs}/dense-1/weights.safetensors"]
+    run(*model, "capacity=0.4", "placement.blocks=[2]", f"output={tmp_path}", "tokens=3", "shown=1")
+    assert {row["block"] for row in rows(tmp_path, "correlation.csv")} == {"2"}
+
+
+@pytest.mark.parametrize("family", ["dinov2_registers", "gap_no_class_token"])
+def test_prefix_tokens_are_squares_below(family, tmp_path, monkeypatch):
+    """As many squares as the family has tokens without a patch, on every panel but the images themselves."""
+    vit, size = families.build(family)
+    images = torch.rand(1, *size)
+    model = amod.convert(vit, "attention", 0.4)
+    with torch.no_grad():
+        routing = model(images, return_routing=True)[1]
+    seen = []
+    monkeypatch.setattr(pictures, "_squares", lambda axis, colours: seen.append(len(colours)))
+    grid = vit.patch_embed.grid_size
+    for draw in (pictures.draw_kept_patches, pictures.draw_scores):
+        draw(images, {"A-MoD": routing}, grid, tmp_path / "picture.png", "title")
+    pictures.draw_kept_often({"A-MoD": routing}, grid, tmp_path / "picture.png", "title")
+    assert seen == [vit.num_prefix_tokens] * (3 * len(routing))
+
+
+WRONG = {
+    "folder": (["run=nowhere"], "run=nowhere: no such folder"),
+    "unfinished": (["run={}/unfinished"], "is not finished"),
+    "no run": (["run={}"], "is no run (there is no config.yaml)"),
+    "counts": (["run={}/attention-*", "mod={}/linear-0"], "has 1 folders for 2 of run"),
+    "same router": (["run={}/attention-0", "mod={}/attention-1"], "its router is attention"),
+    "dense as mod": (["run={}/attention-0", "mod={}/dense-0"], "its router is none"),
+    "decided": (["run={}/attention-0", "capacity=0.7"], "capacity=0.7: run={}/attention-0 decides it"),
+    "model": (["run={}/dense-0", "model=vit_pico"], "decides it"),
+    "images": (["run={}/attention-0", "images=nowhere"], "images=nowhere: is no folder"),
+    "no picture": (["run={}/attention-0", "images={}/dense-0"], "holds no picture"),
+    "split": (["run={}/attention-0", "split=train"], "must be one of test, val"),
+    "tokens": (["run={}/attention-0", "tokens=1"], "tokens=1: must be a whole number of at least 2"),
+    "router": (["run={}/dense-0", "router=none"], "routes nothing"),
+    "output": (["run={}/attention-0", "output={}/dense-0/config.yaml"], "is a file"),
+    "mixed": (["run=[{0}/attention-0,{0}/other-size]"], "the runs differ in model.kwargs"),
+    "untrained": ([*MODEL, "data=digits"], "run: say which run folder"),
+    "head": ([*MODEL, "data=digits", "model.checkpoint={}/headless.safetensors"], "have no head for the 10 classes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_said(case, runs, tmp_path):
+    if not (runs / "unfinished").exists():
+        make_run(runs / "unfinished", "router=attention").joinpath("weights.safetensors").unlink()
+        make_run(runs / "other-size", "router=attention", "model.kwargs.embed_dim=16")
+        state = build(config("router=none"), 7).model.state_dict()
+        save_file({key: value.contiguous() for key, value in state.items()}, runs / "headless.safetensors")
+    overrides, message = WRONG[case]
+    out = [] if case == "output" else [f"output={tmp_path}/out"]
+    with pytest.raises(UserError) as error:
+        run(*(override.format(runs) for override in overrides), *out)
+    assert message.format(runs) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
