@@ -14,11 +14,11 @@ import torch
 from omegaconf import OmegaConf
 
 from amod.training.module import Classifier, lr_factor
-from amod.training.settings import CONF, compose_config, keys_of, saved_config
+from amod.training.settings import CONF, GROUPS, compose_config, keys_of, saved_config
 from amod.training.weights import build, create_vit, input_config
 from tiny import config
 
-FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+FILES = sorted((group, file.stem) for group in GROUPS for file in (CONF / group).glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -68,18 +68,22 @@ def test_every_placement_is_built(choice):
     assert blocks == {"alternate": (1, 3, 5, 7, 9, 11), "last8": (4, 6, 8, 10)}[choice]
 
 
-def trainer(epochs: int, batches: int, accumulate: int) -> Any:
+def trainer(epochs: int, batches: int, accumulate: int, world: int) -> Any:
     """What configure_optimizers asks a Trainer."""
-    data = SimpleNamespace(train_dataloader=lambda: range(batches))
     return SimpleNamespace(
-        datamodule=data, limit_train_batches=1.0, accumulate_grad_batches=accumulate, max_epochs=epochs, max_steps=-1
+        datamodule=SimpleNamespace(train_dataloader=lambda: range(batches)),
+        limit_train_batches=1.0,
+        accumulate_grad_batches=accumulate,
+        max_epochs=epochs,
+        max_steps=-1,
+        world_size=world,
     )
 
 
-def rates(cfg: Any, epochs: int, batches: int, accumulate: int = 1) -> list[float]:
+def rates(cfg: Any, epochs: int, batches: int, accumulate: int = 1, world: int = 1) -> list[float]:
     """The learning rate of every optimiser step, and after the last."""
     module = Classifier(torch.nn.Linear(3, 2), cfg.schedule, num_classes=2, seed=0)
-    module._trainer = trainer(epochs, batches, accumulate)
+    module._trainer = trainer(epochs, batches, accumulate, world)
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     found = []
@@ -107,6 +111,15 @@ def test_a_warmup_longer_than_the_training_is_shortened_and_said(caplog):
     found = rates(cfg, epochs=1, batches=8)
     assert found[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert "shortened to half of the training: 4 of 8 steps" in caplog.text
+
+
+def test_the_learning_rate_follows_the_global_batch_only_when_asked():
+    """32 images x 2 accumulated x 4 processes = 256, half of the reference: half of lr and of min_lr."""
+    asked = ["schedule.lr=0.1", "schedule.min_lr=0.02", "schedule.batch_size=32", "schedule.warmup_epochs=0"]
+    as_it_is = rates(config(*asked), epochs=2, batches=10, accumulate=2, world=4)
+    scaled = rates(config(*asked, "schedule.lr_reference_batch=512"), epochs=2, batches=10, accumulate=2, world=4)
+    assert (as_it_is[0], as_it_is[-1]) == pytest.approx((0.1, 0.02))
+    assert scaled == pytest.approx([rate / 2 for rate in as_it_is])
 
 
 def test_lr_factor_by_hand():

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 import fakes
 from amod.errors import UserError
 from amod.training import run as run_module
-from amod.training.callbacks import RunRecorder
 from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
 from amod.training.module import Classifier, lr_factor
@@ -33,18 +32,6 @@ from amod.training.weights import build, input_config
 from tiny import DIGITS, MODEL, config
 
 SRC = Path(__file__).parents[2] / "src"
-# Everything whose state a resumed run must bring back.
-STATEFUL = [
-    "router=linear",
-    "capacity=0.5",
-    "model.drop_path=0.2",
-    "schedule.mixup=0.5",
-    "schedule.cutmix=0.5",
-    "schedule.ema_decay=0.9",
-    "schedule.accumulate=2",
-    "trainer.limit_train_batches=6",
-    "data.num_workers=0",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +67,9 @@ def test_the_run_folder(dense):
         "summary.json",
         "curves.png",
         "weights.safetensors",
+        ".lock",
         "checkpoints/last.ckpt",
+        "checkpoints/previous.ckpt",
         "checkpoints/best.ckpt",
     }
     assert list(rows(folder)[0]) == ["epoch", "step", "lr", "train/loss", "val/loss", "val/top1", "val/top5"]
@@ -168,72 +157,6 @@ def test_a_folder_of_another_config_is_refused(dense):
     with pytest.raises(UserError, match=r"router\.name=none, not linear"):
         check_run_dir(config("router=linear", "schedule.epochs=3", f"run_dir={folder}"))
     check_run_dir(config("router=none", "schedule.epochs=3", "data.num_workers=1", f"run_dir={folder}"))
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture(scope="module")
-def never_killed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run(folder, *STATEFUL)
-    return folder
-
-
-# The n-th save of 2 epochs of 3 optimiser steps, saved every step and at the end of an epoch, is
-# 1, 2: inside epoch 0; 3, 4: its end (best, last); 5, 6: inside epoch 1; then its end.
-@pytest.mark.parametrize(("saves", "torn"), [(1, False), (2, True), (3, False), (4, False), (5, False), (6, True)])
-def test_a_killed_run_goes_on_exactly(never_killed, tmp_path, monkeypatch, saves, torn):
-    folder, left = tmp_path / "killed", [saves]
-    save = RunRecorder._save
-
-    def save_and_die(self, trainer, name):
-        if torn and left[0] == 1:
-            raise Killed  # before the file is written: the one before must do
-        save(self, trainer, name)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
-    monkeypatch.setattr(RunRecorder, "_save", save_and_die)
-    with pytest.raises(Killed):
-        run(folder, *STATEFUL, "checkpoint_every_steps=1")
-    assert not (folder / "summary.json").exists()
-    monkeypatch.setattr(RunRecorder, "_save", save)
-    run(folder, *STATEFUL, "checkpoint_every_steps=1")
-
-    assert (folder / "metrics.csv").read_text() == (never_killed / "metrics.csv").read_text()
-    assert (folder / "weights.safetensors").read_bytes() == (never_killed / "weights.safetensors").read_bytes()
-    mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, never_killed))
-    assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
-
-
-def test_a_run_goes_on_without_the_checkpoint_it_started_from(dense, tmp_path, monkeypatch):
-    source = shutil.copy(dense[0] / "weights.safetensors", tmp_path / "source.safetensors")
-    overrides = ["router=linear", "capacity=0.5", f"model.checkpoint={source}", "trainer.limit_train_batches=1"]
-    save = RunRecorder._save
-
-    def save_and_die(self, trainer, name):
-        save(self, trainer, name)
-        if name == "last":
-            raise Killed
-
-    monkeypatch.setattr(RunRecorder, "_save", save_and_die)
-    with pytest.raises(Killed):
-        run(tmp_path / "run", *overrides)
-    monkeypatch.setattr(RunRecorder, "_save", save)
-    source.unlink()
-    summary = run(tmp_path / "run", *overrides)
-    assert len(rows(tmp_path / "run")) == 2
-    assert summary["val_top1_untrained"] is not None
-
-
-def test_ema_is_what_is_evaluated_and_kept(never_killed):
-    state = torch.load(never_killed / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
-    kept = load_file(never_killed / "weights.safetensors")
-    assert all(torch.equal(kept[key], state[f"ema.module.{key}"]) for key in kept)
-    assert not torch.equal(kept["head.weight"], state["model.head.weight"])
 
 
 def small_data(cfg: DictConfig, count: int = 64) -> DataModule:

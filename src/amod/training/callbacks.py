@@ -1,43 +1,133 @@
-"""What a run writes while it trains: one row of metrics per epoch, and checkpoints that are never half written."""
+"""What a run writes while it trains (a row of metrics per epoch, checkpoints that are never half written), and how it
+ends when it is told to.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
+import signal
+import sys
+import threading
 import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from amod.errors import UserError
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("epoch", "step", "lr", "train/loss", "val/loss", "val/top1", "val/top5")
+# What asks a run to end: `kill`, a batch system at the time limit, and SLURM's earlier warning (--signal=USR1@300).
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STOPPED = 143  # exit status of a run that was asked to end: 128 + SIGTERM, as a shell has it
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name in the same folder, then rename: a reader sees the old file or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Write to a temporary name in the same folder, then rename: a reader sees the old file or the new, whole.
+
+    The old file becomes ``keep``. The temporary name is always the same (one process writes in a run folder), so that
+    kills leave no pile of them. Raises UserError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
-    finally:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room or make it writable, and run the same command "
+            "again; what was written before is intact"
+        ) from error
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written by ``write_atomically``."""
+    """Lightning's checkpoints, written by ``write_atomically`` and read by ``read_checkpoint``."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), buffer.getvalue())
+        path = Path(path)
+        write_atomically(path, buffer.getvalue(), path.with_name("previous.ckpt") if path.name == "last.ckpt" else None)
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of a run, on the CPU. Code that is pickled in it is refused and not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes make the reader raise
+        reason = "it holds pickled code, which is not run" if "weights_only" in str(error) else type(error).__name__
+        raise UserError(f"{path}: refused ({reason}); put the run's own file back, or delete the folder") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as it was written: torch.save's archives carry check sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # whatever the bytes make the reader raise
+        return False
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from: last.ckpt, or the one before it where that is torn; None to begin anew."""
+    found = [path for name in ("last", "previous") if (path := folder / f"checkpoints/{name}.ckpt").exists()]
+    for path in found:
+        if is_whole(path):
+            return path
+        log.warning("warning: %s is damaged; the run goes on from before it", path)
+    return None
+
+
+def best_checkpoint(folder: Path, step: int) -> dict[str, Any]:
+    """The checkpoint after optimiser step ``step``: best.ckpt, or where that is damaged another of that step."""
+    best, *others = [folder / f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")]
+    for path in (best, *others):
+        if is_whole(path) and (checkpoint := read_checkpoint(path))["global_step"] == step:
+            if path is not best:
+                log.warning("warning: %s is damaged; %s has the same weights", best, path)
+            return checkpoint
+    raise UserError(
+        f"{best}: is damaged, and no other checkpoint has the best epoch's weights; delete the folder and run the same "
+        "command again"
+    )
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    """Put the handlers of SIGNALS back in the end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
 
 
 class RunRecorder(Checkpoint):
@@ -57,6 +147,9 @@ class RunRecorder(Checkpoint):
         self.seconds = 0.0  # of training and validation, over all the times the run was resumed
         self._since = time.perf_counter()
         self._validated = False
+        self._process = os.getpid()
+        self._signal: signal.Signals | None = None
+        self._trainer: Trainer | None = None  # while it trains
 
     @property
     def best(self) -> dict[str, float]:
@@ -70,19 +163,36 @@ class RunRecorder(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows, self.untrained, self.seconds = state["rows"], state["untrained"], state["seconds"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.send_again(self.rows)  # type: ignore[attr-defined]  # a WandbRows
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
+        self._trainer = trainer
+        self.listen()  # Lightning's handlers save inside a step, and talk to other processes inside their collectives
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = self._elapsed()
+        self._trainer = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.listen()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = self.every_steps and stepped and trainer.global_step % self.every_steps == 0
-        if due and not trainer.is_last_batch:  # the end of an epoch saves anyway, after validation
+        if not stepped or trainer.is_last_batch:  # the end of an epoch saves anyway, after validation
+            return
+        asked = self._asked_to_stop(trainer)
+        if asked or (self.every_steps and trainer.global_step % self.every_steps == 0):
             self._save(trainer, "last")
+        if asked:
+            self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = True
@@ -101,6 +211,41 @@ class RunRecorder(Checkpoint):
         if self.best is row:
             self._save(trainer, "best")
         self._save(trainer, "last")
+        if self._asked_to_stop(trainer):
+            self._stop(trainer)
+
+    # --- being asked to end
+
+    def listen(self) -> None:
+        """Let SIGTERM and SIGUSR1 end the run: with a checkpoint after the step under way, at once outside training."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a loader's worker that has just been forked
+            return
+        self._signal = signal.Signals(number)
+        if self._trainer is None:
+            self._stop(None)
+        elif self._trainer.strategy.launcher is not None:
+            self._trainer.strategy.launcher.kill(number)  # on to the processes that Lightning has started
+
+    def _asked_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any process was; all must leave after the same step."""
+        asked = self._signal is not None
+        return asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(asked, all=False)
+
+    def _stop(self, trainer: Trainer | None) -> NoReturn:
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            sys.exit(0)  # Lightning kills the first process when another ends with an error
+        by = f"stopped by {(self._signal or signal.SIGTERM).name}"
+        where = "outside training" if trainer is None else f"after step {trainer.global_step}, with a checkpoint"
+        hint = f"resume with the same command and run_dir={self.folder}"
+        print(f"{by} {where}; {hint}", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
+
+    # --- files
 
     def _elapsed(self) -> float:
         return round(self.seconds + time.perf_counter() - self._since, 3)

@@ -102,7 +102,7 @@ def locate(cfg: Mapping[str, Any]) -> Path:
     places = [root / layout.folder]
     if layout.folder and root.name == places[0].name:
         places.append(root)
-    places += [Path(place) for place in cfg.get("fallback") or ()]
+    places += [Path(place).expanduser() for place in cfg.get("fallback") or ()]
     for place in places:
         if all(_found(place, pattern) for pattern in layout.files):
             return place

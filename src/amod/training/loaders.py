@@ -13,6 +13,8 @@ import hashlib
 import logging
 import os
 import random
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,6 +119,20 @@ def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
         return batch
     samples, skipped = batch
     return tuple(default_collate(samples)), skipped
+
+
+def outlive_signals(worker: int) -> None:
+    """A batch system signals every process of a job. The workers go on until their run has saved and ends them."""
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():  # type: ignore[union-attr]
+        pass
+    os._exit(0)
 
 
 class Loader(DataLoader):
@@ -278,5 +294,6 @@ class DataModule(LightningDataModule):
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": collate,
+            "worker_init_fn": outlive_signals,
             "generator": torch.Generator(),  # the loader draws a base seed; not from the model's generator
         }

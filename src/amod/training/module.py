@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from amod.errors import UserError
 
 log = logging.getLogger(__name__)
+LOSS_SUMS = ("mean_value", "weight")  # torchmetrics MeanMetric's state
 Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), labels (B,), sample indices (B,)
 
 
@@ -58,6 +59,17 @@ def training_steps(trainer: Trainer) -> int:
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
+def global_batch(trainer: Trainer, schedule: Mapping[str, Any]) -> int:
+    """Images of one optimiser step, over all processes."""
+    return schedule["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
+
+
+def peak_lr(schedule: Mapping[str, Any], images: int) -> float:
+    """The highest learning rate of a run whose optimiser steps see so many images (lr_reference_batch scales it)."""
+    reference = schedule["lr_reference_batch"]
+    return schedule["lr"] if reference is None else schedule["lr"] * images / reference
+
+
 class Classifier(LightningModule):
     """Trains `model` by the settings of ``schedule``; ``model(images) -> logits``."""
 
@@ -80,7 +92,6 @@ class Classifier(LightningModule):
                 num_classes=num_classes,
             )
         self.train_loss = MeanMetric()
-        self.train_loss.persistent(True)  # so that a run resumed inside an epoch reports the whole epoch's mean
         self.metrics = nn.ModuleDict(
             {
                 split: MetricCollection(
@@ -137,8 +148,20 @@ class Classifier(LightningModule):
         self.log("train/loss", self.train_loss.compute())
         self.train_loss.reset()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Each process's sums of the epoch so far, so that a run resumed inside it reports the whole epoch's mean."""
+        sums = torch.stack([getattr(self.train_loss, name) for name in LOSS_SUMS])
+        checkpoint["train_loss"] = cast(Tensor, self.all_gather(sums)).reshape(-1, 2).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rows = checkpoint["train_loss"]
+        if len(rows) != self.trainer.world_size:  # resumed on more or fewer processes: the first has it all
+            rows = torch.stack([rows.sum(0)] + [torch.zeros(2)] * (self.trainer.world_size - 1))
+        for name, value in zip(LOSS_SUMS, rows[self.global_rank], strict=True):
+            setattr(self.train_loss, name, value.to(self.device))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        lr = self.schedule["lr"]
+        lr = peak_lr(self.schedule, global_batch(self.trainer, self.schedule))
         optimizer = create_optimizer_v2(
             self.model,
             opt=self.schedule["optimizer"],
@@ -151,7 +174,7 @@ class Classifier(LightningModule):
         if warmup > steps // 2:
             log.info("the warm-up is shortened to half of the training: %d of %d steps", steps // 2, steps)
             warmup = steps // 2
-        floor = self.schedule["min_lr"] / lr
+        floor = self.schedule["min_lr"] / self.schedule["lr"]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, warmup, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

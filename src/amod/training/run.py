@@ -1,11 +1,15 @@
 """One run, one folder: train, resume, test at the end, and measure again from the folder alone.
 
-A run folder holds config.yaml (resolved), environment.json, metrics.csv (a row per epoch), checkpoints/last.ckpt and
-best.ckpt, and once the run is finished weights.safetensors (the best epoch's), curves.png and summary.json.
+A run folder holds config.yaml (resolved), environment.json, metrics.csv (a row per epoch), checkpoints/last.ckpt, the
+one before it (previous.ckpt) and best.ckpt, and once the run is finished weights.safetensors (the best epoch's),
+curves.png and summary.json.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
 import json
 import logging
 import os
@@ -14,10 +18,11 @@ import subprocess
 import sys
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning import Trainer, seed_everything
@@ -34,11 +39,20 @@ from torch import nn
 
 from amod.errors import UserError
 from amod.flops import count_flops
-from amod.training.callbacks import AtomicCheckpoints, RunRecorder, rounded, write_atomically
+from amod.training.callbacks import (
+    AtomicCheckpoints,
+    RunRecorder,
+    best_checkpoint,
+    newest_checkpoint,
+    restored_signals,
+    rounded,
+    write_atomically,
+)
 from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
-from amod.training.module import Classifier, limited
+from amod.training.module import Classifier, global_batch, limited, peak_lr
 from amod.training.settings import CONF, check_run_dir, evaluation_config, saved_config
+from amod.training.wandb_rows import WandbRows
 from amod.training.weights import build, input_config, one_line
 from amod.vit import RoutedViT, default_tokens
 
@@ -55,11 +69,20 @@ def train(cfg: DictConfig) -> None:
         say(f"{folder} is finished and is not repeated; another run_dir starts a new run")
         show(json.loads(finished.read_text()))
         return
+    lock = RunLock(folder)
+    try:
+        with restored_signals():
+            _train(cfg, folder, lock)
+    finally:
+        lock.release()
 
+
+def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
     if cfg.logger.name == "wandb":
         check_wandb()
     interactive = sys.stdout.isatty() if cfg.trainer.enable_progress_bar is None else cfg.trainer.enable_progress_bar
     recorder = RunRecorder(folder, cfg.checkpoint_every_steps, print_rows=not interactive)
+    recorder.listen()
     trainer = make_trainer(
         cfg.trainer,
         callbacks=[recorder, *([RichProgressBar()] if interactive else [])],
@@ -72,10 +95,9 @@ def train(cfg: DictConfig) -> None:
         cfg.data, inputs, cfg.schedule.augment, cfg.schedule.batch_size, cfg.schedule.eval_batch_size, cfg.seed
     )
     check_batches(trainer, data, cfg.schedule)
-    last = folder / "checkpoints/last.ckpt"
-    resumed = last.exists()  # then the weights are there, and their source may be gone
+    newest = newest_checkpoint(folder)  # where there is one, the weights are there, and their source may be gone
     weightless = {"model": {"checkpoint": None, "pretrained": False}}
-    built = build(OmegaConf.merge(cfg, weightless) if resumed else cfg, data.num_classes)  # type: ignore[arg-type]
+    built = build(OmegaConf.merge(cfg, weightless) if newest else cfg, data.num_classes)  # type: ignore[arg-type]
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
     compute = compute_of(built.model, cfg, inputs["input_size"])
     say(f"{cfg.data.name}: {data.sizes['train']} train, {data.sizes['val']} val, {data.sizes['test']} test images")
@@ -86,28 +108,36 @@ def train(cfg: DictConfig) -> None:
         kept = f"{compute['tokens_kept'][str(compute['blocks_routed'][0])]} of {compute['tokens']} tokens"
         say(f"{asked} asked: {kept} ({compute['capacity_granted']:.4f}) in blocks {shown(compute['blocks_routed'])}")
 
-    start_folder(cfg, folder)
-    trainer.loggers = loggers(cfg, folder)
+    batch = global_batch(trainer, cfg.schedule)
+    lr, reference = peak_lr(cfg.schedule, batch), cfg.schedule.lr_reference_batch
+    scaled = f", schedule.lr={cfg.schedule.lr:g} x {batch} / lr_reference_batch {reference}" if reference else ""
+    say(f"global batch {batch}, lr {lr:g}{scaled}")
 
-    if resumed:
-        say(f"resuming {folder}")
-    elif built.adapted:
-        trainer.validate(module, datamodule=data, verbose=False)
-        recorder.untrained = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
-        say(f"before training: val top-1 {recorder.untrained.get('val/top1')} %")
-    trainer.fit(module, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
-    if not recorder.rows:
-        raise UserError(f"trainer.max_time={cfg.trainer.max_time}: ended before the first epoch; allow more time")
+    start_folder(cfg, folder, lock, newest)
+    trainer.loggers = loggers(cfg, folder) or []
 
-    best = torch.load(folder / "checkpoints/best.ckpt", map_location="cpu", weights_only=True)
-    module.load_state_dict(best["state_dict"])
-    trainer.test(module, datamodule=data, verbose=False)
+    with one_voice(trainer):
+        if newest:
+            say(f"resuming {folder}")
+        elif built.adapted:
+            trainer.validate(module, datamodule=data, verbose=False)
+            recorder.untrained = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
+            say(f"before training: val top-1 {recorder.untrained.get('val/top1')} %")
+        trainer.fit(module, datamodule=data, ckpt_path=newest)
+        if not recorder.rows:
+            raise UserError(f"trainer.max_time={cfg.trainer.max_time}: ended before the first epoch; allow more time")
+
+        best = best_checkpoint(folder, int(recorder.best["step"]))
+        module.load_state_dict(best["state_dict"])
+        trainer.test(module, datamodule=data, verbose=False)
     tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
     summary = {
         "model": cfg.model.label,
         "data": cfg.data.name,
         **compute,
         "seed": cfg.seed,
+        "global_batch": batch,
+        "lr": lr,
         "val_top1_untrained": recorder.untrained.get("val/top1"),
         "val_top1": recorder.best.get("val/top1"),
         "test_top1": tested.get("test/top1"),
@@ -119,8 +149,8 @@ def train(cfg: DictConfig) -> None:
     if trainer.is_global_zero:
         weights = {key: value.contiguous() for key, value in module.evaluated.state_dict().items()}
         write_atomically(folder / "weights.safetensors", save(weights))
-        plot_curves(recorder, folder / "curves.png")
-        write_atomically(finished, (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomically(folder / "curves.png", plot_curves(recorder))
+        write_atomically(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         for logger in trainer.loggers:
             logger.experiment.summary.update(summary)  # type: ignore[attr-defined]
             logger.experiment.finish()  # type: ignore[attr-defined]  # W&B's: the next job of a sweep starts a run of its own
@@ -224,17 +254,79 @@ def compute_of(model: nn.Module, cfg: DictConfig, input_size: tuple[int, int, in
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
+class RunLock:
+    """Held by the first process of a run while it writes in the folder; a second run there is refused.
+
+    A POSIX record lock ends with the process that took it, however that ends, and is not shared with loader workers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.begun = (folder / "config.yaml").exists()
+        self._file: IO[bytes] | None = None
+        if self.begun:
+            self.take()
+
+    @rank_zero_only
+    def take(self) -> None:
+        if self._file is not None:
+            return
+        try:
+            self._file = open(self.folder / ".lock", "ab")  # noqa: SIM115
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN) and self._file is not None:
+                raise self.refusal() from None
+            log.warning("warning: %s cannot be locked (%s): see to it that no two runs write there", self.folder, error)
+
+    def refusal(self) -> UserError:
+        return UserError(
+            f"run_dir={self.folder}: another process is writing this run; wait until it ends, or name another run_dir"
+        )
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 @rank_zero_only
-def start_folder(cfg: DictConfig, folder: Path) -> None:
+def start_folder(cfg: DictConfig, folder: Path, lock: RunLock, newest: Path | None) -> None:
     """Make the folder with the config and the environment, unless a run to resume has made it."""
-    if (folder / "config.yaml").exists():
-        return
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(saved_config(cfg)).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if not lock.begun:
+            if (folder / "config.yaml").exists():
+                raise lock.refusal()  # it began at the same moment
+            write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
+            write_atomically(folder / "config.yaml", OmegaConf.to_yaml(saved_config(cfg)).encode())
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        if newest is None or newest.name != "last.ckpt":
+            (folder / "checkpoints/last.ckpt").unlink(missing_ok=True)  # damaged: it must not become the previous one
     except OSError as error:
         raise UserError(f"run_dir={folder}: cannot be written ({one_line(error)}); choose another folder") from error
+
+
+@contextmanager
+def one_voice(trainer: Trainer) -> Iterator[None]:
+    """Where one of the processes that Lightning started stops with an error line, the others end without a word."""
+    try:
+        yield
+    except Exception as error:
+        others = getattr(trainer.strategy.launcher, "procs", [])
+        if isinstance(error, UserError):
+            for process in others:
+                process.kill()
+        elif any(ended_with(process, 2) for process in others):
+            sys.exit(2)
+        raise
+
+
+def ended_with(process: subprocess.Popen[bytes], status: int) -> bool:
+    try:
+        return process.wait(timeout=5) == status
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def environment() -> dict[str, Any]:
@@ -276,7 +368,6 @@ def check_wandb() -> None:
         ) from error
 
 
-@rank_zero_only
 def wandb_id(folder: Path) -> str:
     """The run's id at W&B: the one that a sweep's agent gives, else the folder's own. A resumed run finds it again."""
     kept = folder / "wandb-id.txt"
@@ -286,16 +377,17 @@ def wandb_id(folder: Path) -> str:
     return kept.read_text().strip()
 
 
+@rank_zero_only
 def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     """What logger= asks for besides metrics.csv."""
     if cfg.logger.name == "csv":
         return []
     import wandb
-    from lightning.pytorch.loggers import WandbLogger
 
+    logging.getLogger("wandb").setLevel(logging.WARNING)  # its notes, in the run folder, would name the path to it
     if wandb.run is not None:  # a job before this one, in the same process, failed
         wandb.finish(exit_code=1)
-    logger = WandbLogger(
+    logger = WandbRows(
         project=cfg.logger.project,
         name=cfg.logger.run_name,
         id=wandb_id(folder),
@@ -316,7 +408,7 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     return [logger]
 
 
-def plot_curves(recorder: RunRecorder, path: Path) -> None:
+def plot_curves(recorder: RunRecorder) -> bytes:
     """Loss and accuracy by epoch, as a PNG."""
     import matplotlib
 
@@ -342,8 +434,10 @@ def plot_curves(recorder: RunRecorder, path: Path) -> None:
     best = recorder.best
     if "val/top1" in best:
         accuracy.set_title(f"best: {best['val/top1']:.2f} % after epoch {best['epoch'] + 1:.0f}")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
     plt.close(figure)
+    return picture.getvalue()
 
 
 # --- the terminal -------------------------------------------------------------------------------------------------

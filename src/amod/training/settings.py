@@ -11,6 +11,9 @@ import hashlib
 import math
 import os
 import re
+import shlex
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -92,8 +95,9 @@ def launch(job: Callable[[DictConfig], None], config_name: str, check: Callable[
     with one_line_errors():
         args = parser.parse_args()
         if not (args.hydra_help or args.shell_completion or args.info or args.experimental_rerun):
+            jobs = jobs_of(args.overrides, args.multirun)
             folders: set[str] = set()
-            for overrides in jobs_of(args.overrides, args.multirun):
+            for overrides in jobs:
                 cfg = compose_config(config_name, overrides)
                 if not (args.help or args.cfg):
                     check(cfg)
@@ -101,6 +105,8 @@ def launch(job: Callable[[DictConfig], None], config_name: str, check: Callable[
                         check_job(cfg, folders)
             if not (args.multirun or args.help or args.cfg) and "run_dir" in cfg:
                 pin_run_dir(args.overrides, cfg.run_dir)
+            if args.multirun and jobs and not (args.help or args.cfg or chosen(args.overrides, "launcher")):
+                sys.exit(run_jobs(jobs))
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
 
 
@@ -139,14 +145,14 @@ def _argument_error(message: str) -> NoReturn:
     raise UserError(f"{message}; settings are written key=value, --help lists them")
 
 
-def jobs_of(overrides: list[str], multirun: bool) -> Iterable[list[str]]:
+def jobs_of(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each job: one list, or with --multirun one per combination."""
     if not multirun:
         return [overrides]
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    if any(o.startswith("hydra/sweeper=") for o in overrides):  # another sweeper's values are its own affair
+    if chosen(overrides, "sweeper"):  # another sweeper's values are its own affair
         return []
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
@@ -155,23 +161,54 @@ def jobs_of(overrides: list[str], multirun: bool) -> Iterable[list[str]]:
     return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
 
 
+def chosen(overrides: list[str], plugin: str) -> bool:
+    """Whether a plugin of Hydra other than its own is asked for (a launcher: it runs the jobs; a sweeper)."""
+    return any(o.startswith(f"hydra/{plugin}=") and not o.endswith("=basic") for o in overrides)
+
+
 def check_job(cfg: DictConfig, folders: set[str]) -> None:
-    """One job of a sweep: a folder of its own (`folders`: those of the jobs before it) and one process."""
-    trainer, folder = cfg.get("trainer") or {}, cfg.get("run_dir")
-    devices = trainer.get("devices", 1)
-    alone = len(devices) == 1 if OmegaConf.is_list(devices) else str(devices) == "1"
-    if not alone or trainer.get("num_nodes", 1) != 1:
-        raise UserError(
-            f"-m with trainer.devices={_shown(devices)} trainer.num_nodes={trainer.get('num_nodes', 1)}: a sweep runs "
-            "its jobs in one process; start one command for each job, as in `for seed in 0 1; do python src/train.py "
-            "seed=$seed ...; done`, or set trainer.devices=1 trainer.num_nodes=1"
-        )
+    """One job of a sweep has a folder of its own (`folders`: those of the jobs before it)."""
+    folder = cfg.get("run_dir")
     if folder is not None and folder in folders:
         raise UserError(
             f"-m: two jobs have run_dir={folder}; leave run_dir out, or name what differs in it, as in "
             "run_dir='runs/my-${seed}'"
         )
     folders.add(folder)
+
+
+def run_jobs(jobs: list[list[str]]) -> int:
+    """Run the jobs one after the other, each in a process of its own; the exit status.
+
+    Several devices and W&B then begin afresh in every job, and a job that fails does not keep the others from running.
+    A signal is passed on to the job and ends the sweep.
+    """
+    job: subprocess.Popen[bytes] | None = None
+    signals: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        signals.append(number)
+        if job is not None:
+            job.send_signal(number)
+
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), pass_on)
+    failed = []
+    for number, overrides in enumerate(jobs, start=1):
+        line = shlex.join(["python", sys.argv[0], *overrides])
+        print(f"[{number}/{len(jobs)}] {line}", flush=True)
+        job = subprocess.Popen([sys.executable, sys.argv[0], *overrides])
+        status = job.wait()
+        if signals:
+            return status
+        if status:
+            failed.append(f"{line} (exit status {status})")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    if failed:
+        print(f"error: {len(failed)} of {len(jobs)} jobs failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 # --- composing, with Hydra's errors on one line -------------------------------------------------------------------
@@ -417,6 +454,7 @@ RULES: dict[str, Number | Text | Choice | Flag | Span | Sides] = {
     "schedule.accumulate": COUNT,
     "schedule.optimizer": Text(),
     "schedule.lr": POSITIVE,
+    "schedule.lr_reference_batch": Number(1, integer=True, optional=True),
     "schedule.momentum": Number(0, 1),
     "schedule.weight_decay": Number(0),
     "schedule.warmup_epochs": Number(0),
@@ -464,7 +502,7 @@ def check_train(cfg: DictConfig) -> None:
             f"schedule.batch_size={cfg.schedule.batch_size}: must be even, because mixup and cutmix pair the images; "
             "or set schedule.mixup=0 schedule.cutmix=0"
         )
-    if cfg.model.checkpoint is not None and not (Path(cfg.run_dir) / "checkpoints/last.ckpt").exists():
+    if cfg.model.checkpoint is not None and not any(Path(cfg.run_dir).glob("checkpoints/*.ckpt")):
         check_checkpoint(cfg.model.checkpoint)
     check_run_dir(cfg)
 
@@ -587,6 +625,8 @@ def check_checkpoint(path: str) -> None:
 
 # Where a run happens and what it prints: these may change when it is resumed.
 FREE_TO_CHANGE = ("run_dir", "data.root", "data.num_workers", "trainer.enable_progress_bar", "checkpoint_every_steps")
+# What a run that was killed before it wrote its config leaves.
+BEFORE_CONFIG = {".lock", "environment.json", ".environment.json.tmp", ".config.yaml.tmp"}
 
 
 def check_run_dir(cfg: DictConfig) -> None:
@@ -596,10 +636,10 @@ def check_run_dir(cfg: DictConfig) -> None:
         raise UserError(f"run_dir={folder}: is a file; name a folder")
     saved = folder / "config.yaml"
     if not saved.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and not {file.name for file in folder.iterdir()} <= BEFORE_CONFIG:
             raise UserError(f"run_dir={folder}: holds other files and no run; name a new folder")
         return
-    before, now = OmegaConf.load(saved), saved_config(cfg)
+    before, now = saved_config(OmegaConf.load(saved)), saved_config(cfg)
     for key in sorted({*keys_of(before), *keys_of(now)}, key=lambda key: (not key.endswith(".name"), key)):
         old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
         if key not in FREE_TO_CHANGE and not isinstance(new, DictConfig) and old != new:
@@ -609,12 +649,24 @@ def check_run_dir(cfg: DictConfig) -> None:
             )
 
 
-def saved_config(cfg: DictConfig) -> DictConfig:
-    """The resolved config as the run folder keeps it: without the folder's own name, so that it can be moved."""
+def saved_config(cfg: Any) -> DictConfig:
+    """The resolved config as the run folder keeps it: without the folder's own name, so that it can be moved, and with
+    ``~`` for the home folder, whose name is often a person's.
+    """
+    home = os.path.expanduser("~").rstrip("/")
+
+    def anonymous(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: anonymous(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [anonymous(inner) for inner in value]
+        inside = isinstance(value, str) and home and f"{value}/".startswith(f"{home}/")
+        return f"~{value[len(home) :]}" if inside else value
+
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    plain.pop("run_dir")
-    return OmegaConf.create(plain)
+    plain.pop("run_dir", None)
+    return OmegaConf.create(anonymous(plain))
 
 
 def check_evaluate(cfg: DictConfig) -> None:

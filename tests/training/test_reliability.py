@@ -1,0 +1,480 @@
+"""Kills, signals, damaged files, full disks, rivals and hostile checkpoints: what docs/reliability.md promises."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from amod.errors import UserError
+from amod.training import run as run_module
+from amod.training.callbacks import RunRecorder, is_whole
+from amod.training.run import RunLock, train
+from amod.training.settings import check_train
+from processes import Forked, run_forked, step_of, wait_for
+from tiny import DIGITS, config
+
+SRC = Path(__file__).parents[2] / "src"
+# Everything whose state a resumed run must bring back: 2 epochs of 3 optimiser steps.
+STATEFUL = [
+    "router=linear",
+    "capacity=0.5",
+    "model.drop_path=0.2",
+    "schedule.mixup=0.5",
+    "schedule.cutmix=0.5",
+    "schedule.ema_decay=0.5",
+    "schedule.lr=0.01",
+    "schedule.accumulate=2",
+    "trainer.limit_train_batches=6",
+    "data.num_workers=0",
+]
+SHORT = ["router=none", "trainer.limit_train_batches=3"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def run(folder: Path, *overrides: str) -> None:
+    cfg = config(*overrides, f"run_dir={folder}")
+    check_train(cfg)
+    train(cfg)
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(folder, *STATEFUL)
+    return folder
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """The rows, and bit for bit the weights and what the optimiser and the moving average hold in the end."""
+    assert (folder / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    assert (folder / "weights.safetensors").read_bytes() == (other / "weights.safetensors").read_bytes()
+    ends = [torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (folder, other)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(*(end[key] for end in ends), rtol=0, atol=0)
+    assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+
+
+def test_ema_is_what_is_evaluated_and_kept(never_killed):
+    state = torch.load(never_killed / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    kept = load_file(never_killed / "weights.safetensors")
+    assert all(torch.equal(kept[key], state[f"ema.module.{key}"]) for key in kept)
+    assert not torch.equal(kept["head.weight"], state["model.head.weight"])
+
+
+# --- kills --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+# The n-th save of 2 epochs of 3 optimiser steps, saved every step and at the end of an epoch, is
+# 1, 2: inside epoch 0; 3, 4: its end (best, last); 5, 6: inside epoch 1; then its end.
+@pytest.mark.parametrize(("saves", "torn"), [(1, False), (2, True), (3, False), (4, False), (5, False), (6, True)])
+def test_a_killed_run_goes_on_exactly(never_killed, tmp_path, monkeypatch, saves, torn):
+    folder, left = tmp_path / "killed", [saves]
+    save = RunRecorder._save
+
+    def save_and_die(self, trainer, name):
+        if torn and left[0] == 1:
+            raise Killed  # before the file is written: the one before must do
+        save(self, trainer, name)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(RunRecorder, "_save", save_and_die)
+    with pytest.raises(Killed):
+        run(folder, *STATEFUL, "checkpoint_every_steps=1")
+    assert not (folder / "summary.json").exists()
+    monkeypatch.undo()
+    run(folder, *STATEFUL, "checkpoint_every_steps=1")
+
+    assert_same(folder, never_killed)
+    mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, never_killed))
+    assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_a_run_goes_on_without_the_checkpoint_it_started_from(never_killed, tmp_path, monkeypatch):
+    source = shutil.copy(never_killed / "weights.safetensors", tmp_path / "source.safetensors")
+    overrides = ["router=linear", "capacity=0.5", f"model.checkpoint={source}", "trainer.limit_train_batches=1"]
+    save = RunRecorder._save
+
+    def save_and_die(self, trainer, name):
+        save(self, trainer, name)
+        if name == "last":
+            raise Killed
+
+    monkeypatch.setattr(RunRecorder, "_save", save_and_die)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", *overrides)
+    monkeypatch.undo()
+    source.unlink()
+    run(tmp_path / "run", *overrides)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["epochs"] == 2
+    assert summary["val_top1_untrained"] is not None
+
+
+def test_sigkill_at_several_steps_changes_nothing(never_killed, tmp_path):
+    """Of the process alone, whose loader workers it leaves behind."""
+    command = [*STATEFUL, "checkpoint_every_steps=1", "data.num_workers=2"]
+    for step in (1, 4):
+        process = run_forked(tmp_path / "run", *command)
+        wait_for(lambda step=step: step_of(tmp_path / "run") >= step)
+        process.process.kill()
+        assert process.wait() == -9
+    assert not (tmp_path / "run/summary.json").exists()
+    last = run_forked(tmp_path / "run", *command)
+    assert last.wait() == 0, last.text
+    assert "resuming" in last.text
+    assert_same(tmp_path / "run", never_killed)
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_command_at_several_steps_changes_nothing(never_killed, tmp_path):
+    """As typed, the whole process group."""
+    arguments = [*DIGITS, *STATEFUL, "checkpoint_every_steps=1", "data.num_workers=2", f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, SRC / "train.py", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for step in (1, 2, 3, 4, 5):
+        process = subprocess.Popen(command, env=env, start_new_session=True)
+        wait_for(lambda step=step: step_of(tmp_path / "run") >= step, 120)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -9
+    subprocess.run(command, env=env, check=True)
+    assert_same(tmp_path / "run", never_killed)
+
+
+def test_a_run_killed_before_its_config_was_written_starts(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", "environment.json", ".config.yaml.tmp"):
+        (folder / name).touch()
+    run(folder, *SHORT, "schedule.epochs=1")
+    assert (folder / "summary.json").exists()
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path, monkeypatch, number):
+    """As SLURM does: the loader workers get it too."""
+    after = RunRecorder.on_train_batch_end
+    workers = tmp_path / "workers.json"
+
+    def wait_at_step_two(self, trainer, *arguments):
+        if trainer.global_step == 2 and not workers.exists():
+            pids = [child.pid for child in multiprocessing.active_children()]
+            (tmp_path / "new").write_text(json.dumps(pids))
+            (tmp_path / "new").rename(workers)
+            wait_for(lambda: self._signal is not None)
+        after(self, trainer, *arguments)
+
+    monkeypatch.setattr(RunRecorder, "on_train_batch_end", wait_at_step_two)
+    command = [*STATEFUL, "data.num_workers=2"]
+    stopped = run_forked(tmp_path / "run", *command)
+    wait_for(workers.exists)
+    pids = json.loads(workers.read_text())
+    assert len(pids) >= 2
+    for pid in (*pids, stopped.process.pid):
+        os.kill(pid, number)
+    assert stopped.wait() == 143, stopped.text
+    line = stopped.text.splitlines()[-1]
+    assert line.startswith(f"stopped by {number.name} after step 2, with a checkpoint; resume with the same command")
+    assert "Traceback" not in stopped.text
+    assert step_of(tmp_path / "run") == 2
+    monkeypatch.undo()
+    run(tmp_path / "run", *command)
+    assert_same(tmp_path / "run", never_killed)
+
+
+def test_a_signal_during_validation_is_answered_at_the_epochs_end(never_killed, tmp_path, monkeypatch):
+    validate = run_module.Classifier.validation_step
+
+    def signalled(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        validate(self, *arguments)
+
+    monkeypatch.setattr(run_module.Classifier, "validation_step", signalled)
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", *STATEFUL)
+    assert caught.value.code == 143
+    assert step_of(tmp_path / "run") == 3
+    monkeypatch.undo()
+    run(tmp_path / "run", *STATEFUL)
+    assert_same(tmp_path / "run", never_killed)
+
+
+@pytest.mark.parametrize("where", ["build_datamodule", "best_checkpoint"])
+def test_a_signal_outside_training_ends_at_once(tmp_path, monkeypatch, capsys, where):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run_module, where, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", *SHORT)
+    assert caught.value.code == 143
+    assert "stopped by SIGTERM outside training; resume with" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- damaged files ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Killed inside epoch 1, right after its first step was saved: best.ckpt is epoch 0's."""
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
+    save = RunRecorder._save
+
+    def save_and_die(self, trainer, name):
+        save(self, trainer, name)
+        if trainer.global_step == 4:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunRecorder, "_save", save_and_die)
+        with pytest.raises(Killed):
+            run(folder, *STATEFUL, "checkpoint_every_steps=1")
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def blank_a_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4096] = bytes(4096)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, blank_a_page, Path.unlink], ids=lambda damage: damage.__name__)
+def test_a_damaged_last_checkpoint_is_noticed_and_the_one_before_is_used(
+    interrupted, never_killed, tmp_path, capsys, damage
+):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    last = folder / "checkpoints/last.ckpt"
+    assert is_whole(last)
+    assert (step_of(folder), torch.load(last.with_name("previous.ckpt"), weights_only=True)["global_step"]) == (4, 3)
+    damage(last)
+    assert not is_whole(last)
+    run(folder, *STATEFUL, "checkpoint_every_steps=1")
+    text = capsys.readouterr().out
+    assert ("last.ckpt is damaged; the run goes on from before it" in text) == (damage is not Path.unlink)
+    assert "resuming" in text
+    assert_same(folder, never_killed)
+
+
+def test_with_both_damaged_the_run_begins_anew(interrupted, never_killed, tmp_path, capsys):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    for name in ("last", "previous"):
+        cut(folder / f"checkpoints/{name}.ckpt")
+    run(folder, *STATEFUL, "checkpoint_every_steps=1")
+    assert "resuming" not in capsys.readouterr().out
+    assert_same(folder, never_killed)
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_a_damaged_best_checkpoint(never_killed, tmp_path, monkeypatch, capsys, best):
+    """Where the last epoch is the best, last.ckpt has its weights; otherwise the run says what is lost."""
+    folder = shutil.copytree(never_killed, tmp_path / "run")
+    (folder / "summary.json").unlink()
+    cut(folder / "checkpoints/best.ckpt")
+    load = RunRecorder.load_state_dict
+
+    def load_and_rank(self, state):
+        load(self, state)
+        self.rows[best]["val/top1"] = 100.0
+
+    monkeypatch.setattr(RunRecorder, "load_state_dict", load_and_rank)
+    if best == 0:
+        (folder / "checkpoints/previous.ckpt").unlink()
+        with pytest.raises(UserError, match=r"best\.ckpt: is damaged, and no other .*; delete the folder"):
+            run(folder, *STATEFUL)
+    else:
+        run(folder, *STATEFUL)
+        assert "best.ckpt is damaged; " in capsys.readouterr().out
+        kept = load_file(folder / "weights.safetensors")
+        last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        assert all(torch.equal(value, last[f"ema.module.{key}"]) for key, value in kept.items())
+
+
+# --- disks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(never_killed, tmp_path, monkeypatch):
+    """The kernel's own refusal: no file may grow beyond 100 kB from the second checkpoint on."""
+    save = RunRecorder._save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self, trainer, name):
+        if trainer.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            save(self, trainer, name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(RunRecorder, "_save", full)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", *STATEFUL, "checkpoint_every_steps=1")
+    text = str(caught.value)
+    for word in ("checkpoints/last.ckpt: cannot be written (File too large)", "make room", "same command", "intact"):
+        assert word in text
+    assert os.listdir(tmp_path / "run/checkpoints") == ["last.ckpt"]
+    assert step_of(tmp_path / "run") == 1
+    monkeypatch.undo()
+    run(tmp_path / "run", *STATEFUL, "checkpoint_every_steps=1")
+    assert_same(tmp_path / "run", never_killed)
+
+
+@pytest.mark.parametrize("name", ["environment.json", "metrics.csv", "weights.safetensors", "curves.png"])
+def test_a_full_disk_anywhere_is_one_line(tmp_path, monkeypatch, name):
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=f"{name}: cannot be written \\(No space left on device\\)"):
+        run(tmp_path / "run", *SHORT, "schedule.epochs=1")
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("/proc/run", tmp_path / "file/run"):
+        with pytest.raises(UserError, match=rf"run_dir={folder}: cannot be written .*; choose another folder"):
+            run(folder, *SHORT)
+
+
+# --- two runs in one folder ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused(interrupted, tmp_path, monkeypatch):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    go = tmp_path / "go"
+    monkeypatch.setattr(run_module, "newest_checkpoint", lambda folder: wait_for(go.exists))
+    first = run_forked(folder, *STATEFUL)
+    wait_for(lambda: (folder / ".lock").exists() and first.output.exists())
+    time.sleep(0.2)
+    files = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    second = run_forked(folder, *STATEFUL)
+    assert second.wait() == 2
+    assert second.text == (
+        f"error: run_dir={folder}: another process is writing this run; wait until it ends, or name another run_dir\n"
+    )
+    assert files == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    first.process.kill()  # its lock ends with it
+    assert first.wait() == -9
+    monkeypatch.undo()
+    run(folder, *STATEFUL)
+    assert (folder / "summary.json").exists()
+
+
+def test_two_runs_that_begin_at_the_same_moment(tmp_path):
+    """Neither finds a folder; the second to make it gives way."""
+    folder = tmp_path / "run"
+    cfg = config(*SHORT, f"run_dir={folder}")
+    late, first = RunLock(folder), RunLock(folder)
+
+    def hold() -> None:
+        run_module.start_folder(cfg, folder, first, None)
+        (tmp_path / "held").touch()
+        time.sleep(60)
+
+    rival = Forked(hold, tmp_path / "rival.txt")
+    wait_for((tmp_path / "held").exists)
+    with pytest.raises(UserError, match="another process is writing"):
+        run_module.start_folder(cfg, folder, late, None)
+    rival.process.kill()
+    rival.wait()
+    late.release()
+    with pytest.raises(UserError, match="another process is writing"):  # it had begun, and must be resumed, not begun
+        run_module.start_folder(cfg, folder, late, None)
+
+
+# --- pickled code -------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickled, it runs a shell command that leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {shlex.quote(str(self.mark))}",)
+
+
+def write_payload(path: Path, mark: Path, form: str) -> Path:
+    content = {"state_dict": {"weight": torch.zeros(2)}, "code": Payload(mark)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
+def test_the_payload_works(tmp_path):
+    path = write_payload(tmp_path / "bad.pth", tmp_path / "mark", "zip")
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".safetensors"])
+def test_pickled_code_in_a_given_checkpoint_does_not_run(tmp_path, suffix, form):
+    path = write_payload(tmp_path / f"bad{suffix}", tmp_path / "mark", form)
+    with pytest.raises(UserError, match=rf"model\.checkpoint={path}: (refused|cannot be read)"):
+        run(tmp_path / "run", *SHORT, f"model.checkpoint={path}")
+    assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_pickled_code_in_a_run_folder_does_not_run(interrupted, never_killed, tmp_path):
+    mark = tmp_path / "mark"
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    write_payload(folder / "checkpoints/last.ckpt", mark, "zip")
+    with pytest.raises(UserError, match=r"last\.ckpt: refused \(it holds pickled code, which is not run\)"):
+        run(folder, *STATEFUL)
+
+    ended = shutil.copytree(never_killed, tmp_path / "ended")
+    (ended / "summary.json").unlink()
+    write_payload(ended / "checkpoints/best.ckpt", mark, "zip")
+    with pytest.raises(UserError, match=r"best\.ckpt: refused \(it holds pickled code"):
+        run(ended, *STATEFUL)
+
+    source = shutil.copytree(interrupted, tmp_path / "source")
+    write_payload(source / "checkpoints/best.ckpt", mark, "zip")
+    with pytest.raises(UserError, match=r"model\.checkpoint=.*: refused"):
+        run(tmp_path / "new", *SHORT, f"model.checkpoint={source}")
+    assert not mark.exists()
