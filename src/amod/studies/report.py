@@ -99,6 +99,21 @@ def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     path.write_text(text.getvalue())
 
 
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a runs.csv or curves.csv: figures as numbers, other columns as text, empty cells as None."""
+    text = {"run", "status", "stage", *AXES, "git_commit", "git_changed", "note"} - {"capacity"}
+
+    def value(key: str, cell: str) -> Any:
+        if key == "variant" or (cell and key in text):
+            return cell
+        if not cell:
+            return None
+        return int(cell) if cell.lstrip("-").isdigit() and key != "capacity" else float(cell)
+
+    with path.open(newline="") as file:
+        return [{key: value(key, cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
