@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint benchmark clean
+.PHONY: help setup demo test test-slow lint benchmark sweep clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -23,6 +23,9 @@ demo: $(VENV)/.ready ## train, adapt and compare the variants on handwritten dig
 
 benchmark: $(VENV)/.ready ## time the variants against dense timm and ToMe; tables and pictures in results/benchmark
 	$(RUN) src/benchmark.py
+
+sweep: $(VENV)/.ready ## run a sweep file without W&B: make sweep SWEEP=sweeps/lr.yaml ARGS="data=digits"
+	$(RUN) src/sweep.py $(SWEEP) $(ARGS)
 
 test: lint ## lint, types and tests (under 15 minutes on 2 cores)
 	$(VENV)/bin/pytest -m "not slow"

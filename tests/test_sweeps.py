@@ -1,0 +1,214 @@
+"""The sweep files, and what `make sweep` does with them."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from amod.analysis.stability import draw_stability
+from amod.errors import UserError
+from amod.sweeps import arguments, combinations, fixed_arguments, read_sweep, runs_of, sample, write_report
+from amod.training.settings import check_train, compose_config
+from tiny import DIGITS
+
+FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+MISTAKES = [
+    ("parameters: []", "has no parameters"),
+    ("command: [a]\nparameters: {seed: {value: 1}}", "needs ${args_no_hyphens}"),
+    ("command: ['${args_no_hyphens}']\nparameters: {schedule: {parameters: {lr: {value: 1}}}}", "write them flat"),
+    ("command: ['${args_no_hyphens}']\nparameters: {budget: {values: [null, 1]}}", "write 'null', with its quotes"),
+    ("command: ['${args_no_hyphens}']\nmethod: bayes\nparameters: {seed: {value: 1}}", "method=bayes needs W&B"),
+    ("command: ['${args_no_hyphens}']\nmethod: random\nparameters: {seed: {value: 1}}", "needs run_cap"),
+    ("command: ['${args_no_hyphens}']\nmethod: grid\nparameters: {seed: {min: 1, max: 2}}", "a grid needs values"),
+    (
+        "command: ['${args_no_hyphens}']\nmethod: random\nrun_cap: 1\nparameters: {schedule.lr: {min: 1e-5, max: 1}}",
+        "in YAML 1e-5 is a word",
+    ),
+]
+
+
+def through_the_agent(sweep, values):
+    """The arguments of src/train.py in the command that W&B's agent runs, by its own code."""
+    args = json.loads(json.dumps({key: {"value": value} for key, value in values.items()}))
+    macros = create_sweep_command_args({"args": args})
+    command = create_sweep_command(copy.deepcopy(sweep["command"]))
+    return [part for c in command for part in (macros.get(c[2:-1], []) if c.startswith("${") else [c])]
+
+
+def test_there_are_the_four():
+    assert [file.stem for file in FILES] == ["bayes", "capacity", "lr", "placement"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_combination_as_the_agent_types_it_is_a_run(file, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_RUN_ID", "xyz")
+    sweep = read_sweep(file)
+    assert _validate_config_and_fill_distribution(sweep) == sweep  # W&B's own check
+    assert sweep["project"] == "amod"
+    assert sweep["program"] == "src/train.py"
+    assert sweep["metric"] == {"name": "val/top1", "goal": "maximize"}
+    if sweep["method"] == "bayes":  # the optimiser's choices are not known; draws from its ranges stand for them
+        draw = random.Random(0)
+        found = [{k: sample(p, draw, k) for k, p in sweep["parameters"].items()} for _ in range(10)]
+    else:
+        found = combinations(sweep, file)
+    for values in found:
+        whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
+        typed = through_the_agent(sweep, whole)
+        assert typed[-len(values) :] == [f"{key}={value}" for key, value in arguments(values).items()]
+        cfg = compose_config("train", [*typed, "data=digits"])
+        check_train(cfg)
+        assert cfg.logger.name == "wandb"
+        assert cfg.run_dir == "runs/sweeps/abc/xyz"
+        for key, value in values.items():  # nothing arrives as a string that was a number
+            node = cfg[key] if key in ("router", "placement") else None
+            got = node.name if node is not None else cfg[key] if "." not in key else cfg.schedule[key.split(".")[1]]
+            assert got == value
+            assert isinstance(got, str) == isinstance(value, str)
+
+
+def test_what_the_client_does_to_null():
+    """Hydra takes None for a word. It is refused in a file, and a run that gets it is not started."""
+    typed = create_sweep_command_args({"args": {"schedule.clip_grad": {"value": None}}})["args_no_hyphens"]
+    assert typed == ["schedule.clip_grad=None"]
+    with pytest.raises(UserError, match=r"schedule\.clip_grad=None: must be"):
+        check_train(compose_config("train", ["data=digits", *typed]))
+    with pytest.raises(UserError, match=r"model\.checkpoint=None: no such file"):
+        check_train(compose_config("train", ["data=digits", "model.checkpoint=None"]))
+    check_train(compose_config("train", ["data=digits", "model=vit_pico", "schedule.clip_grad=null"]))
+
+
+@pytest.mark.parametrize(("text", "said"), MISTAKES)
+def test_a_mistake_in_a_file_is_named(tmp_path, text, said):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        runs_of(file, {})
+    assert said in str(error.value)
+
+
+def test_random_draws_are_the_same_every_time(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    parameters = {
+        "schedule.lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-2},
+        "seed": {"min": 0, "max": 9},
+        "capacity": {"min": 0.1, "max": 1.0},
+        "router": {"values": ["linear", "attention"]},
+    }
+    command = ["${args_no_hyphens}"]
+    file.write_text(yaml.safe_dump({"command": command, "method": "random", "run_cap": 50, "parameters": parameters}))
+    runs = runs_of(file, {"data": "digits"})
+    assert [run.name for run in runs] == [run.name for run in runs_of(file, {"data": "digits"})]
+    assert len(runs) == 50
+    lrs = [run.values["schedule.lr"] for run in runs]
+    assert all(1e-5 <= lr <= 1e-2 for lr in lrs)
+    assert 15 < sum(lr < 10**-3.5 for lr in lrs) < 35  # half of the draws are below the middle of the logarithms
+    assert {run.values["router"] for run in runs} == {"linear", "attention"}
+    assert all(isinstance(run.values["seed"], int) for run in runs)
+
+
+def test_a_local_sweep_to_its_end(tmp_path):
+    sweep = yaml.safe_load(FILES[2].read_text())
+    sweep["command"] = ["${program}", "logger=wandb", "data=flowers", *DIGITS[:-3], "${args_no_hyphens}"]
+    lrs = [1.0e-3, 1.0e9]
+    sweep["parameters"] = {"router": {"values": ["attention"]}, "schedule.lr": {"values": lrs}}
+    (tmp_path / "lr.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    program = Path(__file__).parents[1] / "src/sweep.py"
+    typed = [
+        sys.executable,
+        str(program),
+        "lr.yaml",
+        "data=digits",
+        "schedule.epochs=1",
+        "trainer.accelerator=cpu",
+        "jobs=1",
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = subprocess.run(
+        [*typed, "jobs=1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    root = tmp_path / "runs/sweeps/lr"
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: 1 of 2 runs failed")
+    good, bad = csv.DictReader((root / "runs.csv").open())
+    assert (good["schedule.lr"], good["state"]) == ("0.001", "finished")
+    summary = json.loads((root / good["run"] / "summary.json").read_text())
+    assert float(good["val_top1"]) == summary["val_top1"]
+    assert bad["state"] == "failed"
+    report = (root / "report.md").read_text()
+    assert "1 of 2 runs finished" in report
+    assert f"`{bad['run']}`: error: the loss is nan" in report
+    assert (root / "stability.png").stat().st_size > 10_000
+
+    # The same again: the finished run is not repeated. A file without the failed one then ends well.
+    sweep["parameters"]["schedule.lr"]["values"] = lrs[:1]
+    (tmp_path / "lr.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    written = (root / good["run"] / "summary.json").stat().st_mtime_ns
+    done = subprocess.run(typed, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "started" not in done.stdout
+    assert (root / good["run"] / "summary.json").stat().st_mtime_ns == written
+
+
+def test_the_report_by_hand(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    parameters = {"capacity": {"values": [0.5, 1.0]}, "seed": {"values": [0, 1, 2]}}
+    command = ["model=vit_pico", "${args_no_hyphens}"]
+    file.write_text(yaml.safe_dump({"command": command, "method": "grid", "parameters": parameters}))
+    runs = runs_of(file, {"data": "digits"})
+    assert fixed_arguments(read_sweep(file)) == {"model": "vit_pico"}
+    for run, top1 in zip(runs[:4], (50.0, 52.0, 57.0, 60.0), strict=True):
+        (tmp_path / run.name).mkdir()
+        summary = {"gflops": 0.025, "val_top1": top1, "test_top1": top1 - 1, "epochs": 3, "seconds": 9.5}
+        (tmp_path / run.name / "summary.json").write_text(json.dumps(summary))
+    text = write_report(runs, tmp_path, {runs[4].name: "error: too hot"}, "it").read_text()
+    assert "4 of 6 runs finished" in text
+    assert "| 0.5 | 3 | 0.0250 | 53.00 (50.00 to 57.00) | 52.00 (49.00 to 56.00) |" in text
+    assert "| 1.0 | 1 of 3 | 0.0250 | 60.00 | 59.00 |" in text
+    assert f"- `{runs[4].name}`: error: too hot" in text
+    assert "stability" not in text  # the learning rate is not swept
+    states = [row["state"] for row in csv.DictReader((tmp_path / "runs.csv").open())]
+    assert states == ["finished"] * 4 + ["failed", "not run"]
+
+
+def test_the_stability_picture(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, words = {}, []
+    errorbar, text = Axes.errorbar, Axes.text
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda *a, **k: drawn.setdefault(k["label"], (a[1:], k)) and errorbar(*a, **k)
+    )
+    monkeypatch.setattr(Axes, "text", lambda *a, **k: words.append(a[3]) or text(*a, **k))
+    top1 = {
+        ("linear", 1e-3): (70, 72, 77),
+        ("linear", 1e-2): (60, None, float("nan")),
+        ("attention", 1e-3): (80, 80, 83),
+    }
+    rows = [
+        {"router": router, "lr": lr, "seed": seed, "top1": value}
+        for (router, lr), values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    draw_stability(rows, tmp_path / "new/picture.png", "title", "caption")
+    assert (tmp_path / "new/picture.png").stat().st_size > 10_000
+    assert list(drawn) == ["MoD", "A-MoD"]
+    (rates, means), style = drawn["MoD"]
+    assert rates == pytest.approx([1e-3, 1e-2], rel=0.5)
+    assert means == [73, 60]  # failed runs enter no mean
+    assert style["yerr"] == [[3, 0], [4, 0]]
+    assert words == ["× MoD (2)"]
+    styles = [(style["marker"], str(style["linestyle"]), style["color"]) for _, style in drawn.values()]
+    assert all(a != b for a, b in zip(*styles, strict=True))
