@@ -1,0 +1,87 @@
+"""The notebooks run from clean, in their order, and what is committed of them is small and names no machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from omegaconf import OmegaConf
+
+from amod.studies import report
+from amod.studies.plan import runs_of
+from amod.training.settings import CONF
+
+ROOT = CONF.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def study_rows() -> tuple[list[report.Row], list[report.Row]]:
+    """Rows like those of Table 1 at the small scale, made up; one run failed."""
+    study, scale = (OmegaConf.to_container(OmegaConf.load(CONF / f)) for f in ("study/table1.yaml", "scale/small.yaml"))
+    rows, curves = report.rows_of(runs_of(study, scale), Path("nowhere"), {})  # type: ignore[arg-type]
+    for place, row in enumerate(rows):
+        if place == 3:
+            row |= {"status": "failed", "note": "stopped"}
+            continue
+        top1 = 80.0 + 10 * row["capacity"] + row["seed"]
+        row |= {"status": "finished", "gflops": 0.02 + 0.01 * row["capacity"], "val_top1_untrained": 0.5 * top1}
+        row |= {"val_top1": top1, "test_top1": top1 - 1, "epochs_to_peak": 2, "note": None}
+        curves += [{"run": row["run"], "epoch": epoch, "val_top1": top1 - 2 + epoch} for epoch in range(3)]
+    return rows, curves
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder like a fresh clone: the notebooks, the settings, and a study's results (the committed ones if any)."""
+    root = tmp_path_factory.mktemp("clone")
+    (root / "notebooks").mkdir()
+    (root / "conf").symlink_to(CONF)
+    if (ROOT / "results/table1/small/runs.csv").exists():
+        (root / "results").symlink_to(ROOT / "results")
+    else:
+        rows, curves = study_rows()
+        small = root / "results/table1/small"
+        small.mkdir(parents=True)
+        report.write_csv(small / "runs.csv", rows, report.COLUMNS)
+        report.write_csv(small / "curves.csv", curves, ("run", "epoch", "val_top1"))
+    return root
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_clean(path, place, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress")  # tqdm's, without ipywidgets
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    where = {"metadata": {"path": str(place / "notebooks")}}
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
+    printed = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    assert not re.search(r'"name": "stderr"', printed)
+    if path.stem.startswith("01"):  # it learned something, or the other notebooks show noise
+        assert json.loads((place / "runs/notebooks/dense/summary.json").read_text())["test_top1"] > 80
+    else:
+        assert "image/png" in printed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_committed_is_small_and_in_order(path):
+    text = path.read_text()
+    assert len(text) < 400_000
+    assert not re.search(r"/home/|/root/|/work/|/Users/|/tmp/", text)
+    counts = [cell.execution_count for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
+    assert counts in (list(range(1, len(counts) + 1)), [None] * len(counts))  # top to bottom, once; or never
+
+
+def test_a_study_is_read_as_it_was_written(tmp_path):
+    rows, curves = study_rows()
+    report.write_csv(tmp_path / "runs.csv", rows, report.COLUMNS)
+    assert report.read_csv(tmp_path / "runs.csv") == rows
+    report.write_csv(tmp_path / "curves.csv", curves, ("run", "epoch", "val_top1"))
+    assert report.read_csv(tmp_path / "curves.csv") == curves
