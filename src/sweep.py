@@ -44,4 +44,8 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        except KeyboardInterrupt:  # SIGTERM too
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
