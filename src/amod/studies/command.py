@@ -55,6 +55,9 @@ def reproduce(cfg: DictConfig) -> None:
     failed: dict[str, str] = {}
     try:
         execute(runs, root, cfg.jobs or default_jobs(), cfg.launcher, failed)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
         from amod.studies.report import write_report
 

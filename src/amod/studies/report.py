@@ -137,7 +137,7 @@ def cells(rows: Sequence[Row], metric: str) -> dict[tuple[Any, ...], dict[int, f
     return found
 
 
-def test_claim(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[str, Any]:
+def examine(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[str, Any]:
     """A claim "higher is above lower, give or take the margin", cell by cell.
 
     A cell is held when the 95 % interval of the differences, seed by seed, lies above -margin. Returns the verdict
@@ -192,7 +192,8 @@ def write_report(
 ) -> Path:  # fmt: skip
     """Write report.md, runs.csv, curves.csv and figure.png of a study; returns report.md's path."""
     rows, curves = rows_of(runs, root, failed)
-    ours = [row for row in rows if row["stage"] == study["stage"]]
+    start = scale["stages"][study["stage"]].get("start") if study.get("with_start") else None
+    ours = [row for row in rows if row["stage"] in (study["stage"], start)]
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", rows, COLUMNS)
     write_csv(output / "curves.csv", curves, ("run", "epoch", "val_top1"))
@@ -286,7 +287,7 @@ def mean_text(values: Iterable[float]) -> str:
 
 
 def claims_section(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    tested = [test_claim(claim, rows, study["metric"]) for claim in study["claims"]]
+    tested = [examine(claim, rows, study["metric"]) for claim in study["claims"]]
     lines = [["claim", "on", "verdict here", "difference by cell"], ["---"] * 4]
     for claim in tested:
         by_cell = "<br>".join(claim["lines"]) or "no runs"

@@ -1,0 +1,112 @@
+"""From a study and a scale to runs: what is shared, what starts from what, and that src/train.py takes every one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from amod.studies.plan import runs_of
+from amod.training.settings import CONF, check_train, compose_config
+
+SCALE = {
+    "name": "toy",
+    "seeds": [0, 1],
+    "models": ["vit_pico"],
+    "data": "fashion_mnist",
+    "transfer": ["digits"],
+    "stages": {
+        "dense": {"settings": ["schedule.epochs=9"]},
+        "finetune": {"start": "dense", "settings": ["schedule.lr=5e-4"]},
+        "transfer": {"start": "dense", "settings": []},
+        "scratch": {"settings": []},
+    },
+}
+STUDIES = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
+
+
+def load(group, name):
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+
+
+def plan(**study):
+    return runs_of({"stage": "finetune", **study}, SCALE)
+
+
+def test_a_run_for_each_combination_and_seed_after_the_dense_run_that_it_starts_from():
+    runs = plan(runs=[{"router": ["linear", "attention"], "capacity": [0.125, 0.5]}])
+    assert len(runs) == 2 * (1 + 4)
+    for number, run in enumerate(runs):
+        if run.start is None:
+            assert run.stage == "dense"
+            assert run.settings["router"] == "none"
+            assert run.settings["schedule.epochs"] == "9"
+        else:
+            assert run.start in runs[:number]
+            assert run.start.settings["seed"] == run.settings["seed"]
+    root = Path("runs/toy")
+    arguments = runs[1].arguments(root)
+    assert f"model.checkpoint={root / runs[0].name}" in arguments
+    assert f"run_dir={root / runs[1].name}" in arguments
+    assert "capacity=0.125" in arguments
+    assert "router=linear" in arguments
+    assert "schedule.lr=0.0005" in arguments
+
+
+def test_equal_settings_are_one_run_however_they_are_written():
+    table = plan(runs=[{"router": ["attention"], "capacity": [0.5]}])
+    sweep = plan(runs=[{"router": ["attention"], "capacity": [0.50], "schedule.lr": [1e-4, 5e-4]}])
+    assert [run.name for run in table] == [run.name for run in sweep if run.settings.get("schedule.lr") != "0.0001"]
+
+
+def test_another_recipe_of_the_dense_run_makes_other_runs_of_all_that_start_from_it():
+    before = plan(runs=[{"router": ["attention"]}])
+    stages = {**SCALE["stages"], "dense": {"settings": ["schedule.epochs=10"]}}
+    after = runs_of({"stage": "finetune", "runs": [{"router": ["attention"]}]}, {**SCALE, "stages": stages})
+    assert not {run.name for run in before} & {run.name for run in after}
+
+
+def test_transfer_goes_to_the_other_data_from_a_dense_run_on_the_first():
+    runs = plan(stage="transfer", runs=[{"router": ["attention"]}])
+    assert [run.settings["data"] for run in runs] == ["fashion_mnist", "digits"] * 2
+    assert runs[1].start == runs[0]
+
+
+def test_from_scratch_there_is_no_dense_run():
+    assert [run.start for run in plan(stage="scratch", runs=[{"router": ["attention"]}])] == [None, None]
+
+
+def test_a_variant_changes_the_dense_run_too():
+    runs = plan(variants={"": [], "registers": ["+model.kwargs.reg_tokens=4"]}, runs=[{"router": ["attention"]}])
+    changed = [run for run in runs if run.variant == "registers"]
+    assert len(runs) == 8
+    assert len(changed) == 4
+    assert all(run.settings["+model.kwargs.reg_tokens"] == "4" for run in changed)
+
+
+def test_a_scale_may_narrow_a_study():
+    runs = plan(runs=[{"router": ["attention"], "capacity": [0.125, 0.5]}], at={"toy": {"seeds": [7]}})
+    assert {run.settings["seed"] for run in runs} == {"7"}
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_run_of_every_study_is_accepted(study, scale, tmp_path, monkeypatch):
+    """Everything that src/train.py checks before it touches data or weights, for the first seed and model."""
+    monkeypatch.setattr("amod.training.data.check_data", lambda data: None)
+    monkeypatch.setattr("amod.training.settings.check_checkpoint", lambda path: None)
+    content, at = load("study", study), load("scale", scale)
+    if "studies" in content:
+        assert set(content["studies"]) == set(STUDIES) - {"all"}
+        return
+    assert content["name"] == study
+    if "benchmark" in content:
+        assert content["at"][scale]["benchmark"]
+        return
+    at |= {"seeds": at["seeds"][:1], "models": at["models"][:1]}
+    runs = runs_of(content, at)
+    assert runs
+    for run in runs:
+        check_train(compose_config("train", run.arguments(tmp_path)))

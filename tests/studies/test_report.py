@@ -1,0 +1,112 @@
+"""What a report says, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+from fakes_studies import SCALE, STUDY, finish, rows
+
+from amod.studies.paper import ACCURACY
+from amod.studies.report import COLUMNS, epochs_to_peak, examine, interval, table, write_report
+
+
+def test_the_interval_is_students():
+    # three values 1, 2, 3: s = 1, s / sqrt(3) = 0.57735, t(0.975, 2) = 4.30265
+    mean, half = interval([1, 2, 3])
+    assert mean == 2
+    assert half == pytest.approx(4.30265 * 0.57735, rel=1e-5)
+    assert math.isnan(interval([5.0])[1])
+
+
+def test_epochs_to_within_one_percent_of_the_peak():
+    assert epochs_to_peak([(0, 50.0), (1, 79.1), (2, 79.2), (3, 80.0), (4, 79.9)]) == 2  # 0.99 * 80 = 79.2
+    assert epochs_to_peak([(0, 80.0), (1, 70.0)]) == 0
+    assert epochs_to_peak([]) is None
+
+
+@pytest.mark.parametrize(
+    ("linear", "attention", "verdict"),
+    [
+        ([70, 71, 72], [72, 73, 74.1], "held"),  # differences 2, 2, 2.1
+        ([70, 71, 72], [72, 69, 73], "not held"),  # 2, -2, 1
+        ([70, 71, 72], [68, 69, 70.1], "not held"),  # the other way
+        ([70], [72], "not tested"),  # one seed says nothing about the spread
+    ],
+)
+def test_a_claim_is_held_only_where_the_interval_of_the_differences_is_above_zero(linear, attention, verdict):
+    found = examine(
+        {"text": "", "higher": "attention", "lower": "linear"},
+        rows(linear=linear, attention=attention),
+        "test_top1",
+    )
+    assert found["verdict"] == verdict
+
+
+def test_a_margin_lets_a_little_be_lost():
+    claim = {"text": "", "higher": "attention", "lower": "isoflop", "margin": 1.0}
+    assert examine(claim, rows(isoflop=[80, 81, 82], attention=[79.5, 80.5, 81.4]), "test_top1")["verdict"] == "held"
+    assert (
+        examine(claim | {"margin": 0.0}, rows(isoflop=[80, 81], attention=[79, 80]), "test_top1")["verdict"]
+        == "not held"
+    )
+
+
+def test_runs_are_paired_by_seed():
+    # seed by seed the difference is always 1, however far the seeds are apart
+    found = examine(
+        {"text": "", "higher": "attention", "lower": "linear"},
+        rows(linear=[10, 50, 90], attention=[11, 51, 91]),
+        "test_top1",
+    )
+    assert found["verdict"] == "held"
+    assert "+1.00 ± 0.00 (n = 3)" in found["lines"][0]
+
+
+def test_cells_are_counted():
+    both = rows(linear=[70, 71], attention=[72, 73]) + rows(capacity=0.125, linear=[70, 71], attention=[60, 61])
+    claim = {"text": "", "higher": "attention", "lower": "linear"}
+    assert examine(claim, both, "test_top1")["verdict"] == "held in 1 of 2 cells"
+
+
+def test_a_claim_about_the_dense_model_meets_it_at_every_capacity():
+    dense = [row | {"capacity": 1.0} for row in rows(none=[80, 81])]
+    claim = {"text": "", "higher": "attention", "lower": "none", "margin": 5.0}
+    assert examine(claim, dense + rows(attention=[79, 80]), "test_top1")["verdict"] == "held"
+
+
+def test_the_table_has_a_line_for_each_cell_and_counts_what_finished():
+    shown = table(rows(linear=[70, 72], attention=[71, 74]), ["test_top1"])
+    assert "| 0.5 | MoD | 0.0250 | 2/2 | 71.00 ± 12.71 | 70 72 |" in shown  # s = sqrt(2), t(0.975, 1) = 12.7062
+    unfinished = [row | {"status": "failed", "test_top1": None, "gflops": None} for row in rows(linear=[70])]
+    assert "| 0.5 | MoD |  | 0/1 |  |  |" in table(unfinished, ["test_top1"])
+
+
+def test_the_files_of_a_report(tmp_path):
+    runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
+    failed = {runs[-1].name: "error: no room"}
+    (tmp_path / "runs" / runs[-1].name / "summary.json").unlink()
+    report = write_report(STUDY, SCALE, runs, tmp_path / "runs", failed, tmp_path / "results")
+    text = report.read_text()
+    assert "# A toy (toy scale)" in text
+    assert "error: no room" in text
+    assert "not tested" in text
+    assert (tmp_path / "results/figure.png").stat().st_size > 5000
+    with open(tmp_path / "results/runs.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert list(written[0]) == list(COLUMNS)
+    assert [row["status"] for row in written].count("failed") == 1
+    with open(tmp_path / "results/curves.csv", newline="") as file:
+        assert {row["run"] for row in csv.DictReader(file)} == {run.name for run in runs[:-1]}
+
+
+def test_the_papers_tables_are_whole():
+    # three variants at two capacities for four models; Table 3 has no isoFLOP; 7 and 8 are short
+    sizes = {study: {data: len(cells) for data, cells in tables.items()} for study, tables in ACCURACY.items()}
+    transfer = {"cars": 24, "flowers": 24, "pets": 24}
+    assert sizes["table1"] == {"imagenet": 24}
+    assert sizes["table3"] == {"imagenet": 16}
+    assert sizes["table4"] == sizes["table5"] == transfer
+    assert sizes["table7"] == {"imagenet": 2}
+    assert sizes["table8"] == {"imagenet": 4}
