@@ -4,10 +4,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint benchmark sweep clean
+STUDIES := $(patsubst conf/study/%.yaml,reproduce-%,$(wildcard conf/study/*.yaml))
+SCALE ?= small
+.PHONY: help setup demo test test-slow lint benchmark benchmark-ddp sweep clean $(STUDIES)
 
 help: ## list the targets
-	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 15
+	@echo 'also: $(STUDIES)' | fold -s -w 110
 
 setup: $(VENV)/.ready ## make .venv with everything that is needed
 
@@ -23,6 +26,10 @@ demo: $(VENV)/.ready ## train, adapt and compare the variants on handwritten dig
 
 benchmark: $(VENV)/.ready ## time the variants against dense timm and ToMe; tables and pictures in results/benchmark
 	$(RUN) src/benchmark.py
+
+reproduce-all: ## every table and figure; SCALE=small or paper, DRY=1 lists the commands, ARGS="'scale.seeds=[0]'"
+$(STUDIES): reproduce-%: $(VENV)/.ready
+	$(RUN) src/reproduce.py study=$* scale=$(SCALE) dry=$(if $(filter 1 true yes,$(DRY)),true,false) $(ARGS)
 
 sweep: $(VENV)/.ready ## run a sweep file without W&B: make sweep SWEEP=sweeps/lr.yaml ARGS="data=digits"
 	$(RUN) src/sweep.py $(SWEEP) $(ARGS)
