@@ -27,6 +27,9 @@ demo: $(VENV)/.ready ## train, adapt and compare the variants on handwritten dig
 benchmark: $(VENV)/.ready ## time the variants against dense timm and ToMe; tables and pictures in results/benchmark
 	$(RUN) src/benchmark.py
 
+benchmark-ddp: $(VENV)/.ready ## time training in two processes against one, one thread each, on an idle machine
+	$(RUN) tools/benchmark_ddp.py --out results/benchmark/ddp.json
+
 reproduce-all: ## every table and figure; SCALE=small or paper, DRY=1 lists the commands, ARGS="'scale.seeds=[0]'"
 $(STUDIES): reproduce-%: $(VENV)/.ready
 	$(RUN) src/reproduce.py study=$* scale=$(SCALE) dry=$(if $(filter 1 true yes,$(DRY)),true,false) $(ARGS)

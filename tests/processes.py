@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amod.training.run import train
@@ -32,8 +32,8 @@ class Forked:
 
     def _run(self, function: Callable[[], object], env: dict[str, str]) -> None:
         os.environ.update(env)
-        rank = int(env.get("SLURM_PROCID", env.get("LOCAL_RANK", 0)))
-        rank_zero_only.rank = fabric_rank.rank = rank
+        rank_zero_only.rank = rank_of(env)
+        faulthandler.dump_traceback_later(150, exit=True)
         sys.stdout = sys.stderr = open(self.output, "w", buffering=1)  # noqa: SIM115
         try:
             with one_line_errors():
@@ -42,7 +42,7 @@ class Forked:
             traceback.print_exc()
             sys.exit(1)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 180) -> int:
         """Its exit status (-9: killed)."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -55,6 +55,10 @@ class Forked:
         return self.output.read_text()
 
 
+def rank_of(env: Mapping[str, str]) -> int:
+    return int(env.get("SLURM_PROCID", env.get("LOCAL_RANK", 0)))
+
+
 def run_forked(folder: Path, *overrides: str, **env: str) -> Forked:
     """``python src/train.py OVERRIDES run_dir=FOLDER`` with the tiny model on digits."""
 
@@ -63,7 +67,7 @@ def run_forked(folder: Path, *overrides: str, **env: str) -> Forked:
         check_train(cfg)
         train(cfg)
 
-    return Forked(job, Path(f"{folder}.{env.get('LOCAL_RANK', '')}.txt"), **env)
+    return Forked(job, Path(f"{folder}.{rank_of(env)}.txt"), **env)
 
 
 def run_ranks(folder: Path, *overrides: str, world: int = 2) -> list[Forked]:
