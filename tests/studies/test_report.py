@@ -9,7 +9,7 @@ import pytest
 from fakes_studies import SCALE, STUDY, finish, rows
 
 from amod.studies.paper import ACCURACY
-from amod.studies.report import COLUMNS, epochs_to_peak, examine, interval, table, write_report
+from amod.studies.report import COLUMNS, epochs_to_peak, examine, interval, table, write_claims, write_report
 
 
 def test_the_interval_is_students():
@@ -99,6 +99,13 @@ def test_the_files_of_a_report(tmp_path):
     assert [row["status"] for row in written].count("failed") == 1
     with open(tmp_path / "results/curves.csv", newline="") as file:
         assert {row["run"] for row in csv.DictReader(file)} == {run.name for run in runs[:-1]}
+
+
+def test_all_claims_stand_on_one_page_with_those_that_no_study_tests(tmp_path):
+    untested = [{"text": "it detects objects", "why": "there is no detector here"}]
+    page = write_claims([(STUDY, rows(linear=[70, 71], attention=[72, 73]))], untested, "toy", tmp_path).read_text()
+    assert "| A-MoD is above MoD | [toy](toy/toy/report.md) | **held** | C = 0.5: +2.00 ± 0.00 (n = 2) |" in page
+    assert "| it detects objects | - | **not tested** | there is no detector here |" in page
 
 
 def test_the_papers_tables_are_whole():

@@ -59,13 +59,16 @@ def reproduce(cfg: DictConfig) -> None:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
-        from amod.studies.report import write_report
+        from amod.studies.report import ours_of, rows_of, write_claims, write_report
 
-        for study in studies:
-            if study["name"] in plans:
-                output = results / study["name"] / scale["name"]
-                report = write_report(study, scale, plans[study["name"]], root, failed, output)
-                print(f"{study['title']}: {report}", flush=True)
+        planned = [study for study in studies if study["name"] in plans]
+        for study in planned:
+            output = results / study["name"] / scale["name"]
+            report = write_report(study, scale, plans[study["name"]], root, failed, output)
+            print(f"{study['title']}: {report}", flush=True)
+        if "untested" in cfg.study:
+            of_each = [(s, ours_of(s, scale, rows_of(plans[s["name"]], root, failed)[0])) for s in planned]
+            print(f"all claims: {write_claims(of_each, cfg.study.untested, scale['name'], results)}", flush=True)
     for study in studies:
         if study["name"] not in plans:
             line = throughput(study, scale, results)

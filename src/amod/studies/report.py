@@ -147,6 +147,7 @@ def examine(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[
     axis, where = claim.get("axis", "router"), {key: str(value) for key, value in claim.get("where", {}).items()}
     by_cell = cells(rows, metric)
     margin = float(claim.get("margin", 0.0))
+    varying = {name for at, name in enumerate(AXES) if len({key[at] for key in by_cell}) > 1} | {"capacity"}
     lines, held, tested = [], 0, 0
     for key, values in by_cell.items():
         labels = dict(zip(AXES, key, strict=True))
@@ -157,7 +158,7 @@ def examine(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[
             other |= {"capacity": 1.0, "placement": "alternate"}
         below = by_cell.get(tuple(other[name] for name in AXES), {})
         differences = [values[seed] - below[seed] for seed in sorted(values.keys() & below.keys())]
-        shown = describe({name: value for name, value in labels.items() if name != axis})
+        shown = describe({name: value for name, value in labels.items() if name != axis and name in varying})
         if len(differences) < 2:
             lines.append(f"{shown}: {len(differences)} pairs of runs, not tested")
             continue
@@ -186,14 +187,19 @@ def describe(labels: Mapping[str, Any]) -> str:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
+def ours_of(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """The rows that the study is about: of the runs that others start from, only where it says with_start."""
+    start = scale["stages"][study["stage"]].get("start") if study.get("with_start") else None
+    return [row for row in rows if row["stage"] in (study["stage"], start)]
+
+
 def write_report(
     study: Mapping[str, Any], scale: Mapping[str, Any], runs: Sequence[Run], root: Path, failed: Mapping[str, str],
     output: Path,
 ) -> Path:  # fmt: skip
     """Write report.md, runs.csv, curves.csv and figure.png of a study; returns report.md's path."""
     rows, curves = rows_of(runs, root, failed)
-    start = scale["stages"][study["stage"]].get("start") if study.get("with_start") else None
-    ours = [row for row in rows if row["stage"] in (study["stage"], start)]
+    ours = ours_of(study, scale, rows)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", rows, COLUMNS)
     write_csv(output / "curves.csv", curves, ("run", "epoch", "val_top1"))
@@ -298,6 +304,29 @@ def claims_section(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Seq
         f"the {scale['name']} scale alone; not held says that it was not shown, not that the opposite is true.\n\n"
         + markdown(lines)
     )
+
+
+def write_claims(
+    reports: Sequence[tuple[Mapping[str, Any], Sequence[Row]]],
+    untested: Sequence[Mapping[str, str]],
+    scale: str,
+    output: Path,
+) -> Path:
+    """Every claim of every study on one page, and those that no study tests, with the reason."""
+    lines = [["claim", "study", "verdict", "difference by cell"], ["---"] * 4]
+    for study, rows in reports:
+        for claim in study["claims"]:
+            tested = examine(claim, rows, study["metric"])
+            link = f"[{study['name']}]({study['name']}/{scale}/report.md)"
+            lines.append([claim["text"], link, f"**{tested['verdict']}**", "<br>".join(tested["lines"]) or "no runs"])
+    lines += [[claim["text"], "-", "**not tested**", claim["why"]] for claim in untested]
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"claims-{scale}.md"
+    path.write_text(
+        f"# The claims, at {scale} scale\n\n`python src/reproduce.py study=all scale={scale}`. How a verdict is reached "
+        f'stands in each report; claims that begin with "ours" are not the paper\'s.\n\n{markdown(lines)}\n'
+    )
+    return path
 
 
 def beside_the_paper(study: Mapping[str, Any], rows: Sequence[Row]) -> str:
