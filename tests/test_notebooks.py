@@ -61,7 +61,7 @@ def test_runs_from_clean(path, place, monkeypatch):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     where = {"metadata": {"path": str(place / "notebooks")}}
-    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
     printed = json.dumps([cell.get("outputs") for cell in notebook.cells])
     assert not re.search(r'"name": "stderr"', printed)
     if path.stem.startswith("01"):  # it learned something, or the other notebooks show noise

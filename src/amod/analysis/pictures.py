@@ -237,7 +237,7 @@ def _lines(*parts: str) -> str:
 
 
 def _span(scores: Tensor) -> str:
-    return f"{float(scores.min()):.2g} to {float(scores.max()):.2g}"
+    return f"{float(scores.min()):.3g} to {float(scores.max()):.3g}"
 
 
 def _patches(values: Tensor, grid: tuple[int, int], size: Sequence[int]) -> np.ndarray:
@@ -256,19 +256,12 @@ def _squares(axis: Any, colours: Sequence[Any]) -> None:
     """A square under the panel for each token without a patch."""
     from matplotlib.patches import Rectangle
 
+    height, width = axis.get_images()[0].get_array().shape[:2]
+    side = 0.09 * min(1.0, height / width)  # of the panel's width
     for place, colour in enumerate(colours):
-        axis.add_patch(
-            Rectangle(
-                (0.11 * place, -0.13),
-                0.09,
-                0.09,
-                transform=axis.transAxes,
-                facecolor=colour,
-                edgecolor="black",
-                linewidth=0.5,
-                clip_on=False,
-            )
-        )
+        corner, tall = (1.2 * side * place, -0.13), side * width / height
+        look: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "linewidth": 0.5, "clip_on": False}
+        axis.add_patch(Rectangle(corner, side, tall, transform=axis.transAxes, **look))
     if colours:
         axis.set_xlabel(" ", fontsize=5)  # room for them
 
