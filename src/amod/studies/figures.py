@@ -11,16 +11,14 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from amod.analysis.style import COLOURS, LINES, MARKERS
 from amod.studies.report import AXES, METRICS, NAMES, Draw, Row, cells, describe, interval
 
-STYLES = {
-    "none": ("#000000", "*"),
-    "isoflop": ("#009E73", "s"),
-    "random": ("#999999", "x"),
-    "linear": ("#D55E00", "^"),
-    "attention": ("#0072B2", "o"),
-    "attention_weighted": ("#CC79A7", "D"),
-}
+
+def look(router: str) -> dict[str, Any]:
+    """matplotlib's arguments for a router's points and lines."""
+    name = "dense" if router == "none" else router
+    return {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": LINES[name], "label": NAMES[router]}
 
 
 def dots(rows: Sequence[Row], curves: Sequence[Row], study: Mapping[str, Any], caption: str, path: Path) -> None:
@@ -39,14 +37,14 @@ def dots(rows: Sequence[Row], curves: Sequence[Row], study: Mapping[str, Any], c
         routers = [router for router in NAMES if any(key[AXES.index("router")] == router for key in by_cell)]
         for key, values in by_cell.items():
             labels = dict(zip(AXES, key, strict=True))
-            colour, marker = STYLES[labels["router"]]
+            style = look(labels["router"]) | {"linestyle": "none"}
             at = groups.index(_group(labels)) + 0.13 * (routers.index(labels["router"]) - (len(routers) - 1) / 2)
             mean, half = interval(list(values.values()))
-            axis.scatter(list(values.values()), [at] * len(values), s=6, color=colour, alpha=0.5)
-            axis.errorbar(mean, at, xerr=half, fmt=marker, color=colour, capsize=2, label=NAMES[labels["router"]])
+            axis.scatter(list(values.values()), [at] * len(values), s=6, color=style["color"], alpha=0.5)
+            axis.errorbar(mean, at, xerr=half, capsize=2, **style)
         axis.set_xlabel(METRICS[metric])
         axis.set_yticks(range(len(groups)), groups if axis is axes[0][0] else [""] * len(groups))
-        axis.invert_yaxis()
+        axis.set_ylim(len(groups) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
     _finish(figure, axes[0][0], study, caption + "; bars: 95 % interval", path)
 
@@ -62,9 +60,8 @@ def pareto(rows: Sequence[Row], curves: Sequence[Row], study: Mapping[str, Any],
                 row = next(row for row in rows if tuple(row[name] for name in AXES) == key and row["gflops"])
                 points.append((row["gflops"], *interval(list(values.values()))))
         if points:
-            colour, marker = STYLES[router]
             x, y, error = zip(*sorted(points), strict=True)
-            axis.errorbar(x, y, yerr=error, marker=marker, color=colour, capsize=2, label=NAMES[router])
+            axis.errorbar(x, y, yerr=error, capsize=2, **look(router))
     axis.set_xlabel("GFLOPs (multiply-accumulates, forward, one image)")
     axis.set_ylabel(METRICS[study["metric"]])
     axis.grid(alpha=0.3)
@@ -85,14 +82,13 @@ def training_curves(
                 if point["run"] in names:
                     by_epoch.setdefault(point["epoch"], []).append(point["val_top1"])
             if by_epoch:
-                colour, marker = STYLES[router]
+                style = look(router)
                 x = sorted(by_epoch)
                 mean = [sum(by_epoch[epoch]) / len(by_epoch[epoch]) for epoch in x]
                 reached = next(i for i, value in enumerate(mean) if value >= 0.99 * max(mean))
-                axis.plot(x, mean, color=colour, marker=marker, markevery=[reached], label=NAMES[router])
-                axis.fill_between(
-                    x, [min(by_epoch[e]) for e in x], [max(by_epoch[e]) for e in x], color=colour, alpha=0.12
-                )
+                axis.plot(x, mean, markevery=[reached], **style)
+                lowest, highest = zip(*((min(by_epoch[epoch]), max(by_epoch[epoch])) for epoch in x), strict=True)
+                axis.fill_between(x, lowest, highest, color=style["color"], alpha=0.12)
         axis.set_title(group)
         axis.set_xlabel("epochs of the recipe (0: untrained)")
         axis.set_ylabel(METRICS["val_top1"])

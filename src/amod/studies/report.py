@@ -14,17 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from amod.analysis import style
 from amod.studies import paper
 from amod.studies.plan import Run
 from amod.studies.runner import finished, last_line
 
 NAMES = {
     "none": "dense",
-    "isoflop": "isoFLOP",
-    "random": "random (control)",
-    "linear": "MoD",
-    "attention": "A-MoD",
-    "attention_weighted": "A-MoD, weighted",
+    **{router: style.NAMES[router] for router in ("isoflop", "random", "linear", "attention", "attention_weighted")},
 }
 METRICS = {
     "test_top1": "test top-1 (%)",
@@ -207,7 +204,9 @@ def write_report(
     if any(row["status"] == "finished" for row in ours):
         from amod.studies.figures import FIGURES
 
-        caption = f"{scale['data'] if study['stage'] != 'transfer' else ', '.join(scale['transfer'])}; {seeds_of(ours)}"
+        caption = "; ".join(
+            [*(", ".join(sorted({row[key] for row in ours})) for key in ("model", "data")), seeds_of(ours)]
+        )
         FIGURES[study.get("figure", "dots")](ours, curves, study, caption, output / "figure.png")
         parts.append(f"![{study['title']}](figure.png)")
     if study["claims"]:
@@ -323,8 +322,8 @@ def write_claims(
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"claims-{scale}.md"
     path.write_text(
-        f"# The claims, at {scale} scale\n\n`python src/reproduce.py study=all scale={scale}`. How a verdict is reached "
-        f'stands in each report; claims that begin with "ours" are not the paper\'s.\n\n{markdown(lines)}\n'
+        f"# The claims, at {scale} scale\n\n`python src/reproduce.py study=all scale={scale}`. How a verdict is "
+        f'reached stands in each report; claims that begin with "ours" are not the paper\'s.\n\n{markdown(lines)}\n'
     )
     return path
 
