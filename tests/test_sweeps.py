@@ -137,7 +137,7 @@ def test_a_local_sweep_to_its_end(tmp_path):
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     done = subprocess.run(
-        [*typed, "jobs=1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [*typed, "jobs=1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     root = tmp_path / "runs/sweeps/lr"
     assert done.returncode == 2, done.stderr
@@ -156,7 +156,7 @@ def test_a_local_sweep_to_its_end(tmp_path):
     sweep["parameters"]["schedule.lr"]["values"] = lrs[:1]
     (tmp_path / "lr.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     written = (root / good["run"] / "summary.json").stat().st_mtime_ns
-    done = subprocess.run(typed, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(typed, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "started" not in done.stdout
     assert (root / good["run"] / "summary.json").stat().st_mtime_ns == written
