@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ def reproduce(cfg: DictConfig) -> None:
     studies = list(studies_of(_plain(cfg.study)))
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     if cfg.dry:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
         for study in studies:
             print(f"\n{study['title']} ({scale['name']} scale)")
             if study["name"] in plans:
