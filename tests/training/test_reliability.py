@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from amod.errors import UserError
 from amod.training import run as run_module
 from amod.training.callbacks import RunRecorder, is_whole
 from amod.training.run import RunLock, train
-from amod.training.settings import check_train
+from amod.training.settings import CONF, check_train
 from processes import Forked, run_forked, step_of, wait_for
 from tiny import DIGITS, config
 
@@ -478,3 +479,100 @@ def test_pickled_code_in_a_run_folder_does_not_run(interrupted, never_killed, tm
     with pytest.raises(UserError, match=r"model\.checkpoint=.*: refused"):
         run(tmp_path / "new", *SHORT, f"model.checkpoint={source}")
     assert not mark.exists()
+
+
+# --- several jobs -------------------------------------------------------------------------------------------------
+
+
+def sweep(folder: Path, jobs: list[list[str]]) -> subprocess.Popen:
+    """run_jobs over a command that writes its first argument down and ends as its second says."""
+    (folder / "job.py").write_text(
+        "import os, sys, time\n"
+        "open('done.txt', 'a').write(sys.argv[1] + chr(10))\n"
+        "if sys.argv[2] == 'wait': time.sleep(60)\n"
+        "sys.exit(int(sys.argv[2]))\n"
+    )
+    source = (
+        f"import sys; sys.path.insert(0, {str(SRC)!r}); sys.argv = ['job.py']\n"
+        f"from amod.training.settings import run_jobs\nsys.exit(run_jobs({jobs!r}))"
+    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", source], cwd=folder, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_failing_job_does_not_keep_the_others_from_running(tmp_path):
+    process = sweep(tmp_path, [["a=1", "0"], ["a=2", "2"], ["a=3", "0"]])
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert (tmp_path / "done.txt").read_text().split() == ["a=1", "a=2", "a=3"]
+    assert out.splitlines()[1] == "[2/3] python job.py a=2 2"
+    assert err == "failed: python job.py a=2 2 (exit status 2)\nerror: 1 of 3 jobs failed\n"
+
+
+def test_a_signal_ends_the_sweep(tmp_path):
+    process = sweep(tmp_path, [["a=1", "wait"], ["a=2", "0"]])
+    wait_for(lambda: (tmp_path / "done.txt").exists() and (tmp_path / "done.txt").read_text())
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    assert (tmp_path / "done.txt").read_text() == "a=1\n"
+
+
+# --- SLURM by submitit --------------------------------------------------------------------------------------------
+
+
+def test_the_launcher_for_slurm_composes():
+    overrides = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.max_num_timeout=5"]
+    check_train(config("trainer=slurm", "trainer.accelerator=cpu", *overrides))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", [*DIGITS, "trainer=slurm", *overrides], return_hydra_config=True)
+    assert composed.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert composed.hydra.launcher.partition == "gpu"
+
+
+@pytest.mark.slow
+def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(tmp_path):
+    """With submitit's executor for this machine: its signal, its requeueing and its second start are the real ones."""
+    arguments = [*DIGITS, *STATEFUL, "schedule.epochs=60", "trainer=slurm", "trainer.accelerator=cpu"]
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30", "hydra.sweep.dir=sweep"]
+    every = [*arguments, "data.num_workers=2"]
+    command = [sys.executable, SRC / "train.py", "-m", *every, "checkpoint_every_steps=1", "run_dir=run", *launcher]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+    wait_for(lambda: step_of(tmp_path / "run") >= 2, 180)
+    (job,) = [pid for pid in descendants(process.pid) if b"submitit.core._submit" in command_line(pid)]
+    os.kill(job, signal.SIGUSR2)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    logs = "".join(file.read_text() for file in (tmp_path / "sweep").rglob("*_log.*"))
+    assert "stopped by SIGUSR2 after step" in logs
+    assert "Requeued job" in logs
+    assert "resuming run" in logs
+    train(config(*arguments, f"run_dir={tmp_path / 'whole'}"))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    except OSError:
+        return b""
+
+
+def descendants(pid: int) -> set[int]:
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, size = {pid}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return {child for child in found - {pid} if parents.get(child) not in job_children(found)}
+
+
+def job_children(found: set[int]) -> set[int]:
+    """The jobs themselves, whose forked loader workers have the same command line."""
+    return {pid for pid in found if b"submitit.core._submit" in command_line(pid)}

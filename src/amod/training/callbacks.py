@@ -29,8 +29,9 @@ from amod.errors import UserError
 log = logging.getLogger(__name__)
 
 COLUMNS = ("epoch", "step", "lr", "train/loss", "val/loss", "val/top1", "val/top5")
-# What asks a run to end: `kill`, a batch system at the time limit, and SLURM's earlier warning (--signal=USR1@300).
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
+# the one that submitit asks SLURM for.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 143  # exit status of a run that was asked to end: 128 + SIGTERM, as a shell has it
 
 
@@ -148,6 +149,7 @@ class RunRecorder(Checkpoint):
         self._since = time.perf_counter()
         self._validated = False
         self._process = os.getpid()
+        self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._signal: signal.Signals | None = None
         self._trainer: Trainer | None = None  # while it trains
 
@@ -217,7 +219,7 @@ class RunRecorder(Checkpoint):
     # --- being asked to end
 
     def listen(self) -> None:
-        """Let SIGTERM and SIGUSR1 end the run: with a checkpoint after the step under way, at once outside training."""
+        """Let SIGNALS end the run: with a checkpoint after the step under way, at once outside training."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
@@ -243,6 +245,9 @@ class RunRecorder(Checkpoint):
         where = "outside training" if trainer is None else f"after step {trainer.global_step}, with a checkpoint"
         hint = f"resume with the same command and run_dir={self.folder}"
         print(f"{by} {where}; {hint}", file=sys.stderr, flush=True)
+        handler = self._handlers.get(self._signal) if self._signal else None
+        if callable(handler):
+            handler(self._signal, None)  # type: ignore[arg-type]  # submitit's puts the job back into the queue
         sys.exit(STOPPED)
 
     # --- files

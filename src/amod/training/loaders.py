@@ -124,7 +124,8 @@ def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
 def outlive_signals(worker: int) -> None:
     """A batch system signals every process of a job. The workers go on until their run has saved and ends them."""
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
 

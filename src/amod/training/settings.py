@@ -191,17 +191,16 @@ def run_jobs(jobs: list[list[str]]) -> int:
         if job is not None:
             job.send_signal(number)
 
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), pass_on)
+    for known in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(known, pass_on)
     failed = []
     for number, overrides in enumerate(jobs, start=1):
         line = shlex.join(["python", sys.argv[0], *overrides])
         print(f"[{number}/{len(jobs)}] {line}", flush=True)
         job = subprocess.Popen([sys.executable, sys.argv[0], *overrides])
         status = job.wait()
-        if signals:
-            return status
+        if signals:  # ended by it; 128 + number where it had no time to answer, as a shell has it
+            return status if status >= 0 else 128 - status
         if status:
             failed.append(f"{line} (exit status {status})")
     for line in failed:
