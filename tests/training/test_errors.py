@@ -8,10 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
+import fakes
 from amod.errors import UserError
+from amod.training.run import RunLock, start_folder, train
 from amod.training.settings import check_evaluate, check_train, compose_config, jobs_of, message_of
+from processes import Forked, wait_for
+from tiny import MODEL
 
 SRC = Path(__file__).parents[2] / "src"
 TINY = ["model=vit_pico", "data=digits"]
@@ -133,6 +140,155 @@ def test_message_names_the_value_and_the_remedy(overrides, words):
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+# --- files: what is wrong (a function of the test's folder), overrides, words of the message ---
+
+
+def jpegs(root: Path, spoil) -> None:
+    for part in ("train", "val", "test"):
+        for number in range(8):
+            fakes.image(root / part / f"class_{number % 2}/{number}.jpg", seed=number)
+    spoil(root / "train")
+
+
+def fashion(root: Path, labels: bytes) -> None:
+    fakes.fashion_mnist(root, train=20, test=10)
+    (root / "FashionMNIST/raw/t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 10]) + labels)
+
+
+def run_folder(root: Path, config: str) -> None:
+    (root / "run").mkdir()
+    (root / "run/config.yaml").write_text(config)
+
+
+def locked(root: Path) -> None:
+    """By another process, for as long as the test."""
+    cfg = compose_config(
+        "train", [*MODEL, "data=digits", "router=none", "trainer.accelerator=cpu", f"run_dir={root / 'run'}"]
+    )
+    lock = RunLock(root / "run")
+
+    def hold() -> None:
+        start_folder(cfg, root / "run", lock, None)
+        (root / "held").touch()
+        time.sleep(20)
+
+    Forked(hold, root / "output.txt")
+    wait_for((root / "held").exists)
+
+
+RUN = [*MODEL, "router=none", "trainer.accelerator=cpu"]
+FOLDER = ["data=folder", "data.root=ROOT", "schedule.batch_size=4", "data.num_workers=0"]
+FASHION = ["data=fashion_mnist", "data.root=ROOT", "data.fallback=[]"]
+GIVEN = ["data=digits", "model.checkpoint=ROOT/given.pth"]
+FILES = {
+    "truncated JPEG": (
+        lambda root: jpegs(root, lambda train: [fakes.truncate(file) for file in train.rglob("*.jpg")]),
+        FOLDER,
+        [".jpg: cannot be read (OSError: ", "truncated", "data.on_error=skip"],
+    ),
+    "PNG bomb": (
+        lambda root: jpegs(root, lambda train: [fakes.png_bomb(file) for file in train.rglob("*.jpg")]),
+        FOLDER,
+        [".jpg: cannot be read (DecompressionBomb", "data.on_error=skip"],
+    ),
+    "text for an image": (
+        lambda root: jpegs(root, lambda train: [file.write_text("no image") for file in train.rglob("*.jpg")]),
+        FOLDER,
+        [".jpg: cannot be read (UnidentifiedImageError", "data.on_error=skip"],
+    ),
+    "empty class folder": (
+        lambda root: jpegs(root, lambda train: (train / "class_2").mkdir()),
+        FOLDER,
+        ["ROOT/train", "class_2", "every class needs a folder with at least one image"],
+    ),
+    "classes of train and test differ": (
+        lambda root: jpegs(root, lambda train: fakes.image(train / "class_9/1.jpg")),
+        FOLDER,
+        ["the class folders of train and val differ", "class_9"],
+    ),
+    "wrong .mat": (
+        lambda root: [
+            fakes.flowers(root),
+            (root / "flowers-102/imagelabels.mat").write_bytes(b"not a mat file" * 20),
+        ],
+        ["data=flowers", "data.root=ROOT"],
+        ["ROOT/flowers-102/imagelabels.mat: not the file it should be", "get it again"],
+    ),
+    "label out of range": (
+        lambda root: fashion(root, bytes([0, 1, 2, 200, 4, 5, 6, 7, 8, 9])),
+        FASHION,
+        ["data=fashion_mnist: image 3 has label 200, outside 0..9"],
+    ),
+    "truncated labels": (
+        lambda root: fashion(root, bytes([0, 1, 2])),
+        FASHION,
+        ["ROOT/FashionMNIST/raw/t10k-labels-idx1-ubyte: not an idx file"],
+    ),
+    "checkpoint of another model": (
+        lambda root: torch.save(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), root / "given.pth"),
+        GIVEN,
+        ["model.checkpoint=ROOT/given.pth: is no checkpoint of vit_pico", "choose the model="],
+    ),
+    "checkpoint without tensors": (
+        lambda root: torch.save([1, 2], root / "given.pth"),
+        GIVEN,
+        ["model.checkpoint=ROOT/given.pth: "],
+    ),
+    "text for a checkpoint": (
+        lambda root: (root / "given.pth").write_text("no checkpoint"),
+        GIVEN,
+        ["model.checkpoint=ROOT/given.pth: "],
+    ),
+    "empty checkpoint": (lambda root: (root / "given.pth").touch(), GIVEN, ["model.checkpoint=ROOT/given.pth: "]),
+    "truncated safetensors": (
+        lambda root: [
+            save_file({"head.weight": torch.zeros(9)}, root / "a.safetensors"),
+            fakes.truncate(root / "a.safetensors"),
+        ],
+        ["data=digits", "model.checkpoint=ROOT/a.safetensors"],
+        ["model.checkpoint=ROOT/a.safetensors: cannot be read as a checkpoint"],
+    ),
+    "a run of another config": (
+        lambda root: run_folder(root, "{seed: 7}"),
+        ["data=digits"],
+        ["run_dir=ROOT/run: holds a run with ", "or another run_dir"],
+    ),
+    "a config that is none": (
+        lambda root: run_folder(root, "]["),
+        ["data=digits"],
+        ["ROOT/run/config.yaml: is no run's config", "name another folder"],
+    ),
+    "two runs in one folder at the same time": (
+        locked,
+        ["data=digits"],
+        ["run_dir=ROOT/run: another process is writing this run", "name another run_dir"],
+    ),
+}
+
+
+def run(overrides: list[str]) -> None:
+    cfg = compose_config("train", [*RUN, *overrides])
+    check_train(cfg)
+    train(cfg)
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_wrong_file_is_one_line_and_leaves_no_result(tmp_path, what):
+    spoil, overrides, words = FILES[what]
+    spoil(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    overrides = [override.replace("ROOT", str(tmp_path)) for override in overrides]
+    with pytest.raises(UserError) as caught:
+        run([*overrides, f"run_dir={tmp_path / 'run'}"])
+    text = message_of(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word.replace("ROOT", str(tmp_path)) in text
+    left = {file.name for file in set(tmp_path.rglob("*")) - set(before)}
+    begun = {"run", ".lock", "config.yaml", "environment.json", "checkpoints"} if "on_error" in text else set()
+    assert left <= begun
 
 
 GOOD = [

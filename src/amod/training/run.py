@@ -51,7 +51,7 @@ from amod.training.callbacks import (
 from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
 from amod.training.module import Classifier, global_batch, limited, peak_lr
-from amod.training.settings import CONF, check_run_dir, evaluation_config, saved_config
+from amod.training.settings import CONF, check_run_dir, evaluation_config, read_config, saved_config
 from amod.training.wandb_rows import WandbRows
 from amod.training.weights import build, input_config, one_line
 from amod.vit import RoutedViT, default_tokens
@@ -180,8 +180,7 @@ def load_run(folder: Path, cfg: DictConfig | None = None) -> tuple[DictConfig, n
     weights = folder / "weights.safetensors"
     if not weights.exists():
         raise UserError(f"run={folder}: is not finished, it has no weights.safetensors; resume it with its own command")
-    run = OmegaConf.load(folder / "config.yaml") if cfg is None else cfg
-    assert isinstance(run, DictConfig)
+    run = read_config(folder / "config.yaml") if cfg is None else cfg
     run.model.checkpoint, run.model.pretrained = None, False
     inputs = input_config(run.model)
     data = build_datamodule(run.data, inputs, {}, run.schedule.batch_size, run.schedule.eval_batch_size, run.seed)

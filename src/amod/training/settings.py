@@ -638,7 +638,7 @@ def check_run_dir(cfg: DictConfig) -> None:
         if folder.is_dir() and not {file.name for file in folder.iterdir()} <= BEFORE_CONFIG:
             raise UserError(f"run_dir={folder}: holds other files and no run; name a new folder")
         return
-    before, now = saved_config(OmegaConf.load(saved)), saved_config(cfg)
+    before, now = saved_config(read_config(saved)), saved_config(cfg)
     for key in sorted({*keys_of(before), *keys_of(now)}, key=lambda key: (not key.endswith(".name"), key)):
         old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
         if key not in FREE_TO_CHANGE and not isinstance(new, DictConfig) and old != new:
@@ -646,6 +646,17 @@ def check_run_dir(cfg: DictConfig) -> None:
                 f"run_dir={folder}: holds a run with {key}={_shown(old)}, not {_shown(new)}; use the same settings to "
                 "resume it, or another run_dir"
             )
+
+
+def read_config(file: Path) -> DictConfig:
+    """A run folder's config.yaml."""
+    try:
+        cfg = OmegaConf.load(file)
+    except Exception as error:  # whatever the bytes make the reader raise
+        cfg = OmegaConf.create([type(error).__name__])
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{file}: is no run's config; put the run's own file back, or name another folder")
+    return cfg
 
 
 def saved_config(cfg: Any) -> DictConfig:
@@ -686,8 +697,7 @@ def check_evaluate(cfg: DictConfig) -> None:
 
 def evaluation_config(cfg: DictConfig) -> DictConfig:
     """The run's own config with the evaluation's non-null settings over it."""
-    run = OmegaConf.load(Path(cfg.run) / "config.yaml")
-    assert isinstance(run, DictConfig)
+    run = read_config(Path(cfg.run) / "config.yaml")
     for group in ("data", "trainer"):
         for key, value in cfg[group].items():
             if value is not None:
