@@ -88,7 +88,7 @@ def folders(cfg: DictConfig, key: str) -> list[Path]:
         return []
     found: list[Path] = []
     for item in cfg[key] if OmegaConf.is_list(cfg[key]) else [cfg[key]]:
-        matches = sorted(glob.glob(os.path.expanduser(str(item))))
+        matches = [match for match in sorted(glob.glob(os.path.expanduser(str(item)))) if os.path.isdir(match)]
         if not matches:
             raise UserError(f"{key}={item}: no such folder; name the folder of a run that src/train.py made")
         found += map(Path, matches)
