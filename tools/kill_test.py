@@ -97,10 +97,12 @@ def main() -> None:
     while kills < arguments.kills:
         folder = place / f"run{runs}"
         while True:
+            began = time.monotonic()
             process = start(folder)
             wait = rng.uniform(0, seconds)
             process.join(wait if kills < arguments.kills else None)
             if process.exitcode is not None:
+                seconds = min(seconds, time.monotonic() - began)
                 break
             group = kills % 2 == 1 and os.getpgid(process.pid) == process.pid
             (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
