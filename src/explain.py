@@ -299,8 +299,9 @@ def job(cfg: DictConfig) -> None:
     removed = min(grid[0] * grid[1], cfg.tokens or sys.maxsize)
     work = len(found) * cost(depth, blocks, count, removed)
     flops = work / depth * count_flops(dense, cast(Any, tuple(pictures.images.shape[1:]))) / 1e9
+    runs_said = "1 run" if len(found) == 1 else f"{len(found)} runs"
     say(
-        f"importance: {len(found)} runs x {count} images x {removed} patches x {len(blocks)} blocks cost as much as "
+        f"importance: {runs_said} x {count} images x {removed} patches x {len(blocks)} blocks cost as much as "
         f"{work / depth:,.0f} images through {first.model.label} ({flops:,.0f} GFLOPs); images_max=, tokens= bound it"
     )
     measured = []

@@ -57,7 +57,8 @@ def test_agreement_by_hand():
         RoutedLayer(1, torch.tensor([[0.1, 0.6, 0.2, 0.05, 0.05]]), torch.tensor([[1, 2]])),
         RoutedLayer(3, torch.tensor([[0.7, 0.3, -0.1, 0.05, 0.05]]), torch.tensor([[0, 1]])),
     ]
-    one, two = agreement(routing, prefix=1)
+    one, two = agreement(routing, 1, contrast=torch.tensor([[1.0, 3.0, 0.0, 4.0]]))
+    assert (one["contrast"], two["contrast"]) == (1.0, 0.5)  # (1 + 3) / 2 and 1, over a mean of 2
     assert one["block"] == 1
     assert math.isnan(one["kept again"])
     assert two["kept again"] == 0.5  # patch 1, of two

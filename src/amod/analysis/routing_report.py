@@ -135,7 +135,7 @@ def agreement_tables(runs: Sequence[Measured]) -> str:
     """A Markdown table per router: a row per statistic, a column per routed block; intervals where there are runs."""
     text = []
     for router in runs[0].routing:
-        found = [agreement(run.routing[router], run.prefix) for run in runs]
+        found = [kept_by(router, run) for run in runs]
         blocks = [int(row["block"]) for row in found[0]]
         rows = []
         for key, meaning in AGREEMENT.items():
@@ -145,6 +145,11 @@ def agreement_tables(runs: Sequence[Measured]) -> str:
         text.append(f"{NAMES[router]}{_over(runs)}:\n")
         text.append(markdown(["", *(f"block {block}" for block in blocks)], rows))
     return "\n".join(text)
+
+
+def kept_by(router: str, run: Measured) -> list[dict[str, float]]:
+    contrast = next(iter(run.scores[CONTRAST].values()))[:, run.prefix :]
+    return agreement(run.routing[router], run.prefix, contrast)
 
 
 def write_correlations(table: Sequence[Correlation], path: Path) -> None:
@@ -165,8 +170,8 @@ def write_agreement(runs: Sequence[Measured], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["run", "router", "block", *AGREEMENT])
         for number, run in enumerate(runs):
-            for router, routing in run.routing.items():
-                for row in agreement(routing, run.prefix):
+            for router in run.routing:
+                for row in kept_by(router, run):
                     writer.writerow([number, router, int(row["block"]), *(f"{row[key]:.6g}" for key in AGREEMENT)])
 
 

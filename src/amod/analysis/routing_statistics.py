@@ -111,14 +111,19 @@ AGREEMENT = {
     "on one token": "share of the images where one token has more than half of the sum",
     "on a patch": "share of the images whose highest score is a patch's, not a class or register token's",
     "same place": "share of the images whose highest-scored patch is the one that is most often the highest",
+    "contrast": "of the kept patches, relative to all patches of their image; below 1 they are the plainer ones",
     "never kept": "share of the tokens that no routed block so far kept",
     "never, by chance": "the same for tokens drawn at random in each block, (1 - K/N) to the number of blocks",
 }
 
 
-def agreement(routing: Routing, prefix: int) -> list[dict[str, float]]:
-    """One row per routed block: its index ``block``, and the shares that :data:`AGREEMENT` explains, as means over the
-    images; nan where it has no meaning (entropy of scores that may be negative, a model without a class token).
+def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str, float]]:
+    """One row per routed block: its index ``block``, and what :data:`AGREEMENT` explains, as means over the images.
+
+    nan where it has no meaning (entropy of scores that may be negative, a model without a class token).
+
+    Args:
+        contrast: of the patches, (B, N - prefix), from :func:`patch_contrast`.
     """
     rows: list[dict[str, float]] = []
     before: Tensor | None = None
@@ -131,6 +136,8 @@ def agreement(routing: Routing, prefix: int) -> list[dict[str, float]]:
         share = scores / scores.sum(dim=1, keepdim=True)
         distribution = bool((scores >= 0).all())
         top_patch = scores[:, prefix:].argmax(dim=1)
+        chosen = kept[:, prefix:]
+        contrasts = (contrast * chosen).sum(dim=1) / chosen.sum(dim=1) / contrast.mean(dim=1)
         missed = ~kept if missed is None else missed & ~kept
         rows.append(
             {
@@ -145,6 +152,7 @@ def agreement(routing: Routing, prefix: int) -> list[dict[str, float]]:
                 "on one token": float((share.amax(dim=1) > 0.5).double().mean()) if distribution else math.nan,
                 "on a patch": float((scores.argmax(dim=1) >= prefix).double().mean()),
                 "same place": float(top_patch.bincount().max() / b),
+                "contrast": float(contrasts.nanmean()),  # nan: no patch kept, or none has any
                 "never kept": float(missed.double().mean()),
                 "never, by chance": (1 - k / n) ** (len(rows) + 1),
             }
