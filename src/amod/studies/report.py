@@ -229,6 +229,7 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row]
         f"`python src/reproduce.py study={study['name']} scale={scale['name']}`, commit {', '.join(commits) or '-'}; "
         + ", ".join(f"{number} runs {status}" for status, number in counted.items() if number)
         + f"; {seeds_of(rows)}.\n\nRecipes, over those of conf/schedule:\n\n{recipes}"
+        + (f"\n\n{scale['remark']}" if "remark" in scale else "")
     )
 
 
