@@ -33,7 +33,7 @@ class Forked:
     def _run(self, function: Callable[[], object], env: dict[str, str]) -> None:
         os.environ.update(env)
         rank_zero_only.rank = rank_of(env)
-        faulthandler.dump_traceback_later(150, exit=True)
+        faulthandler.dump_traceback_later(280, exit=True)
         sys.stdout = sys.stderr = open(self.output, "w", buffering=1)  # noqa: SIM115
         try:
             with one_line_errors():
@@ -42,7 +42,7 @@ class Forked:
             traceback.print_exc()
             sys.exit(1)
 
-    def wait(self, seconds: float = 180) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """Its exit status (-9: killed)."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -93,7 +93,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
