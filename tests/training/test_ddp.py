@@ -261,7 +261,7 @@ def test_the_command_goes_on_after_a_signal(tmp_path, number):
     run = tmp_path / "run"
     arguments = [*DIGITS, *TWO, *SAME, *HALF, "schedule.epochs=8", "logger=wandb", "checkpoint_every_steps=1"]
     process = start(tmp_path, *arguments, f"run_dir={run}", WANDB_MODE="offline")
-    wait_for(lambda: step_of(run) >= 3, 180)
+    wait_for(lambda: step_of(run) >= 3, 900)
     process.send_signal(number)
     _, err = process.communicate()
     assert not (run / "summary.json").exists()

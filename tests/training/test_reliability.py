@@ -160,7 +160,7 @@ def test_sigkill_of_the_command_at_several_steps_changes_nothing(never_killed, t
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for step in (1, 2, 3, 4, 5):
         process = subprocess.Popen(command, env=env, start_new_session=True)
-        wait_for(lambda step=step: step_of(tmp_path / "run") >= step, 120)
+        wait_for(lambda step=step: step_of(tmp_path / "run") >= step, 900)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -9
     subprocess.run(command, env=env, check=True)
@@ -539,7 +539,7 @@ def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(tmp_path):
     command = [sys.executable, SRC / "train.py", "-m", *every, "checkpoint_every_steps=1", "run_dir=run", *launcher]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
-    wait_for(lambda: step_of(tmp_path / "run") >= 2, 180)
+    wait_for(lambda: step_of(tmp_path / "run") >= 2, 900)
     (job,) = [pid for pid in descendants(process.pid) if b"submitit.core._submit" in command_line(pid)]
     os.kill(job, signal.SIGUSR2)
     _, err = process.communicate()
