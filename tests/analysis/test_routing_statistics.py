@@ -48,6 +48,7 @@ def test_one_run_is_over_images_and_several_are_over_runs():
     both = correlation("attention", 1, "change", "Spearman", [first, first + 0.2])
     assert both.over == "2 runs"
     assert both.value.mean == pytest.approx(0.4)
+    assert both.each == pytest.approx((0.3, 0.5))
     assert both.value.high == pytest.approx(0.4 + stats.t.ppf(0.975, 1) * 0.1)
 
 

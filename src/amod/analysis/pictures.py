@@ -165,7 +165,9 @@ def draw_kept_often(
 def draw_correlation(
     table: Sequence[Correlation], path: Path, title: str, caption: str, labels: Mapping[str, str]
 ) -> None:
-    """Correlation with importance by block, a line per source of scores, bars for the 95 % intervals.
+    """Correlation with importance by block, a line per source of scores, bars for the 95 % intervals, dashes for runs.
+
+    The axes fit the runs; a bar that is longer than they are leaves the picture.
 
     Args:
         labels: the sources to draw, and their names.
@@ -179,9 +181,11 @@ def draw_correlation(
         for place, (source, label) in enumerate(labels.items()):
             rows = [row for row in table if (row.measure, row.method, row.router) == (measure, method, source)]
             colour, marker, line, fill = _line_style(source)
+            places = [row.block + 0.9 * ((place + 0.5) / len(labels) - 0.5) for row in rows]  # no bar hides another
+            for at, row in zip(places, rows, strict=True):
+                axis.scatter([at] * len(row.each), row.each, color=colour, marker="_", s=30, linewidths=1)
             axis.errorbar(
-                # side by side, so that no bar hides another
-                [row.block + 0.5 * ((place + 0.5) / len(labels) - 0.5) for row in rows],
+                places,
                 [row.value.mean for row in rows],
                 yerr=np.nan_to_num([row.value.high - row.value.mean for row in rows]),
                 label=label,
@@ -193,6 +197,10 @@ def draw_correlation(
                 elinewidth=1,
                 markersize=5,
             )
+        points = [value for row in table if row.measure == measure for value in row.each]
+        if len(table[0].each) > 1:  # a long bar of few runs must not hide the rest
+            room = 0.5 * (max(points) - min(points))
+            axis.set_ylim(min(points) - room, max(points) + room)
         axis.set_title(f"{method}, {MEASURES[measure]}", fontsize=8)
         axis.set_xticks(sorted({row.block for row in table}))
         axis.grid(alpha=0.3)

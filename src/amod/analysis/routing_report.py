@@ -81,7 +81,8 @@ def write_report(
         table,
         output / "correlation.png",
         "Does a score rank the patches as their leave-one-out importance does?",
-        f"{all_of_it} Per image over its {run.removed.shape[1]} patches; means and 95 % intervals over {over}.",
+        f"{all_of_it} Per image over its {run.removed.shape[1]} patches; means and 95 % intervals over {over}"
+        f"{'; dashes: each run' * (len(runs) > 1)}.",
         labels,
     )
     write_correlations(table, output / "correlation.csv")
@@ -155,13 +156,23 @@ def kept_by(router: str, run: Measured) -> list[dict[str, float]]:
 def write_correlations(table: Sequence[Correlation], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        statistics = ["mean", "low", "high", "p", "over", "median_p_of_an_image", "share_of_images_below_5_percent"]
+        statistics = [
+            "mean",
+            "low",
+            "high",
+            "p",
+            "each_run",
+            "over",
+            "median_p_of_an_image",
+            "share_of_images_below_5_percent",
+        ]
         writer.writerow(["measure", "scores", "block", "method", *statistics])
         for row in table:
             v = row.value
             numbers = [f"{x:.6g}" for x in (v.mean, v.low, v.high, v.p)]
             chance = [f"{x:.6g}" for x in (row.median_p, row.significant)]
-            writer.writerow([row.measure, row.router, row.block, row.method, *numbers, row.over, *chance])
+            each = " ".join(f"{x:.6g}" for x in row.each)
+            writer.writerow([row.measure, row.router, row.block, row.method, *numbers, each, row.over, *chance])
 
 
 def write_agreement(runs: Sequence[Measured], path: Path) -> None:

@@ -60,8 +60,9 @@ class Correlation:
     """Of a router's scores with importance at one block: computed over an image's tokens, then averaged.
 
     ``measure`` is a key of :data:`MEASURES`, ``method`` of :data:`METHODS`. ``over`` says what ``value`` averages: the
-    images of one run, or the means of several runs. ``median_p`` and ``significant`` (the share below 5 %) are about
-    the single image's correlation: could its tokens have come out so by chance?
+    images of one run, or the means of several runs, ``each`` of which stands beside it. ``median_p`` and
+    ``significant`` (the share below 5 %) are about the single image's correlation: could its tokens have come out so by
+    chance?
     """
 
     router: str
@@ -69,6 +70,7 @@ class Correlation:
     measure: str
     method: str
     value: Estimate
+    each: tuple[float, ...]
     over: str
     median_p: float
     significant: float
@@ -90,7 +92,7 @@ def correlation(router: str, block: int, measure: str, method: str, runs: Sequen
     p = p[~np.isnan(p)]
     over = f"{value.count} images" if len(runs) == 1 else f"{value.count} runs"
     median, share = (float(np.median(p)), float((p < LEVEL).mean())) if len(p) else (math.nan, math.nan)
-    return Correlation(router, block, measure, method, value, over, median, share)
+    return Correlation(router, block, measure, method, value, tuple(means), over, median, share)
 
 
 # --- which tokens are kept ----------------------------------------------------------------------------------------
