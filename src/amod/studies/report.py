@@ -144,7 +144,8 @@ def examine(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[
     axis, where = claim.get("axis", "router"), {key: str(value) for key, value in claim.get("where", {}).items()}
     by_cell = cells(rows, metric)
     margin = float(claim.get("margin", 0.0))
-    varying = {name for at, name in enumerate(AXES) if len({key[at] for key in by_cell}) > 1} | {"capacity"}
+    routed = [key for key in by_cell if key[AXES.index("router")] != "none"]
+    varying = {name for at, name in enumerate(AXES) if len({key[at] for key in routed}) > 1} | {"capacity"}
     lines, held, tested = [], 0, 0
     for key, values in by_cell.items():
         labels = dict(zip(AXES, key, strict=True))
@@ -241,9 +242,8 @@ def seeds_of(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """A line for each cell: mean ± half of the 95 % interval over seeds, and the seeds' own values for the last."""
     keys = sorted({tuple(row[axis] for axis in AXES) for row in rows}, key=order)
-    shown = [
-        axis for axis in AXES if len({key[AXES.index(axis)] for key in keys}) > 1 or axis in ("capacity", "router")
-    ]
+    routed = [dict(zip(AXES, key, strict=True)) for key in keys if key[AXES.index("router")] != "none"]
+    shown = [axis for axis in AXES if axis in ("capacity", "router") or len({labels[axis] for labels in routed}) > 1]
     titles = {"capacity": "C", "router": "configuration", "keep_prefix": "class token kept", "lr": "learning rate"}
     header = [
         *(titles.get(axis, axis) for axis in shown),
@@ -275,7 +275,7 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
     labels = dict(zip(AXES, key, strict=True))
     values = [float(v or 0) if axis == "lr" else v for axis, v in labels.items() if axis not in ("router", "capacity")]
-    return (*values, labels["capacity"], list(NAMES).index(labels["router"]))
+    return (labels["router"] != "none", *values, labels["capacity"], list(NAMES).index(labels["router"]))
 
 
 def cell_text(axis: str, value: Any) -> str:
