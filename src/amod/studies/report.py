@@ -265,7 +265,7 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
                 compute,
                 f"{sum(row['status'] == 'finished' for row in of_cell)}/{len(of_cell)}",
                 *(mean_text(by_metric[metric].get(key, {}).values()) for metric in metrics),
-                " ".join(f"{last[seed]:g}" for seed in sorted(last)),
+                " ".join(f"{last[seed]:.4g}" for seed in sorted(last)),
             ]
         )
     note = "Mean ± half of the 95 % interval over seeds (Student's t); with one seed the value alone."
