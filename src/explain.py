@@ -100,9 +100,7 @@ def folders(cfg: DictConfig, key: str) -> list[Path]:
 
 
 def saved(folder: Path) -> DictConfig:
-    run = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(run, DictConfig)
-    return run
+    return settings.read_config(folder / "config.yaml")
 
 
 def data_config(cfg: DictConfig, run: DictConfig) -> DictConfig:

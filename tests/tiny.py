@@ -1,10 +1,14 @@
-"""Configs of runs so small that a test can train them."""
+"""Runs so small that a test can train them."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from omegaconf import DictConfig
 
-from amod.training.settings import compose_config
+from amod.training.run import train
+from amod.training.settings import check_train, compose_config
 
 # 5 x 5 patches and the class token: 26 tokens, 4 blocks, width 32.
 MODEL = [
@@ -22,3 +26,11 @@ DIGITS = [*MODEL, "data=digits", "schedule.batch_size=64", "schedule.epochs=2", 
 def config(*overrides: str) -> DictConfig:
     """The composed training config of a tiny model on digits."""
     return compose_config("train", [*DIGITS, *overrides])
+
+
+def run(folder: Path, *overrides: str) -> dict:
+    """Check and train as the command does; the summary."""
+    cfg = config(*overrides, f"run_dir={folder}")
+    check_train(cfg)
+    train(cfg)
+    return json.loads((folder / "summary.json").read_text())

@@ -60,6 +60,15 @@ def test_equal_settings_are_one_run_however_they_are_written():
     assert [run.name for run in table] == [run.name for run in sweep if run.settings.get("schedule.lr") != "0.0001"]
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("5e-4", "0.0005"), ("0.50", "0.5"), ("1234567", "1234567"), ("2.0", "2"), ("[1e-4]", "[1e-4]")],
+)
+def test_a_number_loses_no_digit(written, read):
+    (_, run, *_) = plan(runs=[{"schedule.lr": [written], "router": ["attention"]}])
+    assert run.settings["schedule.lr"] == read
+
+
 def test_another_recipe_of_the_dense_run_makes_other_runs_of_all_that_start_from_it():
     before = plan(runs=[{"router": ["attention"]}])
     stages = {**SCALE["stages"], "dense": {"settings": ["schedule.epochs=10"]}}

@@ -9,7 +9,7 @@ import pytest
 from fakes_studies import SCALE, STUDY, finish, rows
 
 from amod.studies.paper import ACCURACY
-from amod.studies.report import COLUMNS, epochs_to_peak, examine, interval, table, write_claims, write_report
+from amod.studies.report import COLUMNS, epochs_to_peak, examine, interval, rows_of, table, write_claims, write_report
 
 
 def test_the_interval_is_students():
@@ -87,7 +87,7 @@ def test_the_files_of_a_report(tmp_path):
     runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
     failed = {runs[-1].name: "error: no room"}
     (tmp_path / "runs" / runs[-1].name / "summary.json").unlink()
-    report = write_report(STUDY, SCALE, runs, tmp_path / "runs", failed, tmp_path / "results")
+    report = write_report(STUDY, SCALE, *rows_of(runs, tmp_path / "runs", failed), tmp_path / "results")
     text = report.read_text()
     assert "# A toy (toy scale)" in text
     assert "error: no room" in text

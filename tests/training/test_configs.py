@@ -14,16 +14,11 @@ import torch
 from omegaconf import OmegaConf
 
 from amod.training.module import Classifier, lr_factor
-from amod.training.settings import CONF, GROUPS, compose_config, keys_of, saved_config
+from amod.training.settings import CONF, GROUPS, compose_config, keys_of, read_config, saved_config
 from amod.training.weights import build, create_vit, input_config
 from tiny import config
 
 FILES = sorted((group, file.stem) for group in GROUPS for file in (CONF / group).glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(("group", "choice"), FILES)
@@ -31,6 +26,15 @@ def test_every_choice_composes(group, choice):
     cfg = compose_config("train", [f"{group}={choice}"])
     assert not OmegaConf.missing_keys(cfg)
     assert "${" not in OmegaConf.to_yaml(saved_config(cfg))
+
+
+def test_a_saved_config_names_no_home_and_is_read_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = config("model.checkpoint=/home/somebody/dense.safetensors")
+    file = tmp_path / "config.yaml"
+    file.write_text(OmegaConf.to_yaml(saved_config(given)))
+    assert "somebody" not in file.read_text()
+    assert read_config(file).model.checkpoint == "/home/somebody/dense.safetensors"
 
 
 def test_trainer_settings_are_lightnings():

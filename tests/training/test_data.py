@@ -38,11 +38,6 @@ AUGMENT = {"scale": [0.5, 1.0], "ratio": [0.8, 1.25], "hflip": 0.5, "color_jitte
 AUGMENT |= {"auto_augment": "rand-m9-mstd0.5-inc1", "re_mode": "pixel"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def config(name: str, **values) -> dict:
     cfg = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), {"num_workers": 0, **values})
     return OmegaConf.to_container(cfg, resolve=True)

@@ -32,11 +32,6 @@ SAME = ["router=linear", "capacity=0.5", "schedule.ema_decay=0.9", "trainer.limi
 HALF = ["schedule.batch_size=32"]  # for each of two processes
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def rows(folder: Path) -> list[dict[str, float]]:
     return [
         {key: float(value) for key, value in row.items()} for row in csv.DictReader((folder / "metrics.csv").open())

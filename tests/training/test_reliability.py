@@ -27,7 +27,7 @@ from amod.training.callbacks import RunRecorder, is_whole
 from amod.training.run import RunLock, train
 from amod.training.settings import CONF, check_train
 from processes import Forked, run_forked, step_of, wait_for
-from tiny import DIGITS, config
+from tiny import DIGITS, config, run
 
 SRC = Path(__file__).parents[2] / "src"
 # Everything whose state a resumed run must bring back: 2 epochs of 3 optimiser steps.
@@ -44,17 +44,6 @@ STATEFUL = [
     "data.num_workers=0",
 ]
 SHORT = ["router=none", "trainer.limit_train_batches=3"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def run(folder: Path, *overrides: str) -> None:
-    cfg = config(*overrides, f"run_dir={folder}")
-    check_train(cfg)
-    train(cfg)
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +288,16 @@ def test_with_both_damaged_the_run_begins_anew(interrupted, never_killed, tmp_pa
     run(folder, *STATEFUL, "checkpoint_every_steps=1")
     assert "resuming" not in capsys.readouterr().out
     assert_same(folder, never_killed)
+
+
+def test_a_checkpoint_of_an_older_version_is_one_line(interrupted, tmp_path):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    last = folder / "checkpoints/last.ckpt"
+    older = torch.load(last, weights_only=True)
+    del older["train_loss"]
+    torch.save(older, last)
+    with pytest.raises(UserError, match=r"last\.ckpt: is no checkpoint of this version"):
+        run(folder, *STATEFUL, "checkpoint_every_steps=1")
 
 
 @pytest.mark.parametrize("best", [0, 1])

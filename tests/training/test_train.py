@@ -27,24 +27,11 @@ from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
 from amod.training.module import Classifier, lr_factor
 from amod.training.run import evaluate, train
-from amod.training.settings import check_run_dir, check_train, compose_config
+from amod.training.settings import check_run_dir, compose_config
 from amod.training.weights import build, input_config
-from tiny import DIGITS, MODEL, config
+from tiny import DIGITS, MODEL, config, run
 
 SRC = Path(__file__).parents[2] / "src"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def run(folder: Path, *overrides: str) -> dict:
-    """Check and train as the command does; the summary."""
-    cfg = config(*overrides, f"run_dir={folder}")
-    check_train(cfg)
-    train(cfg)
-    return json.loads((folder / "summary.json").read_text())
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -24,11 +24,6 @@ SRC = Path(__file__).parents[2] / "src"
 IMAGES = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def dense():
     torch.manual_seed(1)

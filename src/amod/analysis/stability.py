@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
+from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES, variant
 
 
 def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, caption: str) -> None:
@@ -28,12 +28,12 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    routers = sorted({row["router"] for row in rows}, key=lambda router: list(NAMES).index(_variant(router)))
+    routers = sorted({row["router"] for row in rows}, key=lambda router: list(NAMES).index(variant(router)))
     rates = sorted({float(row["lr"]) for row in rows})
     gap = min([b / a for a, b in itertools.pairwise(rates)] + [10.0])
     any_failed = False
     for place, router in enumerate(routers):
-        variant = _variant(router)
+        name = variant(router)
         shift = gap ** (0.3 * ((place + 0.5) / len(routers) - 0.5))  # side by side, so that no bar hides another
         points = []
         for lr in rates:
@@ -43,13 +43,13 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
                 points.append((lr * shift, statistics.fmean(finished), min(finished), max(finished)))
             if failed := len(found) - len(finished):
                 any_failed = True
-                text = f"× {NAMES[variant]}" + (f" ({failed})" if failed > 1 else "")
+                text = f"× {NAMES[name]}" + (f" ({failed})" if failed > 1 else "")
                 foot, height = axis.get_xaxis_transform(), 0.03 + 0.05 * place
                 axis.text(
                     lr,
                     height,
                     text,
-                    color=COLOURS[variant],
+                    color=COLOURS[name],
                     fontsize=8,
                     fontweight="bold",
                     ha="center",
@@ -60,10 +60,10 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
             [lr for lr, *_ in points],
             [mean for _, mean, *_ in points],
             yerr=[[mean - low for _, mean, low, _ in points], [high - mean for _, mean, _, high in points]],
-            label=NAMES[variant],
-            color=COLOURS[variant],
-            linestyle=LINES[variant],
-            marker=MARKERS[variant],
+            label=NAMES[name],
+            color=COLOURS[name],
+            linestyle=LINES[name],
+            marker=MARKERS[name],
             capsize=3,
             elinewidth=1,
         )
@@ -82,7 +82,3 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _variant(router: str) -> str:
-    return "dense" if router == "none" else router

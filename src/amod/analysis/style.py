@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+
+def variant(router: str) -> str:
+    """The key below of a name of conf/router: router=none is the dense model."""
+    return "dense" if router == "none" else router
+
+
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = {
     "dense": "#000000",

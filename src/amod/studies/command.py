@@ -21,7 +21,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
 
 
 def check_reproduce(cfg: DictConfig) -> None:
-    """What can be known before anything is run: the settings, and those of every run."""
+    """What this command's own settings show; those of the runs are checked before the first is started."""
     for key in ("study", "scale"):
         if not isinstance(cfg.get(key), DictConfig):
             raise UserError(f"{key}={cfg.get(key)}: must stay a group; choose one of {', '.join(choices(key))}")
@@ -63,13 +63,14 @@ def reproduce(cfg: DictConfig) -> None:
     finally:  # an interrupted study is reported as far as it got
         from amod.studies.report import ours_of, rows_of, write_claims, write_report
 
-        planned = [study for study in studies if study["name"] in plans]
-        for study in planned:
-            output = results / study["name"] / scale["name"]
-            report = write_report(study, scale, plans[study["name"]], root, failed, output)
-            print(f"{study['title']}: {report}", flush=True)
+        of_each = []
+        for study in studies:
+            if study["name"] in plans:
+                rows, curves = rows_of(plans[study["name"]], root, failed)
+                report = write_report(study, scale, rows, curves, results / study["name"] / scale["name"])
+                print(f"{study['title']}: {report}", flush=True)
+                of_each.append((study, ours_of(study, scale, rows)))
         if "untested" in cfg.study:
-            of_each = [(s, ours_of(s, scale, rows_of(plans[s["name"]], root, failed)[0])) for s in planned]
             print(f"all claims: {write_claims(of_each, cfg.study.untested, scale['name'], results)}", flush=True)
     for study in studies:
         if study["name"] not in plans:

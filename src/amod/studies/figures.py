@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from amod.analysis.style import COLOURS, LINES, MARKERS
-from amod.studies.report import AXES, METRICS, NAMES, Draw, Row, cells, describe, interval
+from amod.analysis.style import COLOURS, LINES, MARKERS, variant
+from amod.studies.report import AXES, METRICS, NAMES, Row, cells, describe, interval
 
 
 def look(router: str) -> dict[str, Any]:
     """matplotlib's arguments for a router's points and lines."""
-    name = "dense" if router == "none" else router
+    name = variant(router)
     return {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": LINES[name], "label": NAMES[router]}
 
 
@@ -125,4 +125,5 @@ def _finish(figure: Any, axis: Any, study: Mapping[str, Any], caption: str, path
     plt.close(figure)
 
 
+Draw = Callable[[Sequence[Row], Sequence[Row], Mapping[str, Any], str, Path], None]
 FIGURES: dict[str, Draw] = {"dots": dots, "pareto": pareto, "curves": training_curves, "stability": stability}

@@ -74,8 +74,7 @@ def runs_of(study: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
         for name, axes in product(data, here.get("runs", [])):
             for values in product(*axes.values()):
                 chosen = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
-                recipe = [*stage["settings"], *here.get("settings", [])]
-                add(here["stage"], variant, [f"data={name}", *common, *recipe, *chosen], start)
+                add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *chosen], start)
     return list(ordered.values())
 
 
@@ -92,6 +91,7 @@ def _merged(settings: Iterable[str]) -> dict[str, str]:
 
 def _plain(value: str) -> str:
     try:
-        return f"{float(value):g}"
+        number = float(value)
     except ValueError:
         return value.lower() if value in ("True", "False") else value
+    return str(int(number)) if number.is_integer() else repr(number)

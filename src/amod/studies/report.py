@@ -10,7 +10,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half the width of its 95 % interval by Student's t; NaN for fewer than two values)."""
     from scipy import stats
 
-    mean = sum(values) / len(values)
+    mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.nan
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def cells(rows: Sequence[Row], metric: str) -> dict[tuple[Any, ...], dict[int, float]]:
@@ -167,7 +167,7 @@ def examine(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[
     verdict = "not tested" if not tested else f"held in {held} of {tested} cells"
     if tested and held in (0, tested):
         verdict = "held" if held else "not held"
-    return {"text": claim["text"], "metric": metric, "margin": margin, "verdict": verdict, "lines": lines}
+    return {"text": claim["text"], "metric": metric, "verdict": verdict, "lines": lines}
 
 
 def describe(labels: Mapping[str, Any]) -> str:
@@ -192,11 +192,9 @@ def ours_of(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[R
 
 
 def write_report(
-    study: Mapping[str, Any], scale: Mapping[str, Any], runs: Sequence[Run], root: Path, failed: Mapping[str, str],
-    output: Path,
-) -> Path:  # fmt: skip
-    """Write report.md, runs.csv, curves.csv and figure.png of a study; returns report.md's path."""
-    rows, curves = rows_of(runs, root, failed)
+    study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row], curves: Sequence[Row], output: Path
+) -> Path:
+    """Write report.md, runs.csv, curves.csv and figure.png of what ``rows_of`` found; returns report.md's path."""
     ours = ours_of(study, scale, rows)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", rows, COLUMNS)
@@ -384,6 +382,3 @@ def runs_section(rows: Sequence[Row]) -> str:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-
-
-Draw = Callable[[Sequence[Row], Sequence[Row], Mapping[str, Any], str, Path], None]

@@ -25,13 +25,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amod.errors import UserError
+from amod.training.settings import SIGNALS
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("epoch", "step", "lr", "train/loss", "val/loss", "val/top1", "val/top5")
-# What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
-# the one that submitit asks SLURM for.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 143  # exit status of a run that was asked to end: 128 + SIGTERM, as a shell has it
 
 

@@ -154,6 +154,11 @@ class Classifier(LightningModule):
         checkpoint["train_loss"] = cast(Tensor, self.all_gather(sums)).reshape(-1, 2).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "train_loss" not in checkpoint:
+            raise UserError(
+                f"{self.trainer.ckpt_path}: is no checkpoint of this version, it lacks train_loss; resume the run with "
+                "the version that wrote it, or name another run_dir"
+            )
         rows = checkpoint["train_loss"]
         if len(rows) != self.trainer.world_size:  # resumed on more or fewer processes: the first has it all
             rows = torch.stack([rows.sum(0)] + [torch.zeros(2)] * (self.trainer.world_size - 1))

@@ -37,6 +37,9 @@ CONF = Path(__file__).parents[3] / "conf"
 ATTENTION_ROUTERS = ("attention", "attention_weighted")
 # Settings that are handed to timm.create_model, timm's create_transform, Lightning's Trainer and Hydra as they are.
 OPEN_GROUPS = ("model.kwargs.", "schedule.augment.", "trainer.", "hydra.")
+# What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
+# the one that submitit asks SLURM for.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
@@ -191,7 +194,7 @@ def run_jobs(jobs: list[list[str]]) -> int:
         if job is not None:
             job.send_signal(number)
 
-    for known in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for known in SIGNALS:
         signal.signal(known, pass_on)
     failed = []
     for number, overrides in enumerate(jobs, start=1):
@@ -649,13 +652,14 @@ def check_run_dir(cfg: DictConfig) -> None:
 
 
 def read_config(file: Path) -> DictConfig:
-    """A run folder's config.yaml."""
+    """A run folder's config.yaml, its paths with the home folder in the place of ``~``."""
     try:
         cfg = OmegaConf.load(file)
     except Exception as error:  # whatever the bytes make the reader raise
         cfg = OmegaConf.create([type(error).__name__])
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{file}: is no run's config; put the run's own file back, or name another folder")
+    expand_paths(cfg)
     return cfg
 
 
