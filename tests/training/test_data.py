@@ -166,6 +166,20 @@ def test_fashion_mnist_pixels(tmp_path, compressed):
     assert labels.tolist() == [i % 10 for i in range(32)]
 
 
+def test_noise_takes_the_place_of_black_and_of_nothing_else(tmp_path):
+    fakes.fashion_mnist(tmp_path)
+    black, noise, again = (
+        build("fashion_mnist", root=str(tmp_path), background=background).splits["test"].source.images
+        for background in ("black", "noise", "noise")
+    )
+    assert (black == 0).any()
+    assert noise.dtype == np.uint8
+    assert noise.min() > 0
+    assert len(np.unique(noise[black == 0])) > 1
+    assert (noise[black > 0] == black[black > 0]).all()
+    assert (noise == again).all()
+
+
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_debians_fashion_mnist():
     data = build("fashion_mnist", root="/nowhere")

@@ -73,6 +73,7 @@ def check_data(cfg: Mapping[str, Any]) -> None:
         "name": tuple(LAYOUTS),
         "on_error": ("stop", "skip"),
         "train_on": ("train", "train+val"),
+        "background": ("black", "noise"),
         "download": (True, False),
     }
     for key, allowed in choices.items():

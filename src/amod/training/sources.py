@@ -165,13 +165,20 @@ def _pets(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
 
 
 def _fashion_mnist(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
-    """60,000 train and 10,000 test images of 28 x 28 pixels, gzipped (as Debian ships them) or not."""
+    """60,000 train and 10,000 test images of 28 x 28 pixels, gzipped (as Debian ships them) or not.
+
+    ``background: noise`` puts a grey drawn for each pixel in the place of black, which half of all pixels are: no patch
+    is constant then. Every image keeps its noise.
+    """
     parts = {}
+    noise = np.random.default_rng(0)
     for key, prefix in (("train", "train"), ("test", "t10k")):
         images = _read_idx(next(folder.glob(f"{prefix}-images-idx3-ubyte*")), 3)
         labels = _read_idx(next(folder.glob(f"{prefix}-labels-idx1-ubyte*")), 1)
         if len(images) != len(labels):
             raise UserError(f"data=fashion_mnist: {len(images)} {prefix} images but {len(labels)} labels in {folder}")
+        if cfg.get("background") == "noise":  # runs of before this setting have none
+            images = np.where(images, images, noise.integers(1, 256, images.shape, np.uint8))
         parts[key] = Source(images, labels.astype(np.int64), list(datasets.FashionMNIST.classes))
     return parts
 
