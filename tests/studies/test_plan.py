@@ -60,6 +60,17 @@ def test_equal_settings_are_one_run_however_they_are_written():
     assert [run.name for run in table] == [run.name for run in sweep if run.settings.get("schedule.lr") != "0.0001"]
 
 
+def test_runs_that_a_variant_does_not_have():
+    runs = plan(
+        seeds=[0],
+        variants={"": [], "average": ["+model.kwargs.global_pool=avg"]},
+        runs=[{"router": ["attention"], "capacity": [0.125, 0.5], "not_with": ["average"]}, {"router": ["linear"]}],
+    )
+    made = [(run.variant, run.settings["router"]) for run in runs]
+    assert made == [("", "none"), *[("", "attention")] * 2, ("", "linear"), ("average", "none"), ("average", "linear")]
+    assert not any("not_with" in run.settings for run in runs)
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [("5e-4", "0.0005"), ("0.50", "0.5"), ("1234567", "1234567"), ("2.0", "2"), ("[1e-4]", "[1e-4]")],

@@ -71,8 +71,9 @@ def runs_of(study: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
         if stage.get("start"):
             first = scale["stages"][stage["start"]]["settings"]
             start = add(stage["start"], variant, [f"data={scale['data']}", "router=none", *common, *first], None)
-        for name, axes in product(data, here.get("runs", [])):
-            for values in product(*axes.values()):
+        for name, given in product(data, here.get("runs", [])):
+            axes = {key: values for key, values in given.items() if key != "not_with"}
+            for values in [] if variant in given.get("not_with", []) else product(*axes.values()):
                 chosen = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
                 add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *chosen], start)
     return list(ordered.values())
