@@ -15,7 +15,7 @@ from pathlib import Path
 
 from amod.errors import UserError
 from amod.studies.command import default_jobs
-from amod.studies.runner import execute
+from amod.studies.runner import check_launcher, execute
 from amod.sweeps import check, runs_of, write_report
 from amod.training.settings import one_line_errors
 
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> None:
     jobs, launcher = settings.pop("jobs", None) or str(default_jobs()), settings.pop("hydra/launcher", None)
     if not jobs.isdigit() or int(jobs) < 1:
         raise UserError(f"jobs={jobs}: must be a whole number of at least 1")
+    check_launcher(launcher)
     runs = runs_of(file, settings)
     root = Path("runs/sweeps") / file.stem
     check(runs, root)

@@ -119,7 +119,10 @@ def test_random_draws_are_the_same_every_time(tmp_path):
     assert all(isinstance(run.values["seed"], int) for run in runs)
 
 
-def test_a_local_sweep_to_its_end(tmp_path):
+@pytest.mark.parametrize(
+    "launcher", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("joblib", "submitit_local"))]
+)
+def test_a_local_sweep_to_its_end(tmp_path, launcher):
     sweep = yaml.safe_load(FILES[2].read_text())
     sweep["command"] = ["${program}", "logger=wandb", "data=flowers", *DIGITS[:-3], "${args_no_hyphens}"]
     lrs = [1.0e-3, 1.0e9]
@@ -134,11 +137,10 @@ def test_a_local_sweep_to_its_end(tmp_path):
         "schedule.epochs=1",
         "trainer.accelerator=cpu",
         "jobs=1",
+        *([f"hydra/launcher={launcher}"] if launcher else []),
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    done = subprocess.run(
-        [*typed, "jobs=1"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(typed, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     root = tmp_path / "runs/sweeps/lr"
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: 1 of 2 runs failed")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from amod.errors import UserError
 from amod.studies import runner
 from amod.studies.plan import Run
-from amod.studies.runner import command, execute, finished
+from amod.studies.runner import check_launcher, command, execute, finished
 
 SCRIPT = """
 import json, pathlib, sys
@@ -78,3 +79,10 @@ def test_a_launcher_of_hydra_is_asked_for_in_the_command(tmp_path):
     line = command(run("none"), tmp_path, "submitit_slurm")
     assert line[:4] == ["python", "src/train.py", "-m", "hydra/launcher=submitit_slurm"]
     assert command(run("none"), tmp_path, None)[2].startswith("data=")
+
+
+def test_a_launcher_that_is_not_there():
+    check_launcher(None)
+    check_launcher("submitit_slurm")
+    with pytest.raises(UserError, match=r"hydra/launcher=lsf: no such choice; choose one of basic, .*submitit_slurm"):
+        check_launcher("lsf")

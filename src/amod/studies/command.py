@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
 from amod.studies.plan import Run, runs_of
-from amod.studies.runner import command, execute, finished
+from amod.studies.runner import check_launcher, command, execute, finished
 from amod.training.settings import CONF, check_train, choices, compose_config
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
@@ -29,6 +29,7 @@ def check_reproduce(cfg: DictConfig) -> None:
         raise UserError(f"jobs={cfg.jobs}: must be a whole number of at least 1, or null")
     if not isinstance(cfg.dry, bool):
         raise UserError(f"dry={cfg.dry}: must be true or false")
+    check_launcher(cfg.launcher)
     seeds = cfg.scale.seeds
     if not OmegaConf.is_list(seeds) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"scale.seeds={seeds}: must be a list of whole numbers such as [0,1,2]")

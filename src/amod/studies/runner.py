@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amod.studies.plan import Run
+from amod.training.settings import compose_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 
@@ -43,6 +44,12 @@ def last_line(run: Run, root: Path) -> str:
     log = log_of(run, root)
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1].strip() if lines else ""
+
+
+def check_launcher(launcher: str | None) -> None:
+    """UserError for a launcher that is not installed."""
+    if launcher is not None:
+        compose_config("train", [f"hydra/launcher={launcher}"])
 
 
 def execute(runs: Sequence[Run], root: Path, jobs: int, launcher: str | None, failed: dict[str, str]) -> None:
