@@ -15,7 +15,7 @@ from pathlib import Path
 
 from amod.errors import UserError
 from amod.studies.command import default_jobs
-from amod.studies.runner import check_launcher, execute
+from amod.studies.runner import execute, how_to_run
 from amod.sweeps import check, runs_of, write_report
 from amod.training.settings import one_line_errors
 
@@ -30,13 +30,13 @@ def main(arguments: list[str]) -> None:
     jobs, launcher = settings.pop("jobs", None) or str(default_jobs()), settings.pop("hydra/launcher", None)
     if not jobs.isdigit() or int(jobs) < 1:
         raise UserError(f"jobs={jobs}: must be a whole number of at least 1")
-    check_launcher(launcher)
+    how = how_to_run(launcher)
     runs = runs_of(file, settings)
     root = Path("runs/sweeps") / file.stem
     check(runs, root)
     failed: dict[str, str] = {}
     try:
-        execute(runs, root, int(jobs), launcher, failed)
+        execute(runs, root, int(jobs), how, failed)
     finally:  # a sweep that is stopped is reported as far as it got
         print(write_report(runs, root, failed, f"python src/sweep.py {' '.join(arguments)}"), flush=True)
     if failed:

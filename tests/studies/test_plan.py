@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from amod.studies.plan import runs_of
+from amod.studies.plan import at_scale, runs_of
 from amod.training.settings import CONF, check_train, compose_config
 
 SCALE = {
@@ -106,9 +106,19 @@ def test_a_variant_changes_the_dense_run_too():
 
 
 def test_a_scale_may_narrow_a_study():
-    runs = plan(runs=[{"router": ["attention"], "capacity": [0.125, 0.5]}], at={"toy": {"seeds": [7]}})
+    study = {"stage": "finetune", "runs": [{"router": ["attention"], "capacity": [0.125, 0.5]}]}
+    runs = runs_of(at_scale({**study, "at": {"toy": {"seeds": [7]}, "other": {"seeds": [8]}}}, SCALE), SCALE)
     assert {run.settings["seed"] for run in runs} == {"7"}
     assert len(runs) == 3
+
+
+def test_untrained_is_what_the_scale_measures():
+    claims = [{"metric": "untrained", "higher": "attention"}, {"lower": "linear"}]
+    study = {"metric": "untrained", "metrics": ["untrained", "test_top1"], "claims": claims}
+    here = at_scale(study, {"name": "toy", "untrained": "test_top1_untrained"})
+    assert here["metric"] == "test_top1_untrained"
+    assert here["metrics"] == ["test_top1_untrained", "test_top1"]
+    assert here["claims"] == [{"metric": "test_top1_untrained", "higher": "attention"}, {"lower": "linear"}]
 
 
 @pytest.mark.parametrize("scale", ["small", "paper"])
@@ -126,7 +136,7 @@ def test_every_run_of_every_study_is_accepted(study, scale, tmp_path, monkeypatc
         assert content["at"][scale]["benchmark"]
         return
     at |= {"seeds": at["seeds"][:1], "models": at["models"][:1]}
-    runs = runs_of(content, at)
+    runs = runs_of(at_scale(content, at), at)
     assert runs
     for run in runs:
         check_train(compose_config("train", run.arguments(tmp_path)))

@@ -39,7 +39,8 @@ AUGMENT |= {"auto_augment": "rand-m9-mstd0.5-inc1", "re_mode": "pixel"}
 
 
 def config(name: str, **values) -> dict:
-    cfg = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), {"num_workers": 0, **values})
+    local = {"download": False} if name == "fashion_mnist" else {}
+    cfg = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), {"num_workers": 0, **local, **values})
     return OmegaConf.to_container(cfg, resolve=True)
 
 
@@ -582,6 +583,8 @@ def test_a_failing_download_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         build("pets", root=str(tmp_path), download=True)
     one_line(error, "data=pets", "download", str(tmp_path), "no route to host")
+    fakes.pets(tmp_path)  # what is there is not fetched
+    assert build("pets", root=str(tmp_path), download=True).sizes["test"] == 37
 
 
 @pytest.mark.parametrize("workers", [0, 1])

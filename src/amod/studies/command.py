@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
-from amod.studies.plan import Run, runs_of
-from amod.studies.runner import check_launcher, command, execute, finished
+from amod.studies.plan import Run, at_scale, runs_of
+from amod.studies.runner import arguments, command, execute, finished, how_to_run
 from amod.training.settings import CONF, check_train, choices, compose_config
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
@@ -29,7 +29,7 @@ def check_reproduce(cfg: DictConfig) -> None:
         raise UserError(f"jobs={cfg.jobs}: must be a whole number of at least 1, or null")
     if not isinstance(cfg.dry, bool):
         raise UserError(f"dry={cfg.dry}: must be true or false")
-    check_launcher(cfg.launcher)
+    how_to_run(cfg.launcher, cfg.extra)
     seeds = cfg.scale.seeds
     if not OmegaConf.is_list(seeds) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"scale.seeds={seeds}: must be a list of whole numbers such as [0,1,2]")
@@ -39,39 +39,42 @@ def reproduce(cfg: DictConfig) -> None:
     GlobalHydra.instance().clear()  # composing the runs' configs needs a Hydra of its own
     scale = _plain(cfg.scale)
     root, results = Path(cfg.runs), Path(cfg.results)
-    studies = list(studies_of(_plain(cfg.study)))
+    how = how_to_run(cfg.launcher, cfg.extra)
+    studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study))]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
         for study in studies:
             print(f"\n{study['title']} ({scale['name']} scale)")
             if study["name"] in plans:
-                dry_run(plans[study["name"]], root, cfg.launcher)
+                dry_run(plans[study["name"]], root, how)
             else:
                 print("python src/benchmark.py " + " ".join(throughput(study, scale, results)))
         return
 
-    runs = list({run.digest: run for plan in plans.values() for run in plan}.values())  # those they share once
+    runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
     for run in runs:
         if not finished(run, root) and run.start is None:  # the others need its checkpoint to be checked
-            check_train(compose_config("train", run.arguments(root)))
+            check_train(compose_config("train", arguments(run, root, how)))
     failed: dict[str, str] = {}
     try:
-        execute(runs, root, cfg.jobs or default_jobs(), cfg.launcher, failed)
+        execute(runs, root, cfg.jobs or default_jobs(), how, failed)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
         from amod.studies.report import ours_of, rows_of, write_claims, write_report
 
-        of_each = []
+        of_each, reports = [], []
         for study in studies:
             if study["name"] in plans:
                 rows, curves = rows_of(plans[study["name"]], root, failed)
                 report = write_report(study, scale, rows, curves, results / study["name"] / scale["name"])
                 print(f"{study['title']}: {report}", flush=True)
+                reports.append(report)
                 of_each.append((study, ours_of(study, scale, rows)))
-        if "untested" in cfg.study:
+        whole = _plain(OmegaConf.load(CONF / "study/all.yaml"))["studies"]
+        if [study["name"] for study in studies] == whole and not any(path.parent.name == "partial" for path in reports):
             print(f"all claims: {write_claims(of_each, cfg.study.untested, scale['name'], results)}", flush=True)
     for study in studies:
         if study["name"] not in plans:
@@ -98,7 +101,7 @@ def default_jobs() -> int:
     return 1 if torch.cuda.is_available() else 2
 
 
-def dry_run(runs: list[Run], root: Path, launcher: str | None) -> None:
+def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
     """Every command with what it costs: GFLOPs of one forward pass of one image, and epochs."""
     import torch
 
@@ -107,7 +110,7 @@ def dry_run(runs: list[Run], root: Path, launcher: str | None) -> None:
 
     counted: dict[str, float] = {}
     for run in runs:
-        cfg = compose_config("train", run.arguments(root))
+        cfg = compose_config("train", arguments(run, root, how))
         cfg.model.pretrained, cfg.model.checkpoint = False, None
         shape = f"{cfg.model} {cfg.router} {cfg.placement} {cfg.capacity} {cfg.budget} {cfg.data.num_classes}"
         if shape not in counted:
@@ -116,7 +119,7 @@ def dry_run(runs: list[Run], root: Path, launcher: str | None) -> None:
             counted[shape] = count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
         state = "finished" if finished(run, root) else "to run"
         print(f"# {counted[shape]:.4f} GFLOPs, {cfg.schedule.epochs} epochs, {state}")
-        print(" ".join(command(run, root, launcher)))
+        print(" ".join(command(run, root, how)))
     print(f"{len(runs)} runs", flush=True)
 
 
@@ -129,8 +132,13 @@ def throughput(study: Mapping[str, Any], scale: Mapping[str, Any], results: Path
         "rounds=9",
         "min_rounds=5",
     ]
-    here = study["at"][scale["name"]]["benchmark"]
-    return [*fixed, "modes=[forward]", "fill=0.2", *here, f"output={results / study['name'] / scale['name']}"]
+    return [
+        *fixed,
+        "modes=[forward]",
+        "fill=0.2",
+        *study["benchmark"],
+        f"output={results / study['name'] / scale['name']}",
+    ]
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """From a study (conf/study) and a scale (conf/scale) to the runs of src/train.py that it consists of.
 
-A run is what its settings say and nothing else: two studies that ask for the same settings share the run, its folder
-is named after them, and a changed recipe makes new folders.
+A run is what its overrides of conf/ say: two studies that ask for the same share the run, its folder is named after
+them, and a recipe changed in conf/scale or conf/study makes new folders. One changed in conf/schedule, conf/model or
+conf/data does not: delete the folders of the runs that it concerns.
 """
 
 from __future__ import annotations
@@ -51,9 +52,23 @@ class Run:
         return [*given, *start, f"run_dir={root / self.name}"]
 
 
-def runs_of(study: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
-    """The runs of a study at a scale, each after the run that it starts from, none twice; the last seed last."""
+def at_scale(study: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, Any]:
+    """The study with what it changes at this scale, and its metric `untrained` as the scale measures it."""
     here = {**study, **study.get("at", {}).get(scale["name"], {})}
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        return scale["untrained"] if value == "untrained" else value
+
+    def measured(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: named(value) if key in ("metric", "metrics") else value for key, value in part.items()}
+
+    return measured(here) | {"claims": [measured(claim) for claim in here.get("claims", [])]}
+
+
+def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
+    """The runs of a study (of ``at_scale``), each after the run that it starts from, none twice; the last seed last."""
     stage = scale["stages"][here["stage"]]
     data = here.get("data") or (scale["transfer"] if here["stage"] == "transfer" else [scale["data"]])
     variants = here.get("variants") or {"": []}
@@ -61,7 +76,7 @@ def runs_of(study: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
 
     def add(stage: str, variant: str, settings: Iterable[str], start: Run | None) -> Run:
         run = Run(stage, variant, _merged(settings), start)
-        return ordered.setdefault(run.digest, run)
+        return ordered.setdefault(run.name, run)
 
     for seed, model, (variant, changes) in product(
         here.get("seeds") or scale["seeds"], here.get("models") or scale["models"], variants.items()

@@ -19,6 +19,7 @@ from amod.analysis import style
 from amod.studies import paper
 from amod.studies.plan import Run
 from amod.studies.runner import finished, last_line
+from amod.training.settings import compose_config
 
 NAMES = {
     "none": "dense",
@@ -28,6 +29,7 @@ METRICS = {
     "test_top1": "test top-1 (%)",
     "val_top1": "validation top-1 (%)",
     "val_top1_untrained": "untrained top-1 (%)",
+    "test_top1_untrained": "untrained test top-1 (%)",
     "epochs_to_peak": "epochs to within 1 % of the peak",
 }
 AXES = ("data", "model", "variant", "placement", "keep_prefix", "lr", "capacity", "router")
@@ -161,6 +163,9 @@ def examine(claim: Mapping[str, Any], rows: Sequence[Row], metric: str) -> dict[
             lines.append(f"{shown}: {len(differences)} pairs of runs, not tested")
             continue
         mean, half = interval(differences)
+        if half == 0:  # epochs are whole numbers: no spread says nothing about the interval
+            lines.append(f"{shown}: {mean:+.2f} in every seed (n = {len(differences)}), not tested")
+            continue
         tested += 1
         held += mean - half > -margin
         lines.append(f"{shown}: {mean:+.2f} ± {half:.2f} (n = {len(differences)})")
@@ -194,8 +199,14 @@ def ours_of(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[R
 def write_report(
     study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row], curves: Sequence[Row], output: Path
 ) -> Path:
-    """Write report.md, runs.csv, curves.csv and figure.png of what ``rows_of`` found; returns report.md's path."""
+    """Write report.md, runs.csv, curves.csv and figure.png of what ``rows_of`` found; returns report.md's path.
+
+    A report of more finished runs stays as it is: a part of a study is written to `output`/partial instead.
+    """
     ours = ours_of(study, scale, rows)
+    before = read_csv(output / "runs.csv") if (output / "runs.csv").exists() else []
+    if sum(row["status"] == "finished" for row in before) > sum(row["status"] == "finished" for row in rows):
+        output = output / "partial"
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", rows, COLUMNS)
     write_csv(output / "curves.csv", curves, ("run", "epoch", "val_top1"))
@@ -203,11 +214,13 @@ def write_report(
     if any(row["status"] == "finished" for row in ours):
         from amod.studies.figures import FIGURES
 
-        caption = "; ".join(
-            [*(", ".join(sorted({row[key] for row in ours})) for key in ("model", "data")), seeds_of(ours)]
-        )
-        FIGURES[study.get("figure", "dots")](ours, curves, study, caption, output / "figure.png")
-        parts.append(f"![{study['title']}](figure.png)")
+        models = sorted({row["model"] for row in ours})
+        for model in models:  # a picture each
+            mine = [row for row in ours if row["model"] == model]
+            caption = "; ".join([model, ", ".join(sorted({row["data"] for row in mine})), seeds_of(mine)])
+            name = "figure.png" if len(models) == 1 else f"figure-{model}.png"
+            FIGURES[study.get("figure", "dots")](mine, curves, study, caption, output / name)
+            parts.append(f"![{study['title']}]({name})")
     if study["claims"]:
         parts.append(claims_section(study, scale, ours))
     if study["name"] in paper.ACCURACY:
@@ -221,11 +234,13 @@ def write_report(
 def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row]) -> str:
     counted = {status: sum(row["status"] == status for row in rows) for status in ("finished", "failed", "not run")}
     commits = sorted({str(row["git_commit"])[:7] for row in rows if row["git_commit"]})
+    changed = any(str(row["git_changed"]) == "True" for row in rows)
     stages = [study["stage"], *filter(None, [scale["stages"][study["stage"]].get("start")])]
     recipes = "\n".join(f"- {stage}: `{' '.join(map(str, scale['stages'][stage]['settings']))}`" for stage in stages)
     return (
         f"# {study['title']} ({scale['name']} scale)\n\n"
-        f"`python src/reproduce.py study={study['name']} scale={scale['name']}`, commit {', '.join(commits) or '-'}; "
+        f"`python src/reproduce.py study={study['name']} scale={scale['name']}`, trained at commit "
+        f"{', '.join(commits) or '-'}{' with changes' if changed else ''}; "
         + ", ".join(f"{number} runs {status}" for status, number in counted.items() if number)
         + f"; {seeds_of(rows)}.\n\nRecipes, over those of conf/schedule:\n\n{recipes}"
         + (f"\n\n{scale['remark']}" if "remark" in scale else "")
@@ -291,9 +306,8 @@ def mean_text(values: Iterable[float]) -> str:
 
 
 def claims_section(study: Mapping[str, Any], scale: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    tested = [examine(claim, rows, study["metric"]) for claim in study["claims"]]
     lines = [["claim", "on", "verdict here", "difference by cell"], ["---"] * 4]
-    for claim in tested:
+    for claim in (examine(claim, rows, study["metric"]) for claim in study["claims"]):
         by_cell = "<br>".join(claim["lines"]) or "no runs"
         lines.append([claim["text"], METRICS[claim["metric"]], f"**{claim['verdict']}**", by_cell])
     return (
@@ -328,12 +342,14 @@ def write_claims(
 
 
 def beside_the_paper(study: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The paper's cells: its compute beside ours, digit by digit, and its accuracy beside ours where we ran it."""
+    """The paper's cells: its compute beside ours, and its accuracy beside ours where we ran it."""
     lines = [["data", "model", "configuration", "C", "GFLOPs, paper", "GFLOPs, computed", "paper (%)", "ours (%)"]]
     lines.append(["---"] * 3 + ["---:"] * 5)
+    placement = paper.PLACEMENT.get(study["name"], "alternate")
     mine: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        if row["status"] == "finished" and row[study["metric"]] is not None:
+        placed = row["router"] in ("none", "isoflop") or row["placement"] == placement
+        if placed and row["status"] == "finished" and row[study["metric"]] is not None:
             key = (row["data"], row["model"], row["router"], row["capacity"])
             mine.setdefault(key, []).append(row[study["metric"]])
     wanted = {(row["router"], row["capacity"]) for row in rows}
@@ -341,21 +357,22 @@ def beside_the_paper(study: Mapping[str, Any], rows: Sequence[Row]) -> str:
         for (model, router, capacity), accuracy in printed.items():
             if (router, capacity) not in wanted:
                 continue
-            theirs = paper.GFLOPS.get((model, router, capacity), "") if study["name"] != "table7" else ""
+            theirs = paper.GFLOPS.get(study["name"], {}).get((model, router, capacity), "")
             values = mine.get((data, model, router, capacity), [])
             lines.append(
                 [
                     *(data, model, NAMES[router], f"{capacity:g}", theirs),
-                    computed_gflops(model, router, capacity, theirs) if theirs else "",
+                    f"{computed_gflops(model, router, capacity, placement, data):.4f}" if theirs else "",
                     f"{accuracy:g}",
                     mean_text(values) if values else "not run",
                 ]
             )
-    return "## The paper's figures\n\n" + markdown(lines)
+    note = "Some of the paper's GFLOPs are rounded and some cut off after their last digit."
+    return f"## The paper's figures\n\n{note}\n\n{markdown(lines)}"
 
 
-def computed_gflops(model: str, router: str, capacity: float, printed: str) -> str:
-    """Our count for one of the paper's models with 1000 classes, with as many digits as `printed`."""
+def computed_gflops(model: str, router: str, capacity: float, placement: str, data: str) -> float:
+    """Our count for one of the paper's models, with a head for the classes of `data`."""
     import timm
     import torch
 
@@ -363,13 +380,13 @@ def computed_gflops(model: str, router: str, capacity: float, printed: str) -> s
 
     name = paper.ARCHITECTURES[model]
     with torch.device("meta"):
-        vit = timm.create_model(name)
+        vit = timm.create_model(name, num_classes=compose_config("train", [f"data={data}"]).data.num_classes)
     assert isinstance(vit, timm.models.VisionTransformer)
     if router == "isoflop":
         vit = amod.truncate(vit, amod.PAPER_DEPTHS[name][capacity])
     elif router != "none":
-        vit = amod.convert(vit, router, capacity)
-    return f"{amod.count_flops(vit) / 1e9:.{len(printed.partition('.')[2])}f}"
+        vit = amod.convert(vit, router, capacity, placement)
+    return amod.count_flops(vit) / 1e9
 
 
 def runs_section(rows: Sequence[Row]) -> str:

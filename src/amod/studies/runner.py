@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from amod.errors import UserError
 from amod.studies.plan import Run
 from amod.training.settings import compose_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
+QUIET = 300.0  # seconds without news, after which the progress line is shown again
+# Settings that are about the machine, and may be given to the runs of a study that is there already.
+HOW = ("data.root", "data.download", "data.num_workers", "trainer", "trainer.devices", "trainer.num_nodes", "logger")
 
 
 @dataclass
@@ -25,10 +29,33 @@ class Job:
     since: float
 
 
-def command(run: Run, root: Path, launcher: str | None) -> list[str]:
+def how_to_run(launcher: str | None, extra: Iterable[str] = ()) -> list[str]:
+    """What is said of every run over its own arguments, and does not change what it finds.
+
+    UserError for a launcher that is not installed, and for an extra that might change more.
+    """
+    how = [*(["-m", f"hydra/launcher={launcher}"] if launcher else []), *map(str, extra)]
+    for override in extra:
+        key = str(override).partition("=")[0]
+        if key not in HOW and not key.startswith("hydra.launcher."):
+            raise UserError(
+                f"extra=[{override}]: might change what the runs find; extra takes {', '.join(HOW)} and "
+                "hydra.launcher.*; other settings belong into a file of conf/scale or conf/study"
+            )
+    compose_config("train", how[1:] if launcher else how)
+    return how
+
+
+def arguments(run: Run, root: Path, how: Sequence[str]) -> list[str]:
+    """A run's overrides, those of ``how`` in the place of its own."""
+    said = {override.partition("=")[0] for override in how}
+    own = [override for override in run.arguments(root) if override.partition("=")[0] not in said]
+    return [*(override for override in how if override != "-m"), *own]
+
+
+def command(run: Run, root: Path, how: Sequence[str]) -> list[str]:
     """The command line of a run, to be typed at the top of the repository."""
-    hydra = ["-m", f"hydra/launcher={launcher}"] if launcher else []
-    return ["python", "src/train.py", *hydra, *run.arguments(root)]
+    return ["python", "src/train.py", *how[: "-m" in how], *arguments(run, root, how)]
 
 
 def finished(run: Run, root: Path) -> bool:
@@ -46,13 +73,7 @@ def last_line(run: Run, root: Path) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def check_launcher(launcher: str | None) -> None:
-    """UserError for a launcher that is not installed."""
-    if launcher is not None:
-        compose_config("train", [f"hydra/launcher={launcher}"])
-
-
-def execute(runs: Sequence[Run], root: Path, jobs: int, launcher: str | None, failed: dict[str, str]) -> None:
+def execute(runs: Sequence[Run], root: Path, jobs: int, how: Sequence[str], failed: dict[str, str]) -> None:
     """Run what is not finished, `jobs` at a time; what fails is put into `failed`: {run's name: its last line}.
 
     A run whose start failed is not run. An interrupt or SIGTERM stops the running ones, which leave a checkpoint if
@@ -68,7 +89,11 @@ def execute(runs: Sequence[Run], root: Path, jobs: int, launcher: str | None, fa
             spent = json.loads((root / run.name / "summary.json").read_text())["seconds"]
             seconds.setdefault(run.stage, []).append(spent)
 
+    said = 0.0
+
     def say(event: str) -> None:
+        nonlocal said
+        said = time.monotonic()
         left = total - done - len(failed) - len(running)
         print(
             f"[{time.strftime('%H:%M:%S')}] {done} done, {len(running)} running, {left} left, {len(failed)} failed"
@@ -89,7 +114,7 @@ def execute(runs: Sequence[Run], root: Path, jobs: int, launcher: str | None, fa
             ready = [run for run in waiting if run.start is None or finished(run.start, root)]
             for run in ready[: max(0, jobs - len(running))]:
                 waiting.remove(run)
-                running.append(_start(run, root, jobs, launcher))
+                running.append(_start(run, root, jobs, how))
                 say(f"started {run.name}")
             ended = [job for job in running if job.process.poll() is not None]
             for job in ended:
@@ -103,6 +128,8 @@ def execute(runs: Sequence[Run], root: Path, jobs: int, launcher: str | None, fa
                     say(f"FAILED {job.run.name}: {failed[job.run.name]}")
             if running and not ended:
                 time.sleep(0.2)
+            if running and time.monotonic() - said > QUIET:
+                say(f"still running {', '.join(job.run.name for job in running)}")
     finally:
         for job in running:
             job.process.terminate()
@@ -114,19 +141,19 @@ def execute(runs: Sequence[Run], root: Path, jobs: int, launcher: str | None, fa
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(run: Run, root: Path, jobs: int, launcher: str | None) -> Job:
+def _start(run: Run, root: Path, jobs: int, how: Sequence[str]) -> Job:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if jobs > 1 else dict(os.environ)
-    line = [sys.executable, str(TRAIN), *command(run, root, launcher)[2:]]
+    line = [sys.executable, str(TRAIN), *command(run, root, how)[2:]]
     with open(log_of(run, root), "ab") as log:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
     return Job(run, process, time.monotonic())
 
 
 def _expected(waiting: list[Run], running: list[Job], seconds: dict[str, list[float]], jobs: int) -> str:
-    """When it will be over, by the mean time of a stage's runs so far; nothing while one stage is unknown."""
+    """When it will be over, by the mean time of a stage's runs so far."""
     if not {run.stage for run in [*waiting, *(job.run for job in running)]} <= seconds.keys():
-        return ""
+        return ", expected end not known yet"
     mean = {stage: sum(spent) / len(spent) for stage, spent in seconds.items()}
     now = time.monotonic()
     left = sum(mean[run.stage] for run in waiting)

@@ -142,7 +142,7 @@ class RunRecorder(Checkpoint):
         self.every_steps = every_steps
         self.print_rows = print_rows
         self.rows: list[dict[str, float]] = []
-        self.untrained: dict[str, float] = {}  # val/top1 before training, of a model adapted from a checkpoint
+        self.untrained: dict[str, float] = {}  # of a model adapted from a checkpoint, before training
         self.seconds = 0.0  # of training and validation, over all the times the run was resumed
         self._since = time.perf_counter()
         self._validated = False

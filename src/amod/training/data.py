@@ -59,7 +59,7 @@ LAYOUTS = {
             f"{part}-ubyte*"
             for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
         ),
-        f"{_DOWNLOAD}, or install Debian's package dataset-fashion-mnist",
+        f"{_DOWNLOAD} (30 MB), or install Debian's package dataset-fashion-mnist",
         True,
     ),
     "digits": Layout("", (), "it comes with scikit-learn"),

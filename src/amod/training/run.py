@@ -120,9 +120,13 @@ def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
         if newest:
             say(f"resuming {folder}")
         elif built.adapted:
-            trainer.validate(module, datamodule=data, verbose=False)
-            recorder.untrained = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
-            say(f"before training: val top-1 {recorder.untrained.get('val/top1')} %")
+            for measure in (trainer.validate, trainer.test):  # nothing is chosen by the latter
+                measure(module, datamodule=data, verbose=False)
+                recorder.untrained |= {key: rounded(value) for key, value in trainer.callback_metrics.items()}
+            before = " %, ".join(
+                f"{split} top-1 {recorder.untrained.get(f'{split}/top1')}" for split in ("val", "test")
+            )
+            say(f"before training: {before} %")
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         if not recorder.rows:
             raise UserError(f"trainer.max_time={cfg.trainer.max_time}: ended before the first epoch; allow more time")
@@ -139,6 +143,7 @@ def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
         "global_batch": batch,
         "lr": lr,
         "val_top1_untrained": recorder.untrained.get("val/top1"),
+        "test_top1_untrained": recorder.untrained.get("test/top1"),
         "val_top1": recorder.best.get("val/top1"),
         "test_top1": tested.get("test/top1"),
         "test_top5": tested.get("test/top5"),
@@ -333,7 +338,7 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "torchvision", "timm", "lightning", "hydra-core", "torchmetrics", "numpy")
     return {
         "git_commit": git("rev-parse", "HEAD"),
-        "git_changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git_changed": bool(git("status", "--porcelain", "--", ".", "../src")),  # untracked files too
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         **{name: version(name) for name in packages},

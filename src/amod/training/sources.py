@@ -62,11 +62,15 @@ class Split:
 
 
 def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
-    """The splits train, val and test of ``cfg`` (downloaded if asked); UserError names what does not fit."""
+    """The splits train, val and test of ``cfg`` (downloaded if asked and not there); UserError names what does not fit."""
     name = cfg["name"]
-    if cfg.get("download"):
+    try:
+        folder = locate(cfg)
+    except UserError:
+        if not cfg.get("download"):
+            raise
         _download(name, Path(cfg["root"]).expanduser())
-    folder = locate(cfg)
+        folder = locate(cfg)
     try:
         parts = READERS[name](folder, cfg)
     except UserError:
@@ -115,7 +119,10 @@ def _download(name: str, root: Path) -> None:
         with FileLock(root / f".{name}.lock"):  # the processes of a multi-device run arrive together
             sets[name](root, download=True)
     except Exception as error:
-        raise UserError(f"data={name}: the download to {root} failed ({one_line(error)})") from error
+        raise UserError(
+            f"data={name}: the download to {root} failed ({one_line(error)}); try again, or get the files by hand: "
+            f"conf/data/{name}.yaml says where they belong"
+        ) from error
 
 
 def _imagenet(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
