@@ -62,7 +62,7 @@ class Split:
 
 
 def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
-    """The splits train, val and test of ``cfg`` (downloaded if asked and not there); UserError names what does not fit."""
+    """The splits train, val and test of ``cfg``; UserError names what does not fit. A download, if asked for, only where nothing is found."""
     name = cfg["name"]
     try:
         folder = locate(cfg)
