@@ -62,7 +62,7 @@ class Split:
 
 
 def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
-    """The splits train, val and test of ``cfg``; UserError names what does not fit. A download, if asked for, only where nothing is found."""
+    """The splits train, val and test of ``cfg``, fetched where nothing is found and it is asked for; UserError otherwise."""
     name = cfg["name"]
     try:
         folder = locate(cfg)
