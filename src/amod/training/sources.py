@@ -62,7 +62,7 @@ class Split:
 
 
 def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
-    """The splits train, val and test of ``cfg``, fetched where nothing is found and it is asked for; UserError otherwise."""
+    """The splits train, val and test of ``cfg``, fetched if asked for and found nowhere; UserError otherwise."""
     name = cfg["name"]
     try:
         folder = locate(cfg)
