@@ -362,12 +362,12 @@ def beside_the_paper(study: Mapping[str, Any], rows: Sequence[Row]) -> str:
             lines.append(
                 [
                     *(data, model, NAMES[router], f"{capacity:g}", theirs),
-                    f"{computed_gflops(model, router, capacity, placement, data):.4f}" if theirs else "",
+                    f"{computed_gflops(model, router, capacity, placement, data):.4f}",
                     f"{accuracy:g}",
                     mean_text(values) if values else "not run",
                 ]
             )
-    note = "Some of the paper's GFLOPs are rounded and some cut off after their last digit."
+    note = "The paper's GFLOPs are rounded or cut off after their last digit; where none stand, it prints none."
     return f"## The paper's figures\n\n{note}\n\n{markdown(lines)}"
 
 
