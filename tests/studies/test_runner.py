@@ -109,7 +109,7 @@ def test_there_is_news_while_nothing_ends(root, capsys, monkeypatch):
 
 def test_what_is_said_of_every_run(tmp_path):
     assert command(run("none"), tmp_path, how_to_run(None))[2].startswith("data=")
-    extra = ["trainer=slurm", "hydra.launcher.partition=gpu"]
+    extra = {"trainer": "slurm", "hydra.launcher.partition": "gpu"}
     line = command(run("none", trainer="ddp"), tmp_path, how_to_run("submitit_slurm", extra))
     assert line[:5] == ["python", "src/train.py", "-m", "hydra/launcher=submitit_slurm", "trainer=slurm"]
     assert line[5] == "hydra.launcher.partition=gpu"
@@ -120,10 +120,11 @@ def test_what_is_said_of_every_run(tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "extra", "said"),
     [
-        ("lsf", [], "hydra/launcher=lsf: no such choice; choose one of basic, .*submitit_slurm"),
-        (None, ["schedule.lr=1"], r"extra=\[schedule.lr=1\]: might change what the runs find; extra takes data.root"),
-        (None, ["trainer=fast"], "trainer=fast: no such choice"),
-        (None, ["hydra.launcher.gpus_per_node=4"], "hydra.launcher.gpus_per_node"),
+        ("lsf", None, "hydra/launcher=lsf: no such choice; choose one of basic, .*submitit_slurm"),
+        (None, {"schedule.lr": 1}, "extra={schedule.lr:1}: might change what the runs find; extra takes data.root"),
+        (None, {"trainer": "fast"}, "trainer=fast: no such choice"),
+        (None, {"hydra.launcher.gpus_per_node": 4}, "hydra.launcher.gpus_per_node"),
+        (None, ["trainer=slurm"], "must be like {data.root:/data,trainer:slurm}"),
     ],
 )
 def test_what_cannot_be_said_of_every_run(launcher, extra, said):

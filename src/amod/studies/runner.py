@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from amod.errors import UserError
 from amod.studies.plan import Run
@@ -29,17 +30,19 @@ class Job:
     since: float
 
 
-def how_to_run(launcher: str | None, extra: Iterable[str] = ()) -> list[str]:
+def how_to_run(launcher: str | None, extra: Mapping[str, Any] | None = None) -> list[str]:
     """What is said of every run over its own arguments, and does not change what it finds.
 
     UserError for a launcher that is not installed, and for an extra that might change more.
     """
-    how = [*(["-m", f"hydra/launcher={launcher}"] if launcher else []), *map(str, extra)]
-    for override in extra:
-        key = str(override).partition("=")[0]
+    if extra is not None and not isinstance(extra, Mapping):
+        raise UserError(f"extra={extra}: must be like {{data.root:/data,trainer:slurm}}")
+    how = [*(["-m", f"hydra/launcher={launcher}"] if launcher else [])]
+    for key, value in (extra or {}).items():
+        how.append(f"{key}={value}")
         if key not in HOW and not key.startswith("hydra.launcher."):
             raise UserError(
-                f"extra=[{override}]: might change what the runs find; extra takes {', '.join(HOW)} and "
+                f"extra={{{key}:{value}}}: might change what the runs find; extra takes {', '.join(HOW)} and "
                 "hydra.launcher.*; other settings belong into a file of conf/scale or conf/study"
             )
     compose_config("train", how[1:] if launcher else how)
