@@ -44,7 +44,7 @@ def measure(devices: int, arguments: argparse.Namespace) -> None:
     steps = arguments.warmup + arguments.steps
     overrides = [f"model={arguments.model}", "model.pretrained=false", f"router={arguments.router}", "capacity=0.5"]
     schedule = ["schedule.epochs=1", f"schedule.batch_size={arguments.batch}", "schedule.mixup=0", "schedule.cutmix=0"]
-    trainer = ["trainer=ddp_cpu" if devices > 1 else "trainer.accelerator=cpu", f"trainer.max_steps={steps}"]
+    trainer = ["trainer=ddp_cpu" if devices > 1 else "trainer.accelerator=cpu"]
     cfg = compose_config("train", ["data=digits", *overrides, *schedule, *trainer, "trainer.limit_val_batches=0"])
     shape = input_config(cfg.model)["input_size"]
     images = torch.randn(arguments.batch, *shape)

@@ -79,7 +79,6 @@ def trainer(epochs: int, batches: int, accumulate: int, world: int) -> Any:
         limit_train_batches=1.0,
         accumulate_grad_batches=accumulate,
         max_epochs=epochs,
-        max_steps=-1,
         world_size=world,
     )
 

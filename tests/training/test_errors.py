@@ -92,7 +92,8 @@ TABLE = [
     (["trainer.precision=99"], ["trainer.precision=99", "bf16-mixed"]),
     (["trainer.accelerator=foo"], ["trainer.accelerator=foo", "cpu"]),
     (["trainer.limit_train_batches=0"], ["trainer.limit_train_batches=0", "above 0"]),
-    (["trainer.max_steps=0"], ["trainer.max_steps=0", "-1"]),
+    (["trainer.max_steps=7"], ["trainer.max_steps=7", "-1", "schedule.epochs", "trainer.limit_train_batches"]),
+    (["trainer.max_steps=null"], ["trainer.max_steps=null", "-1"]),
     (["trainer.max_time=00:00:00:00"], ["trainer.max_time=00:00:00:00", "days"]),
     (["+model.kwargs.in_chans=1"], ["model.kwargs.in_chans=1", "must be 3"]),
     (["model.kwargs.img_size=abc"], ["model.kwargs.img_size=abc", "whole number"]),
@@ -300,7 +301,7 @@ GOOD = [
     ["model=deit_small", "model.name=vit_small_patch16_18x2_224", "router=linear", "placement.blocks=[13,15]"],
     ["router=none", "model.kwargs.depth=8", "placement=last8"],
     ["model.kwargs.img_size=[28,32]"],
-    ["trainer.max_time=00:01:00:00", "trainer.max_steps=7"],
+    ["trainer.max_time=00:01:00:00", "trainer.max_steps=-1"],
 ]
 
 

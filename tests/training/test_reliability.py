@@ -15,15 +15,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 
 from amod.errors import UserError
 from amod.training import run as run_module
-from amod.training.callbacks import RunRecorder, is_whole
+from amod.training import settings
+from amod.training.callbacks import RunRecorder, is_whole, restored_signals
 from amod.training.run import RunLock, train
 from amod.training.settings import CONF, check_train
 from processes import Forked, run_forked, step_of, wait_for
@@ -226,6 +230,33 @@ def test_a_signal_outside_training_ends_at_once(tmp_path, monkeypatch, capsys, w
     assert caught.value.code == 143
     assert "stopped by SIGTERM outside training; resume with" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_after_the_last_epoch_is_answered(tmp_path, monkeypatch, capsys):
+    end = RunRecorder.on_train_end
+
+    def signalled(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        end(self, *arguments)
+
+    monkeypatch.setattr(RunRecorder, "on_train_end", signalled)
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", *SHORT)
+    assert caught.value.code == 143
+    assert "stopped by SIGTERM after step 6, with a checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_a_signal_outside_training_reaches_the_processes_that_lightning_started(tmp_path, monkeypatch):
+    passed = []
+    launcher = SimpleNamespace(
+        procs=[], kill=passed.append, launch=lambda function, *given, trainer, **named: function(*given, **named)
+    )
+    monkeypatch.setattr(SingleDeviceStrategy, "launcher", launcher)
+    monkeypatch.setattr(run_module, "best_checkpoint", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", *SHORT, "schedule.epochs=1")
+    assert (caught.value.code, passed) == (143, [signal.SIGUSR1])
 
 
 # --- damaged files ------------------------------------------------------------------------------------------------
@@ -515,6 +546,37 @@ def test_a_signal_ends_the_sweep(tmp_path):
     process.communicate()
     assert process.returncode == 143
     assert (tmp_path / "done.txt").read_text() == "a=1\n"
+
+
+@pytest.mark.parametrize("moment", ["between two jobs", "while a job starts", "while a job ends"])
+def test_a_signal_that_no_job_answers_ends_the_sweep(monkeypatch, moment):
+    begun: list[Any] = []
+    told: list[int] = []
+
+    def interrupt(now: str) -> None:
+        if now == moment and len(begun) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def start(command: list[Any]) -> SimpleNamespace:
+        begun.append(command)
+        interrupt("while a job starts")
+        return SimpleNamespace(send_signal=told.append, wait=wait)  # it ends with 0, whatever it is told
+
+    def join(words: list[str]) -> str:
+        interrupt("between two jobs")
+        return " ".join(words)
+
+    def wait() -> int:
+        interrupt("while a job ends")
+        return 0
+
+    monkeypatch.setattr(settings, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(settings, "shlex", SimpleNamespace(join=join))
+    with restored_signals():
+        assert settings.run_jobs([["seed=0"], ["seed=1"], ["seed=2"]]) == 143
+    assert len(begun) == 1
+    if moment == "while a job starts":
+        assert told == [signal.SIGTERM]
 
 
 # --- SLURM by submitit --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fakes
 from amod.errors import UserError
@@ -230,6 +230,51 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path, monkeypatch):
         run(tmp_path / "run", "router=none", "trainer.limit_train_batches=3")
 
 
+FAR = ["router=none", "schedule.lr=1e30", "schedule.warmup_epochs=0"]  # one step, and the weights are past all use
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.limit_train_batches=1"], ["validation loss is not finite at step 1 (epoch 0)", "not saved"]),
+        (["trainer.limit_train_batches=1", "trainer.limit_val_batches=0"], ["weights' norm is inf at step 1"]),
+        (["trainer.limit_train_batches=3", "checkpoint_every_steps=1"], ["weights' norm is inf at step 1"]),
+    ],
+    ids=["at the end of an epoch", "without validation", "inside an epoch"],
+)
+def test_diverged_weights_are_not_kept(tmp_path, overrides, words):
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", *FAR, *overrides)
+    for word in (*words, "schedule.lr than 1e+30"):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run/metrics.csv").exists()
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_one_validation_image_that_is_not_finite_stops(tmp_path, monkeypatch):
+    step = Classifier.validation_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 1:
+            batch[0][0] = torch.nan
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "validation_step", poisoned)
+    with pytest.raises(UserError, match=r"validation loss is not finite at step 4 \(epoch 1\)"):
+        run(tmp_path / "run", "router=none", "trainer.limit_train_batches=2", "schedule.eval_batch_size=64")
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0"]
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_given_weights_that_are_not_finite_stop_before_training(dense, tmp_path):
+    weights = load_file(dense[0] / "weights.safetensors")
+    weights["head.bias"][0] = torch.nan
+    save_file(weights, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=r"without any training; give other weights \(model\.checkpoint="):
+        run(tmp_path / "run", "router=none", f"model.checkpoint={tmp_path / 'bad.safetensors'}")
+
+
 def test_without_validation_the_last_epoch_is_kept(tmp_path):
     summary = run(tmp_path / "run", "router=none", "trainer.limit_train_batches=2", "trainer.limit_val_batches=0")
     assert (summary["val_top1"], summary["best_epoch"]) == (None, 1)
@@ -327,6 +372,13 @@ LATE = {
     "trainer.limit_val_batches=0.5": "trainer.limit_val_batches=0.5: leaves none of 1 batches",
     "trainer.val_check_interval=21": "trainer.val_check_interval=21: an epoch has 20 batches",
     "trainer.limit_train_batches=4 trainer.val_check_interval=5": "an epoch has 4 batches",
+    "trainer.val_check_interval=3": "trainer.val_check_interval=3: an epoch has 20 batches",
+    "trainer.val_check_interval=0.3": "trainer.val_check_interval=0.3: an epoch has 20 batches",
+    "trainer.val_check_interval=3 trainer.check_val_every_n_epoch=null": "an epoch has 20 batches",
+    "trainer.val_check_interval=00:00:01:00": "an epoch has 20 batches",
+    "data=folder data.root=FOLDER trainer=ddp_cpu trainer.devices=16": "16 processes cannot share the 15 train images",
+    "trainer=ddp_cpu trainer.devices=145": "145 processes cannot share the 144 val images; use fewer, or a larger",
+    "trainer=ddp_cpu trainer.devices=360 trainer.limit_val_batches=0": "the 359 test images",
     "data=folder data.root=FOLDER schedule.mixup=1": "the only batch has 15 images",
     "router=attention budget=9": "budget of 9 GFLOPs",
     "+model.kwargs.foo=1": "foo",
@@ -341,6 +393,13 @@ def test_a_mistake_leaves_no_folder(tmp_path, overrides):
     assert LATE[overrides] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("overrides", ["interval=5", "interval=0.25", "interval=20", "interval=3 limit_val_batches=0"])
+def test_an_epoch_may_end_with_its_last_validation_or_have_none(overrides):
+    cfg = config(*[f"trainer.{override}" for override in overrides.replace("interval", "val_check_interval").split()])
+    data = build_datamodule(cfg.data, input_config(cfg.model), {}, 64, 64, cfg.seed)
+    run_module.check_batches(run_module.make_trainer(cfg.trainer), data, cfg.schedule)
 
 
 def test_wandb_without_an_account_leaves_nothing(tmp_path, monkeypatch):

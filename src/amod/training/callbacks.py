@@ -149,6 +149,7 @@ class RunRecorder(Checkpoint):
         self._process = os.getpid()
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._signal: signal.Signals | None = None
+        self.launcher: Any = None  # Lightning's, of the processes that it starts
         self._trainer: Trainer | None = None  # while it trains
 
     @property
@@ -175,6 +176,8 @@ class RunRecorder(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = self._elapsed()
         self._trainer = None
+        if self._asked_to_stop(trainer):  # since the last epoch's end
+            self._stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.listen()
@@ -226,10 +229,10 @@ class RunRecorder(Checkpoint):
         if os.getpid() != self._process:  # a loader's worker that has just been forked
             return
         self._signal = signal.Signals(number)
+        if self.launcher is not None:
+            self.launcher.kill(number)  # on to the processes that Lightning has started
         if self._trainer is None:
             self._stop(None)
-        elif self._trainer.strategy.launcher is not None:
-            self._trainer.strategy.launcher.kill(number)  # on to the processes that Lightning has started
 
     def _asked_to_stop(self, trainer: Trainer) -> bool:
         """Whether any process was; all must leave after the same step."""

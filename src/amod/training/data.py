@@ -79,6 +79,11 @@ def check_data(cfg: Mapping[str, Any]) -> None:
     for key, allowed in choices.items():
         if key in cfg and cfg[key] not in allowed:
             raise UserError(f"data.{key}={cfg[key]}: must be one of {', '.join(map(str, allowed))}")
+    for key in ("val_fraction", "test_fraction", "split_seed"):
+        if key in cfg and cfg[key] is None:
+            raise UserError(
+                f"data.{key}=null: must be a number; leave it out for the one of conf/data/{cfg['name']}.yaml"
+            )
     for key in ("val_fraction", "test_fraction", "crop_pct"):
         value, most = cfg.get(key), 1.0 if key == "crop_pct" else 0.99
         if value is not None and not (type(value) in (int, float) and 0 < value <= most):

@@ -260,10 +260,7 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         split = self.splits["train"]
-        rank, world = self._rank()
-        sampler = EpochSampler(len(split), self.seed, rank, world)
-        if not len(sampler):
-            raise UserError(f"{len(split)} training images cannot be shared by {world} processes")
+        sampler = EpochSampler(len(split), self.seed, *self._share("train"))
         batches = BatchSampler(cast(Any, sampler), self.batch_size, drop_last=len(sampler) >= self.batch_size)
         samples = Samples(split, self.train_transform, self.seed, self.skip, refill=True)
         return TrainLoader(samples, batch_sampler=batches, **self._options())
@@ -275,15 +272,22 @@ class DataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def _eval_loader(self, key: str) -> Loader:
-        rank, world = self._rank()
+        rank, world = self._share(key)
         keys = [(0, position) for position in range(rank, len(self.splits[key]), world)]
         samples = Samples(self.splits[key], self.eval_transform, None, self.skip, refill=False)
         return Loader(
             samples, batch_sampler=BatchSampler(cast(Any, keys), self.eval_batch_size, False), **self._options()
         )
 
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _share(self, key: str) -> tuple[int, int]:
+        """(rank, number of processes) for a split of which each gets an image; UserError in all of them otherwise."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.sizes[key] < world:
+            larger = "" if key == "train" else f", or a larger data.{key}_fraction where the split is made by it"
+            raise UserError(
+                f"trainer.devices: {world} processes cannot share the {self.sizes[key]} {key} images; use fewer{larger}"
+            )
+        return rank, world
 
     def _options(self) -> dict[str, Any]:
         workers = self.num_workers

@@ -55,8 +55,7 @@ def training_steps(trainer: Trainer) -> int:
     """
     loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
     batches = limited(len(loader), trainer.limit_train_batches)
-    steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs  # type: ignore[operator]
-    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    return math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs  # type: ignore[operator]
 
 
 def global_batch(trainer: Trainer, schedule: Mapping[str, Any]) -> int:
@@ -96,7 +95,7 @@ class Classifier(LightningModule):
             {
                 split: MetricCollection(
                     {
-                        "loss": MeanMetric(),
+                        "loss": MeanMetric(nan_strategy=math.inf),  # by default it leaves nan out of the mean
                         "top1": MulticlassAccuracy(num_classes, average="micro"),
                         "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
                     },
@@ -124,7 +123,7 @@ class Classifier(LightningModule):
         else:
             loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule["label_smoothing"])
         if not torch.isfinite(loss):
-            self._stop(f"the loss is {loss.item()}")
+            self._stop(f"the loss is {loss.item()}", self.indices)
         self.train_loss.update(loss.detach(), len(images))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
@@ -135,7 +134,7 @@ class Classifier(LightningModule):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if not torch.isfinite(norm):
-            self._stop(f"the gradient's norm is {norm.item()}")
+            self._stop(f"the gradient's norm is {norm.item()}", self.indices)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
@@ -144,12 +143,14 @@ class Classifier(LightningModule):
             self.ema.update(self.model)
 
     def on_train_epoch_end(self) -> None:
+        self._check_weights()
         self.log("lr", self.lr)  # of the epoch's last step; the scheduler has moved on
         self.log("train/loss", self.train_loss.compute())
         self.train_loss.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Each process's sums of the epoch so far, so that a run resumed inside it reports the whole epoch's mean."""
+        self._check_weights()
         sums = torch.stack([getattr(self.train_loss, name) for name in LOSS_SUMS])
         checkpoint["train_loss"] = cast(Tensor, self.all_gather(sums)).reshape(-1, 2).cpu()
 
@@ -188,13 +189,20 @@ class Classifier(LightningModule):
         torch.manual_seed(int(torch_seed))
         np.random.seed(int(numpy_seed))
 
-    def _stop(self, what: str) -> None:
-        indices = self.indices.tolist()
-        shown = ", ".join(map(str, indices[:8])) + (f", ... ({len(indices)} in all)" if len(indices) > 8 else "")
+    def _check_weights(self) -> None:
+        """Before they are saved: no loss and no gradient has seen yet what the last step made of them."""
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.model.parameters()])
+        if not torch.isfinite(norm):
+            self._stop(f"the weights' norm is {norm.item()}")
+
+    def _stop(self, what: str, indices: Tensor | None = None, kept: str = "the last checkpoint is as it was") -> None:
+        samples = ""
+        if indices is not None:
+            samples = f", samples {', '.join(map(str, indices[:8].tolist()))}"
+            samples += f", ... ({len(indices)} in all)" if len(indices) > 8 else ""
         raise UserError(
-            f"{what} at step {self.global_step} (epoch {self.current_epoch}, samples {shown}); try a lower schedule.lr "
-            f"than {self.schedule['lr']:g}, schedule.clip_grad=1, or trainer.precision=32-true; the last checkpoint is "
-            "as it was"
+            f"{what} at step {self.global_step} (epoch {self.current_epoch}{samples}); try a lower schedule.lr than "
+            f"{self.schedule['lr']:g}, schedule.clip_grad=1, or trainer.precision=32-true; {kept}"
         )
 
     # --- evaluation
@@ -232,4 +240,11 @@ class Classifier(LightningModule):
     def _report(self, split: str) -> None:
         """Logs SPLIT/loss, SPLIT/top1 and SPLIT/top5, the accuracies in percent."""
         values = self.metrics[split].compute()  # type: ignore[operator]
+        if split == "val" and not torch.isfinite(values["loss"]):
+            if not self.global_step:
+                raise UserError(
+                    "the validation loss is not finite without any training; give other weights (model.checkpoint=), "
+                    "or try trainer.precision=32-true"
+                )
+            self._stop("the validation loss is not finite", kept="the end of this epoch is not saved")
         self.log_dict({f"{split}/{k}": v if k == "loss" else 100 * v for k, v in values.items()})

@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,7 @@ def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
         enable_progress_bar=interactive,
         plugins=[AtomicCheckpoints()],
     )
+    recorder.launcher = trainer.strategy.launcher
     seed_everything(cfg.seed, verbose=False)
     inputs = input_config(cfg.model)
     data = build_datamodule(
@@ -210,16 +212,17 @@ def check_batches(trainer: Trainer, data: DataModule, schedule: DictConfig) -> N
     """What Lightning and timm would find wrong with the batches only once the training has begun."""
     data.trainer = trainer  # its processes share the batches
     train = data.train_dataloader()
-    for split, loader in (("train", train), ("val", data.val_dataloader()), ("test", data.test_dataloader())):
+    loaders = {"train": lambda: train, "val": data.val_dataloader, "test": data.test_dataloader}
+    for split, loader in loaders.items():
         limit = getattr(trainer, f"limit_{split}_batches")
-        if limit and not limited(len(loader), limit):
-            raise UserError(f"trainer.limit_{split}_batches={limit}: leaves none of {len(loader)} batches; raise it")
-    batches, interval = limited(len(train), trainer.limit_train_batches), trainer.val_check_interval
-    by_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
-    if by_epoch and isinstance(interval, int) and interval > batches:
-        raise UserError(
-            f"trainer.val_check_interval={interval}: an epoch has {batches} batches; choose at most that, or null to "
-            "validate at its end"
+        if limit and not limited(batches := len(loader()), limit):
+            raise UserError(f"trainer.limit_{split}_batches={limit}: leaves none of {batches} batches; raise it")
+    batches, interval = limited(len(train), trainer.limit_train_batches), getattr(trainer, "val_check_interval", "TIME")
+    every = max(1, int(batches * interval)) if isinstance(interval, float) else interval
+    if trainer.limit_val_batches and not (isinstance(every, int) and every > 0 and batches % every == 0):
+        raise UserError(  # a run resumed inside an epoch would miss the only validation of it
+            f"trainer.val_check_interval={interval}: an epoch has {batches} batches and must end with a validation; "
+            "choose a divisor of that, or null to validate only then"
         )
     images = min(len(train.keys), schedule.batch_size)
     if (schedule.mixup or schedule.cutmix) and images % 2:
@@ -319,6 +322,8 @@ def one_voice(trainer: Trainer) -> Iterator[None]:
     except Exception as error:
         others = getattr(trainer.strategy.launcher, "procs", [])
         if isinstance(error, UserError):
+            if trainer.global_rank:
+                time.sleep(1)  # the first process, if it stops for the same, says it and ends this one
             for process in others:
                 process.kill()
         elif any(ended_with(process, 2) for process in others):

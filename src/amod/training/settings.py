@@ -200,10 +200,14 @@ def run_jobs(jobs: list[list[str]]) -> int:
     for number, overrides in enumerate(jobs, start=1):
         line = shlex.join(["python", sys.argv[0], *overrides])
         print(f"[{number}/{len(jobs)}] {line}", flush=True)
-        job = subprocess.Popen([sys.executable, sys.argv[0], *overrides])
-        status = job.wait()
-        if signals:  # ended by it; 128 + number where it had no time to answer, as a shell has it
-            return status if status >= 0 else 128 - status
+        status = 0
+        if not signals:
+            job = subprocess.Popen([sys.executable, sys.argv[0], *overrides])
+            if signals:  # it came before `job` was the new one
+                job.send_signal(signals[-1])
+            status = job.wait()
+        if signals:  # the status of a job that answered; else 128 + number, as a shell has it
+            return status if status > 0 else 128 + (-status or signals[-1])
         if status:
             failed.append(f"{line} (exit status {status})")
     for line in failed:
@@ -563,8 +567,11 @@ def check_trainer(trainer: DictConfig) -> None:
         if key in trainer:
             raise UserError(f"trainer.{key}={_shown(trainer[key])}: the run folder decides it; leave it out")
     steps, limit = trainer.get("max_steps", -1), trainer.get("max_time")
-    if not (steps == -1 or COUNT.allows(steps)):
-        raise UserError(f"trainer.max_steps={_shown(steps)}: must be a whole number of at least 1, or -1 for no limit")
+    if steps != -1:  # Lightning would take every resume for one inside an epoch
+        raise UserError(
+            f"trainer.max_steps={_shown(steps)}: must stay -1; say how long to train by schedule.epochs and "
+            "trainer.limit_train_batches"
+        )
     parts = list(limit.values()) if isinstance(limit, DictConfig) else re.findall(r"\d+", str(limit))
     if limit is not None and not any(map(float, parts)):
         raise UserError(f"trainer.max_time={_shown(limit)}: leaves no time; write days:hours:minutes:seconds, or null")
