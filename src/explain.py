@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 from amod.training import settings
 from amod.training.settings import COUNT, Choice, Number, launch
 
@@ -223,7 +223,7 @@ def own_pictures(cfg: DictConfig, run: DictConfig) -> Pictures:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     from amod.training.loaders import open_rgb, transforms
-    from amod.training.weights import input_config, one_line
+    from amod.training.weights import input_config
 
     files = [f for f in sorted(Path(cfg.images).expanduser().rglob("*")) if f.suffix.lower() in IMG_EXTENSIONS]
     if not files:

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A wrong value, file or combination. The message is one line: the value, what is allowed, what to do.
 
     Commands print it as ``error: ...`` and exit with status 2; the library raises it as it is.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Type and text of an error, for a message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
+
+
+@contextmanager
+def reachable(place: str) -> Iterator[None]:
+    """Around the first look at a place that was named: somebody else's folder, say, or a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot be looked at ({error.strerror}); name a place that you may read") from error

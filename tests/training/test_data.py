@@ -249,6 +249,9 @@ def test_small_images_are_not_cropped_in_evaluation(tmp_path):
         ({"hflop": 0.5}, "hflop"),
         ({"auto_augment": "rnd"}, "rnd"),
         ({"re_prob": 0.5, "re_mode": "x"}, "re_mode"),
+        ({"hflip": 0.5, "input_size": [3, 5, 5]}, "(3, 5, 5) is not what the model takes"),
+        ({"hflip": 0.5, "normalize": False}, "uint8"),
+        ({"hflip": 0.5, "separate": True}, "tuple"),
     ],
 )
 def test_wrong_augmentation(augment, named):
@@ -470,6 +473,11 @@ def flowers_label(root: Path) -> None:
     savemat(root / "flowers-102/imagelabels.mat", {"labels": np.full((1, 306), 103, dtype=np.uint8)})
 
 
+def only_class(root: Path) -> None:
+    for label in (1, 2):
+        shutil.rmtree(root / f"class_{label}")
+
+
 CARS = "stanford_cars"
 BROKEN = [
     (
@@ -537,6 +545,7 @@ BROKEN = [
     ("imagenet", write("imagenet/meta.bin", b"nothing"), ["data=imagenet", "imagenet"]),
     ("folder", lambda root: (root / "empty").mkdir(), ["empty", "at least one image"]),
     ("folder", lambda root: (root / "train").mkdir(), ["train"]),
+    ("folder", only_class, ["has one class, class_0", "at least two"]),
 ]
 
 

@@ -115,9 +115,10 @@ def test_a_checkpoint_of_two_is_read_by_one(tmp_path):
     """The first process then has the sums of both: (0.5 x 10 + 1.5 x 30) / 40 = 1.25."""
     cfg = config()
     module = Classifier(torch.nn.Linear(3, 2), cfg.schedule, num_classes=2, seed=0)
-    module._trainer = SimpleNamespace(world_size=1, global_rank=0)
+    module._trainer = SimpleNamespace(world_size=1, global_rank=0, ckpt_path=None)
     module.train_loss.update(0.0)
-    module.on_load_checkpoint({"train_loss": torch.tensor([[5.0, 10.0], [45.0, 30.0]])})
+    sums = torch.tensor([[5.0, 10.0], [45.0, 30.0]])
+    module.on_load_checkpoint({"state_dict": module.state_dict(), "train_loss": sums})
     assert module.train_loss.compute() == 1.25
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -15,8 +16,18 @@ from safetensors.torch import save_file
 
 import fakes
 from amod.errors import UserError
+from amod.training.data import check_data
 from amod.training.run import RunLock, start_folder, train
-from amod.training.settings import check_evaluate, check_train, compose_config, jobs_of, message_of
+from amod.training.settings import (
+    check_checkpoint,
+    check_evaluate,
+    check_run_dir,
+    check_train,
+    compose_config,
+    jobs_of,
+    message_of,
+)
+from amod.training.weights import build
 from processes import Forked, wait_for
 from tiny import MODEL
 
@@ -45,6 +56,8 @@ TABLE = [
     (["model.kwargs.foo=1"], ["+model.kwargs.foo=1"]),
     (["+schedule.foo=1"], ["schedule.foo"]),
     (["~schedule.lr"], ["cannot be removed"]),
+    (["data.name=cars"], ["data.name=cars", "data=cars"]),
+    (["logger.name=wandb"], ["logger.name=wandb", "logger=wandb"]),
     (["router.name=attn"], ["router.name=attn", "attention_weighted"]),
     (["placement.name=foo"], ["placement.name=foo", "alternate, last8"]),
     (["logger.name=foo"], ["logger.name=foo", "csv, wandb"]),
@@ -95,6 +108,21 @@ TABLE = [
     (["trainer.max_steps=7"], ["trainer.max_steps=7", "-1", "schedule.epochs", "trainer.limit_train_batches"]),
     (["trainer.max_steps=null"], ["trainer.max_steps=null", "-1"]),
     (["trainer.max_time=00:00:00:00"], ["trainer.max_time=00:00:00:00", "days"]),
+    (["trainer.max_time={hours:abc}"], ["trainer.max_time={'hours': 'abc'}", "days"]),
+    (["trainer.min_epochs=-3"], ["trainer.min_epochs=-3"]),
+    (["trainer.min_steps=abc"], ["trainer.min_steps=abc"]),
+    (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches=0", "at least 1"]),
+    (["trainer.accumulate_grad_batches=1.5"], ["trainer.accumulate_grad_batches=1.5", "whole number"]),
+    (["trainer.accumulate_grad_batches=null"], ["trainer.accumulate_grad_batches=null"]),
+    (["trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val=-1", "or null"]),
+    (["trainer.val_check_interval=0"], ["trainer.val_check_interval=0", "above 0"]),
+    (["trainer.check_val_every_n_epoch=0"], ["trainer.check_val_every_n_epoch=0"]),
+    (["trainer.num_sanity_val_steps=abc"], ["trainer.num_sanity_val_steps=abc"]),
+    (["trainer.log_every_n_steps=abc"], ["trainer.log_every_n_steps=abc"]),
+    (["trainer.deterministic=abc"], ["trainer.deterministic=abc", "true, false, warn, null"]),
+    (["trainer.benchmark=abc"], ["trainer.benchmark=abc", "null"]),
+    (["trainer.inference_mode=abc"], ["trainer.inference_mode=abc", "true or false"]),
+    (["trainer.use_distributed_sampler=true"], ["trainer.use_distributed_sampler=true", "must be false"]),
     (["+model.kwargs.in_chans=1"], ["model.kwargs.in_chans=1", "must be 3"]),
     (["model.kwargs.img_size=abc"], ["model.kwargs.img_size=abc", "whole number"]),
     (["model.name=deit_tiny_patch16_224"], ["model.name=deit_tiny_patch16_224", "model=deit_small model.name="]),
@@ -123,9 +151,13 @@ TABLE = [
     (["model.checkpoint=/etc/hostname"], ["/etc/hostname", ".safetensors"]),
     (["model.checkpoint=/etc"], ["/etc", "weights.safetensors"]),
     (["data=flowers", "data.root=/no/such"], ["/no/such", "download"]),
+    (["data=flowers", "data.root=null"], ["data.root=null", "path"]),
+    (["logger=wandb", "logger.project=3"], ["logger.project=3", "name"]),
+    (["logger=wandb", "logger.run_name=5"], ["logger.run_name=5", "name"]),
     (["data=cars", "data.root=/no/such"], ["/no/such", "by hand"]),
     (["run_dir=/etc/hostname"], ["run_dir=/etc/hostname", "file"]),
     (["run_dir=/etc"], ["run_dir=/etc", "new folder"]),
+    ([f"run_dir=/etc/{'x' * 300}"], ["run_dir=/etc/xxx", "File name too long", "name a place"]),
 ]
 
 
@@ -161,6 +193,12 @@ def fashion(root: Path, labels: bytes) -> None:
 def run_folder(root: Path, config: str) -> None:
     (root / "run").mkdir()
     (root / "run/config.yaml").write_text(config)
+
+
+def routed(width: int) -> dict[str, torch.Tensor]:
+    """Weights of the model with linear routers, whose router of block 1 has another width."""
+    cfg = compose_config("train", [*RUN, "data=digits", "router=linear"])
+    return {**build(cfg, 10).model.state_dict(), "routers.1.weight": torch.zeros(1, width)}
 
 
 def locked(root: Path) -> None:
@@ -251,13 +289,23 @@ FILES = {
         ["data=digits", "model.checkpoint=ROOT/a.safetensors"],
         ["model.checkpoint=ROOT/a.safetensors: cannot be read as a checkpoint"],
     ),
+    "a router of another width": (
+        lambda root: save_file(routed(width=7), root / "a.safetensors"),
+        ["data=digits", "router=linear", "model.checkpoint=ROOT/a.safetensors"],
+        ["model.checkpoint=ROOT/a.safetensors: routers.1.weight", "another shape", "choose the model="],
+    ),
     "a run of another config": (
-        lambda root: run_folder(root, "{seed: 7}"),
+        lambda root: run_folder(root, OmegaConf.to_yaml(compose_config("train", [*RUN, "seed=7"]))),
         ["data=digits"],
         ["run_dir=ROOT/run: holds a run with ", "or another run_dir"],
     ),
     "a config that is none": (
         lambda root: run_folder(root, "]["),
+        ["data=digits"],
+        ["ROOT/run/config.yaml: is no run's config", "name another folder"],
+    ),
+    "a config of something else": (
+        lambda root: run_folder(root, "{model: 5}"),
         ["data=digits"],
         ["ROOT/run/config.yaml: is no run's config", "name another folder"],
     ),
@@ -302,6 +350,8 @@ GOOD = [
     ["router=none", "model.kwargs.depth=8", "placement=last8"],
     ["model.kwargs.img_size=[28,32]"],
     ["trainer.max_time=00:01:00:00", "trainer.max_steps=-1"],
+    ["trainer.max_time={hours:1.5}", "trainer.deterministic=warn", "trainer.val_check_interval=0.5"],
+    ["model.label=../train"],
 ]
 
 
@@ -318,6 +368,32 @@ def test_home_is_expanded(monkeypatch, config_name, key):
     assert OmegaConf.select(compose_config(config_name, [f"{key}='~/x'"]), key) == "/home/someone/x"
 
 
+def test_a_closed_folder_is_one_line(tmp_path):
+    """As a user who may not look into it; root, who may, becomes nobody."""
+    (tmp_path / "closed").mkdir(mode=0)
+    closed = tmp_path / "closed/x"
+    looks = {
+        f"run_dir={closed.parent}": lambda: check_run_dir(OmegaConf.create({"run_dir": str(closed.parent)})),
+        f"run_dir={closed}": lambda: check_run_dir(OmegaConf.create({"run_dir": str(closed)})),
+        f"model.checkpoint={closed}": lambda: check_checkpoint(str(closed)),
+        f"data.root={closed}": lambda: check_data({"name": "folder", "root": str(closed)}),
+        f"run={closed}": lambda: check_evaluate(OmegaConf.create({"run": str(closed)})),
+    }
+
+    def look() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        for check in looks.values():
+            with pytest.raises(UserError) as caught:
+                check()
+            print(message_of(caught.value))
+
+    looked = Forked(look, tmp_path / "output.txt")
+    assert looked.wait() == 0, looked.text
+    said = [f"{place}: cannot be looked at (Permission denied); name a place that you may read" for place in looks]
+    assert looked.text.splitlines() == said
+
+
 def test_a_sweep_is_checked_job_by_job():
     jobs = jobs_of(["capacity=0.1,2", "router=linear,attention"], multirun=True)
     assert sorted(jobs) == sorted(
@@ -332,6 +408,7 @@ def test_a_sweep_is_checked_job_by_job():
         (["run=/no/such"], "/no/such"),
         (["run=FOLDER", "split=tets"], "split=tets"),
         (["run=FOLDER", "data.num_workers=-1"], "data.num_workers=-1"),
+        (["run=FOLDER"], "config.yaml: is no run's config"),
         (["rum=x"], "did you mean run?"),
     ],
 )

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from amod.errors import UserError
 from amod.training import run as run_module
 from amod.training import settings
-from amod.training.callbacks import RunRecorder, is_whole, restored_signals
+from amod.training.callbacks import RunRecorder, is_whole, restored_signals, write_atomically
 from amod.training.run import RunLock, train
 from amod.training.settings import CONF, check_train
 from processes import Forked, run_forked, step_of, wait_for
@@ -321,13 +321,29 @@ def test_with_both_damaged_the_run_begins_anew(interrupted, never_killed, tmp_pa
     assert_same(folder, never_killed)
 
 
-def test_a_checkpoint_of_an_older_version_is_one_line(interrupted, tmp_path):
-    folder = shutil.copytree(interrupted, tmp_path / "run")
-    last = folder / "checkpoints/last.ckpt"
-    older = torch.load(last, weights_only=True)
-    del older["train_loss"]
-    torch.save(older, last)
-    with pytest.raises(UserError, match=r"last\.ckpt: is no checkpoint of this version"):
+def older(checkpoint):
+    return {key: value for key, value in checkpoint.items() if key != "train_loss"}
+
+
+def without_a_weight(checkpoint):
+    return {**checkpoint, "state_dict": dict(list(checkpoint["state_dict"].items())[1:])}
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (older, "is no checkpoint of this version, it lacks train_loss; "),
+        (lambda _: [1, 2], "is no checkpoint of this version, it lacks state_dict, "),
+        (without_a_weight, r"does not fit this run's model \(model.routers.1.weight\); put the run's own file back"),
+    ],
+)
+def test_a_whole_but_foreign_checkpoint_is_one_line(interrupted, never_killed, tmp_path, name, change, words):
+    folder = shutil.copytree(interrupted if name == "last" else never_killed, tmp_path / "run")
+    (folder / "summary.json").unlink(missing_ok=True)
+    file = folder / f"checkpoints/{name}.ckpt"
+    torch.save(change(torch.load(file, weights_only=True)), file)
+    with pytest.raises(UserError, match=rf"{name}\.ckpt: {words}"):
         run(folder, *STATEFUL, "checkpoint_every_steps=1")
 
 
@@ -398,6 +414,16 @@ def test_a_full_disk_anywhere_is_one_line(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match=f"{name}: cannot be written \\(No space left on device\\)"):
         run(tmp_path / "run", *SHORT, "schedule.epochs=1")
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_a_disk_that_became_read_only_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=r"metrics\.csv: cannot be written \(Read-only file system\)"):
+        write_atomically(tmp_path / "metrics.csv", b"")
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):

@@ -366,6 +366,9 @@ def test_a_sweep_leaves_one_run_for_each_job(tmp_path):
 # What shows only once the model or the data are there, or only to Lightning.
 LATE = {
     "schedule.optimizer=adamm": "schedule.optimizer=adamm",
+    "schedule.optimizer=adahessian": "schedule.optimizer=adahessian, schedule.lr=0.002: makes no step here",
+    "schedule.lr=1e38 schedule.clip_grad=null": "schedule.lr=1e+38: makes no step here",
+    "logger=wandb logger.project=a/b": "logger.project=a/b logger.run_name=None: refused by W&B",
     "trainer.max_time=5": "trainer: Lightning refuses",
     "trainer.devices=[a]": "trainer: Lightning refuses",
     "trainer.limit_train_batches=0.001": "trainer.limit_train_batches=0.001: leaves none of 20 batches",
@@ -382,6 +385,9 @@ LATE = {
     "data=folder data.root=FOLDER schedule.mixup=1": "the only batch has 15 images",
     "router=attention budget=9": "budget of 9 GFLOPs",
     "+model.kwargs.foo=1": "foo",
+    "+model.kwargs.drop_rate=2": "timm refuses: ValueError: dropout probability",
+    "+model.kwargs.mlp_ratio=-1": "timm refuses: RuntimeError",
+    "+model.kwargs.act_layer=foo": "timm refuses: KeyError",
 }
 
 

@@ -4,6 +4,7 @@ ends when it is told to.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -52,7 +53,8 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); make room or make it writable, and run the same command "
             "again; what was written before is intact"
@@ -72,13 +74,23 @@ class AtomicCheckpoints(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
+# What the checkpoint of a run holds: Lightning's part, and the module's train_loss.
+CONTENTS = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "train_loss")
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of a run, on the CPU. Code that is pickled in it is refused and not run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes make the reader raise
         reason = "it holds pickled code, which is not run" if "weights_only" in str(error) else type(error).__name__
         raise UserError(f"{path}: refused ({reason}); put the run's own file back, or delete the folder") from error
+    if lacks := [key for key in CONTENTS if not isinstance(checkpoint, dict) or key not in checkpoint]:
+        raise UserError(
+            f"{path}: is no checkpoint of this version, it lacks {', '.join(lacks)}; put the run's own file back, "
+            "resume the run with the version that wrote it, or name another run_dir"
+        )
+    return checkpoint
 
 
 def is_whole(path: Path) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amod.errors import UserError
+from amod.errors import UserError, reachable
 
 if TYPE_CHECKING:
     from amod.training.loaders import DataModule
@@ -109,12 +109,13 @@ def locate(cfg: Mapping[str, Any]) -> Path:
     if layout.folder and root.name == places[0].name:
         places.append(root)
     places += [Path(place).expanduser() for place in cfg.get("fallback") or ()]
-    for place in places:
-        if all(_found(place, pattern) for pattern in layout.files):
-            return place
-
-    place = places[0]
-    if not place.is_dir():
+    with reachable(f"data.root={root}"):
+        for place in places:
+            if all(_found(place, pattern) for pattern in layout.files):
+                return place
+        place = places[0]
+        found = place.is_dir()
+    if not found:
         looked = ", ".join(map(str, places))
         raise UserError(f"data={name}: no data in {looked}; {layout.get}, or set data.root=FOLDER (or AMOD_DATA)")
     missing = [pattern for pattern in layout.files if not _found(place, pattern)]

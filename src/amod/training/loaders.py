@@ -27,8 +27,8 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
-from amod.errors import UserError
-from amod.training.sources import Split, one_line
+from amod.errors import UserError, one_line
+from amod.training.sources import Split
 
 Key = tuple[int, int]  # (epoch, position in the split)
 log = logging.getLogger(__name__)
@@ -216,8 +216,13 @@ def transforms(input_cfg: Mapping[str, Any], augment: Mapping[str, Any], crop_pc
         return evaluation, evaluation
     off = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None}
     try:
-        return create_transform(**{**geometry, **off, **augment}, is_training=True), evaluation
-    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        training = create_transform(**{**geometry, **off, **augment}, is_training=True)
+        with kept_rng():
+            image = training(Image.new("RGB", (32, 32)))
+        if image.shape != tuple(geometry["input_size"]) or not image.is_floating_point():
+            raise ValueError(f"{image.dtype} of {tuple(image.shape)} is not what the model takes")
+        return training, evaluation
+    except Exception as error:  # whatever timm and torchvision make of them
         raise UserError(
             f"schedule.augment={augment}: must be arguments of timm.data.create_transform ({one_line(error)})"
         ) from error

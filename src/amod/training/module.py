@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
+from amod.training.weights import shortened
 
 log = logging.getLogger(__name__)
 LOSS_SUMS = ("mean_value", "weight")  # torchmetrics MeanMetric's state
@@ -69,13 +70,39 @@ def peak_lr(schedule: Mapping[str, Any], images: int) -> float:
     return schedule["lr"] if reference is None else schedule["lr"] * images / reference
 
 
+def make_optimizer(model: nn.Module, schedule: Mapping[str, Any], lr: float) -> torch.optim.Optimizer:
+    return create_optimizer_v2(
+        model,
+        opt=schedule["optimizer"],
+        lr=lr,
+        weight_decay=schedule["weight_decay"],
+        momentum=schedule["momentum"],
+    )
+
+
+def check_optimizer(schedule: Mapping[str, Any], lr: float, device: torch.device) -> None:
+    """Let it make a step: only then is seen what some of timm's need (another package, a GPU, second derivatives)."""
+    name = schedule["optimizer"]
+    if name not in list_optimizers():
+        raise UserError(f"schedule.optimizer={name}: timm has none of that name; try adamw or sgd")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            small = nn.Linear(4, 4).to(device)
+            optimizer = make_optimizer(small, schedule, lr)
+            small(torch.ones(1, 4, device=device)).sum().backward()
+            optimizer.step()
+    except Exception as error:  # whatever its package raises
+        raise UserError(
+            f"schedule.optimizer={name}, schedule.lr={schedule['lr']:g}: makes no step here ({one_line(error)}); try "
+            "adamw or sgd, or a lower schedule.lr"
+        ) from error
+
+
 class Classifier(LightningModule):
     """Trains `model` by the settings of ``schedule``; ``model(images) -> logits``."""
 
     def __init__(self, model: nn.Module, schedule: Mapping[str, Any], num_classes: int, seed: int) -> None:
         super().__init__()
-        if schedule["optimizer"] not in list_optimizers():
-            raise UserError(f"schedule.optimizer={schedule['optimizer']}: timm has none of that name; try adamw or sgd")
         self.model = model
         self.schedule = schedule
         self.seed = seed
@@ -155,26 +182,25 @@ class Classifier(LightningModule):
         checkpoint["train_loss"] = cast(Tensor, self.all_gather(sums)).reshape(-1, 2).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "train_loss" not in checkpoint:
-            raise UserError(
-                f"{self.trainer.ckpt_path}: is no checkpoint of this version, it lacks train_loss; resume the run with "
-                "the version that wrote it, or name another run_dir"
-            )
+        self.check_weights(checkpoint["state_dict"], self.trainer.ckpt_path)
         rows = checkpoint["train_loss"]
         if len(rows) != self.trainer.world_size:  # resumed on more or fewer processes: the first has it all
             rows = torch.stack([rows.sum(0)] + [torch.zeros(2)] * (self.trainer.world_size - 1))
         for name, value in zip(LOSS_SUMS, rows[self.global_rank], strict=True):
             setattr(self.train_loss, name, value.to(self.device))
 
+    def check_weights(self, state: Mapping[str, Any], file: Any) -> None:
+        """UserError unless these are weights of this very model."""
+        wanted, given = ({k: getattr(v, "shape", None) for k, v in s.items()} for s in (self.state_dict(), state))
+        if odd := sorted(key for key in {*wanted, *given} if wanted.get(key) != given.get(key)):
+            raise UserError(
+                f"{file}: does not fit this run's model ({shortened(odd)}); put the run's own file back, or "
+                "delete the folder"
+            )
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         lr = peak_lr(self.schedule, global_batch(self.trainer, self.schedule))
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt=self.schedule["optimizer"],
-            lr=lr,
-            weight_decay=self.schedule["weight_decay"],
-            momentum=self.schedule["momentum"],
-        )
+        optimizer = make_optimizer(self.model, self.schedule, lr)
         steps = training_steps(self.trainer)
         warmup = round(self.schedule["warmup_epochs"] / self.schedule["epochs"] * steps)
         if warmup > steps // 2:

@@ -38,7 +38,7 @@ from safetensors.torch import save
 from timm.models import VisionTransformer, load_state_dict
 from torch import nn
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 from amod.flops import count_flops
 from amod.training.callbacks import (
     AtomicCheckpoints,
@@ -51,10 +51,10 @@ from amod.training.callbacks import (
 )
 from amod.training.data import build_datamodule
 from amod.training.loaders import DataModule
-from amod.training.module import Classifier, global_batch, limited, peak_lr
+from amod.training.module import Classifier, check_optimizer, global_batch, limited, peak_lr
 from amod.training.settings import CONF, check_run_dir, evaluation_config, read_config, saved_config
 from amod.training.wandb_rows import WandbRows
-from amod.training.weights import build, input_config, one_line
+from amod.training.weights import build, input_config
 from amod.vit import RoutedViT, default_tokens
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def train(cfg: DictConfig) -> None:
 
 def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
     if cfg.logger.name == "wandb":
-        check_wandb()
+        check_wandb(cfg.logger)
     interactive = sys.stdout.isatty() if cfg.trainer.enable_progress_bar is None else cfg.trainer.enable_progress_bar
     recorder = RunRecorder(folder, cfg.checkpoint_every_steps, print_rows=not interactive)
     recorder.listen()
@@ -114,6 +114,8 @@ def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
     lr, reference = peak_lr(cfg.schedule, batch), cfg.schedule.lr_reference_batch
     scaled = f", schedule.lr={cfg.schedule.lr:g} x {batch} / lr_reference_batch {reference}" if reference else ""
     say(f"global batch {batch}, lr {lr:g}{scaled}")
+    gpu = torch.cuda.is_available()  # the Trainer's own device may be the CPU all the same
+    check_optimizer(cfg.schedule, lr, trainer.strategy.root_device if gpu else torch.device("cpu"))
 
     start_folder(cfg, folder, lock, newest)
     trainer.loggers = loggers(cfg, folder) or []
@@ -134,6 +136,7 @@ def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
             raise UserError(f"trainer.max_time={cfg.trainer.max_time}: ended before the first epoch; allow more time")
 
         best = best_checkpoint(folder, int(recorder.best["step"]))
+        module.check_weights(best["state_dict"], folder / "checkpoints/best.ckpt")
         module.load_state_dict(best["state_dict"])
         trainer.test(module, datamodule=data, verbose=False)
     tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
@@ -363,10 +366,17 @@ def git(*arguments: str) -> str | None:
 
 
 @rank_zero_only
-def check_wandb() -> None:
+def check_wandb(logger: DictConfig) -> None:
     """Logged in, asked for the key on a terminal, or offline; nothing is sent."""
     import wandb
 
+    try:
+        wandb.Settings(project=logger.project, run_name=logger.run_name)
+    except Exception as error:  # pydantic's too
+        raise UserError(
+            f"logger.project={logger.project} logger.run_name={logger.run_name}: refused by W&B ({one_line(error)}); "
+            "choose other names"
+        ) from error
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
         return
     try:

@@ -28,7 +28,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from amod.errors import UserError
+from amod.errors import UserError, reachable
 from amod.placement import PLACEMENTS, routed_blocks
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -376,15 +376,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some names."""
+    """One of some names; true, false and null may be among them."""
 
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"one of {', '.join(self.names)}"
+        return ("one of " if len(self.names) > 1 else "") + ", ".join(self.names)
 
     def allows(self, value: Any) -> bool:
-        return str(value) in self.names
+        return _shown(value) in self.names
 
 
 @dataclass(frozen=True)
@@ -453,7 +453,10 @@ RULES: dict[str, Number | Text | Choice | Flag | Span | Sides] = {
     "router.depth": Number(1, integer=True, optional=True),
     "router.keep_prefix": Flag(),
     "router.activation": Choice(("none", "sigmoid")),
-    "data.root": Text(optional=True),
+    "logger.project": Text(),
+    "logger.run_name": Text(optional=True),
+    "data.name": Choice(choices("data")),
+    "data.root": Text(),
     "schedule.epochs": COUNT,
     "schedule.batch_size": COUNT,
     "schedule.eval_batch_size": COUNT,
@@ -478,6 +481,22 @@ RULES: dict[str, Number | Text | Choice | Flag | Span | Sides] = {
     "trainer.num_nodes": COUNT,
     "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps", "tpu")),
     "trainer.precision": Choice(("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")),
+    "trainer.min_epochs": Number(0, integer=True, optional=True),
+    "trainer.min_steps": Number(0, integer=True, optional=True),
+    "trainer.accumulate_grad_batches": COUNT,
+    "trainer.gradient_clip_val": Number(0, optional=True),
+    "trainer.val_check_interval": Number(0, above_low=True, optional=True),
+    "trainer.check_val_every_n_epoch": Number(1, integer=True, optional=True),
+    "trainer.num_sanity_val_steps": Number(-1, integer=True, optional=True),
+    "trainer.log_every_n_steps": Number(0, integer=True, optional=True),
+    "trainer.deterministic": Choice(("true", "false", "warn", "null")),
+    "trainer.benchmark": Choice(("true", "false", "null")),
+    "trainer.enable_progress_bar": Choice(("true", "false", "null")),
+    "trainer.enable_model_summary": Flag(),
+    "trainer.inference_mode": Flag(),
+    "trainer.detect_anomaly": Flag(),
+    "trainer.sync_batchnorm": Flag(),
+    "trainer.use_distributed_sampler": Choice(("false",)),  # the data module shares the images among the processes
     "trainer.limit_train_batches": Number(0, above_low=True, optional=True),
     "trainer.limit_val_batches": Number(0, optional=True),
     "trainer.limit_test_batches": Number(0, optional=True),
@@ -490,11 +509,12 @@ GROUPS = ("model", "model.kwargs", "router", "placement", "data", "schedule", "s
 def check_train(cfg: DictConfig) -> None:
     """Everything about a training config that is known without building the model or reading the data."""
     for group in GROUPS:
-        if not isinstance(OmegaConf.select(cfg, group), DictConfig):
+        if not is_group(cfg, group):
             raise UserError(
                 f"{group}={OmegaConf.select(cfg, group)}: must stay a group of settings; set its keys one by one"
             )
     check_values(cfg)
+    check_names(cfg)
     check_model(cfg.model)
     check_placement(cfg)
     check_depth(cfg)
@@ -508,13 +528,17 @@ def check_train(cfg: DictConfig) -> None:
             f"schedule.batch_size={cfg.schedule.batch_size}: must be even, because mixup and cutmix pair the images; "
             "or set schedule.mixup=0 schedule.cutmix=0"
         )
+    check_run_dir(cfg)
     if cfg.model.checkpoint is not None and not any(Path(cfg.run_dir).glob("checkpoints/*.ckpt")):
         check_checkpoint(cfg.model.checkpoint)
-    check_run_dir(cfg)
 
     from amod.training.data import check_data
 
     check_data(cfg.data)
+
+
+def is_group(cfg: DictConfig, key: str) -> bool:
+    return isinstance(OmegaConf.select(cfg, key), DictConfig)
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -525,13 +549,21 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{key}={_shown(node[name])}: must be {rule}")
 
 
+def check_names(cfg: DictConfig) -> None:
+    """A name brings its file's other settings only where the file is chosen."""
+    for group in ("data", "logger"):
+        name = cfg[group].name
+        if not set(OmegaConf.load(CONF / group / f"{name}.yaml")) <= set(cfg[group]):
+            raise UserError(f"{group}.name={name}: has settings of its own; choose it with {group}={name}")
+
+
 def check_model(model: DictConfig) -> None:
     if model.kwargs.get("in_chans", 3) != 3:
         raise UserError(
             f"model.kwargs.in_chans={_shown(model.kwargs.in_chans)}: must be 3; grey images are repeated to RGB"
         )
-    file = CONF / "model" / f"{model.label}.yaml"
-    meant = OmegaConf.load(file).model.name if file.exists() else model.name
+    known = model.label in choices("model")
+    meant = OmegaConf.load(CONF / "model" / f"{model.label}.yaml").model.name if known else model.name
     if model.name != meant:
         raise UserError(
             f"model.name={model.name}: the model.kwargs of model={model.label} would overrule it; leave model.name at "
@@ -572,8 +604,8 @@ def check_trainer(trainer: DictConfig) -> None:
             f"trainer.max_steps={_shown(steps)}: must stay -1; say how long to train by schedule.epochs and "
             "trainer.limit_train_batches"
         )
-    parts = list(limit.values()) if isinstance(limit, DictConfig) else re.findall(r"\d+", str(limit))
-    if limit is not None and not any(map(float, parts)):
+    parts = list(limit.values()) if isinstance(limit, DictConfig) else list(map(int, re.findall(r"\d+", str(limit))))
+    if limit is not None and not (all(map(Number(0).allows, parts)) and any(parts)):
         raise UserError(f"trainer.max_time={_shown(limit)}: leaves no time; write days:hours:minutes:seconds, or null")
 
 
@@ -617,9 +649,11 @@ def tokens_of(model: Mapping[str, Any]) -> int | None:
 
 def check_checkpoint(path: str) -> None:
     file = Path(path)
-    if file.is_dir() and ((file / "weights.safetensors").exists() or (file / "checkpoints").is_dir()):
-        return
-    if not file.exists():
+    with reachable(f"model.checkpoint={path}"):
+        if file.is_dir() and ((file / "weights.safetensors").exists() or (file / "checkpoints").is_dir()):
+            return
+        found = file.exists()
+    if not found:
         raise UserError(f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder")
     if file.is_dir():
         raise UserError(f"model.checkpoint={path}: this folder is no run, it has no weights.safetensors; name the file")
@@ -641,13 +675,14 @@ BEFORE_CONFIG = {".lock", "environment.json", ".environment.json.tmp", ".config.
 def check_run_dir(cfg: DictConfig) -> None:
     """The folder must be new, empty, or hold a run of this very config."""
     folder = Path(cfg.run_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run_dir={folder}: is a file; name a folder")
     saved = folder / "config.yaml"
-    if not saved.exists():
-        if folder.is_dir() and not {file.name for file in folder.iterdir()} <= BEFORE_CONFIG:
-            raise UserError(f"run_dir={folder}: holds other files and no run; name a new folder")
-        return
+    with reachable(f"run_dir={folder}"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"run_dir={folder}: is a file; name a folder")
+        if not saved.exists():
+            if folder.is_dir() and not {file.name for file in folder.iterdir()} <= BEFORE_CONFIG:
+                raise UserError(f"run_dir={folder}: holds other files and no run; name a new folder")
+            return
     before, now = saved_config(read_config(saved)), saved_config(cfg)
     for key in sorted({*keys_of(before), *keys_of(now)}, key=lambda key: (not key.endswith(".name"), key)):
         old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
@@ -664,7 +699,7 @@ def read_config(file: Path) -> DictConfig:
         cfg = OmegaConf.load(file)
     except Exception as error:  # whatever the bytes make the reader raise
         cfg = OmegaConf.create([type(error).__name__])
-    if not isinstance(cfg, DictConfig):
+    if not isinstance(cfg, DictConfig) or not all(is_group(cfg, group) for group in GROUPS):
         raise UserError(f"{file}: is no run's config; put the run's own file back, or name another folder")
     expand_paths(cfg)
     return cfg
@@ -693,7 +728,9 @@ def saved_config(cfg: Any) -> DictConfig:
 def check_evaluate(cfg: DictConfig) -> None:
     if cfg.run is None:
         raise UserError("run: say which run folder, as in run=runs/digits/some-run")
-    if not (Path(str(cfg.run)) / "config.yaml").exists():
+    with reachable(f"run={cfg.run}"):
+        exists = (Path(str(cfg.run)) / "config.yaml").exists()
+    if not exists:
         raise UserError(f"run={cfg.run}: no config.yaml there; name the folder of a run that src/train.py made")
     if cfg.split not in ("test", "val"):
         raise UserError(f"split={cfg.split}: choose test or val")

@@ -18,7 +18,7 @@ from filelock import FileLock
 from torchvision import datasets
 from torchvision.datasets.imagenet import META_FILE, load_meta_file
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 from amod.training.data import locate
 
 
@@ -81,7 +81,7 @@ def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
     for key, source in parts.items():
         if not len(source.labels):
             raise UserError(f"data={name}: no {key} images in {folder}")
-        _check(name, source, cfg.get("num_classes"))
+        _check(name, folder, source, cfg.get("num_classes"))
     splits = {key: Split(source, np.arange(len(source.labels))) for key, source in parts.items()}
     for key in ("test", "val"):
         if key not in splits:
@@ -92,11 +92,9 @@ def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
     return {key: splits[key] for key in ("train", "val", "test")}
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _check(name: str, source: Source, num_classes: int | None) -> None:
+def _check(name: str, folder: Path, source: Source, num_classes: int | None) -> None:
+    if len(source.classes) < 2:
+        raise UserError(f"data={name}: {folder} has one class, {source.classes[0]}; give at least two class folders")
     if num_classes is not None and len(source.classes) != num_classes:
         raise UserError(f"data.num_classes={num_classes}: data={name} has {len(source.classes)} classes")
     wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(source.classes)))

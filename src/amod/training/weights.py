@@ -20,7 +20,7 @@ from timm.models import VisionTransformer, load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 from amod.flops import PAPER_DEPTHS, count_flops, isoflop_depth
 from amod.vit import convert, truncate
 
@@ -55,8 +55,10 @@ def create_vit(model: Mapping[str, Any], num_classes: int, **pretrained: Any) ->
         vit = timm.create_model(
             name, num_classes=num_classes, drop_path_rate=model["drop_path"], **{**kwargs, **pretrained}
         )
-    except (TypeError, AssertionError) as error:
-        raise UserError(f"model.name={name} with model.kwargs={kwargs}: timm refuses: {error}") from error
+    except Exception as error:  # whatever timm and torch make of them
+        if pretrained:
+            raise  # of the weights: pretrained_vit says where they should be
+        raise UserError(f"model.name={name} with model.kwargs={kwargs}: timm refuses: {one_line(error)}") from error
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"model.name={name}: is a {type(vit).__name__}; routing needs a VisionTransformer of timm")
     return vit
@@ -85,7 +87,7 @@ def build(cfg: DictConfig, num_classes: int) -> Built:
         adapted = load_vit(vit, state, cfg.model) if state else head_is_pretrained(cfg, num_classes)
         model = variant(vit, cfg)
         if state:
-            load_routers(model, routers)
+            load_routers(model, routers, cfg.model)
         return Built(model, adapted)
 
     depth = isoflop_blocks(vit, cfg)
@@ -256,21 +258,20 @@ def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Mapping[st
     return adapted
 
 
-def load_routers(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_routers(model: nn.Module, state: dict[str, Tensor], source: Mapping[str, Any]) -> None:
     """The routers' own weights from a checkpoint; what a dense checkpoint lacks starts fresh, and is said so."""
-    wanted = {key for key in model.state_dict() if key.startswith("routers.")}
-    if dropped := sorted(set(state) - wanted):
+    wanted = {key: value for key, value in model.state_dict().items() if key.startswith("routers.")}
+    if dropped := sorted(set(state) - set(wanted)):
         log.info("router weights of the checkpoint that this model does not use: %s", shortened(dropped))
-    if fresh := sorted(wanted - set(state)):
+    if odd := [key for key in wanted if key in state and state[key].shape != wanted[key].shape]:
+        raise UserError(
+            f"model.checkpoint={source['checkpoint']}: {shortened(odd)} of another shape than {source['label']}'s; "
+            "choose the model= it was trained with"
+        )
+    if fresh := sorted(set(wanted) - set(state)):
         log.info("routers that start from fresh weights: %s", shortened(fresh))
     model.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
 
 
 def shortened(items: list[str], most: int = 6) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error, for a message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:240]}" if lines else type(error).__name__
