@@ -170,14 +170,14 @@ class Classifier(LightningModule):
             self.ema.update(self.model)
 
     def on_train_epoch_end(self) -> None:
-        self._check_weights()
+        self._check_finite()
         self.log("lr", self.lr)  # of the epoch's last step; the scheduler has moved on
         self.log("train/loss", self.train_loss.compute())
         self.train_loss.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Each process's sums of the epoch so far, so that a run resumed inside it reports the whole epoch's mean."""
-        self._check_weights()
+        self._check_finite()
         sums = torch.stack([getattr(self.train_loss, name) for name in LOSS_SUMS])
         checkpoint["train_loss"] = cast(Tensor, self.all_gather(sums)).reshape(-1, 2).cpu()
 
@@ -215,7 +215,7 @@ class Classifier(LightningModule):
         torch.manual_seed(int(torch_seed))
         np.random.seed(int(numpy_seed))
 
-    def _check_weights(self) -> None:
+    def _check_finite(self) -> None:
         """Before they are saved: no loss and no gradient has seen yet what the last step made of them."""
         norm = torch.nn.utils.get_total_norm([p.detach() for p in self.model.parameters()])
         if not torch.isfinite(norm):
