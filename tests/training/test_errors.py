@@ -390,6 +390,7 @@ def test_a_closed_folder_is_one_line(tmp_path):
 
     looked = Forked(look, tmp_path / "output.txt")
     assert looked.wait() == 0, looked.text
+    closed.parent.chmod(0o700)
     said = [f"{place}: cannot be looked at (Permission denied); name a place that you may read" for place in looks]
     assert looked.text.splitlines() == said
 
