@@ -392,7 +392,7 @@ def test_evaluation_shares_are_exact(monkeypatch):
     data = build("digits", batch_size=16)
     seen = []
     for rank in range(4):
-        monkeypatch.setattr(data, "_rank", lambda rank=rank: (rank, 4))
+        monkeypatch.setattr(data, "_share", lambda key, rank=rank: (rank, 4))
         seen += [index for batch in data.test_dataloader() for index in batch[2].tolist()]
     assert sorted(seen) == data.splits["test"].indices.tolist()
     assert len(seen) == 359
