@@ -378,7 +378,6 @@ LATE = {
     "trainer.val_check_interval=3": "trainer.val_check_interval=3: an epoch has 20 batches",
     "trainer.val_check_interval=0.3": "trainer.val_check_interval=0.3: an epoch has 20 batches",
     "trainer.val_check_interval=3 trainer.check_val_every_n_epoch=null": "an epoch has 20 batches",
-    "trainer.val_check_interval=00:00:01:00": "an epoch has 20 batches",
     "trainer=ddp_cpu data.val_fraction=0.001": "2 processes cannot share the 1 val images; use fewer, or a larger",
     "trainer=ddp_cpu data.test_fraction=0.0005 trainer.limit_val_batches=0": "cannot share the 1 test images",
     "data=folder data.root=FOLDER schedule.mixup=1": "the only batch has 15 images",

@@ -220,9 +220,9 @@ def check_batches(trainer: Trainer, data: DataModule, schedule: DictConfig) -> N
         limit = getattr(trainer, f"limit_{split}_batches")
         if limit and not limited(batches := len(loader()), limit):
             raise UserError(f"trainer.limit_{split}_batches={limit}: leaves none of {batches} batches; raise it")
-    batches, interval = limited(len(train), trainer.limit_train_batches), getattr(trainer, "val_check_interval", "TIME")
+    batches, interval = limited(len(train), trainer.limit_train_batches), trainer.val_check_interval
     every = max(1, int(batches * interval)) if isinstance(interval, float) else interval
-    if trainer.limit_val_batches and not (isinstance(every, int) and every > 0 and batches % every == 0):
+    if trainer.limit_val_batches and batches % every:
         raise UserError(  # a run resumed inside an epoch would miss the only validation of it
             f"trainer.val_check_interval={interval}: an epoch has {batches} batches and must end with a validation; "
             "choose a divisor of that, or null to validate only then"
