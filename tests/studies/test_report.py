@@ -174,7 +174,12 @@ def test_table_7_is_about_the_blocks_of_sec_4_5():
 
 def test_all_claims_stand_on_one_page_with_those_that_no_study_tests(tmp_path):
     untested = [{"text": "it detects objects", "why": "there is no detector here"}]
-    page = write_claims([(STUDY, rows(linear=[70, 71], attention=[72, 73.1]))], untested, "toy", tmp_path).read_text()
+    other = {**STUDY, "name": "other"}
+    (tmp_path / "toy/toy").mkdir(parents=True)
+    (tmp_path / "toy/toy/report.md").touch()
+    found = [(STUDY, rows(linear=[70, 71], attention=[72, 73.1])), (other, [])]
+    page = write_claims(found, untested, "toy", tmp_path).read_text()
+    assert "| A-MoD is above MoD | other | **not tested** | no runs |" in page
     assert "| A-MoD is above MoD | [toy](toy/toy/report.md) | **held** | C = 0.5: +2.05 ± 0.64 (n = 2) |" in page
     assert "| it detects objects | - | **not tested** | there is no detector here |" in page
 

@@ -329,7 +329,8 @@ def write_claims(
     for study, rows in reports:
         for claim in study["claims"]:
             tested = examine(claim, rows, study["metric"])
-            link = f"[{study['name']}]({study['name']}/{scale}/report.md)"
+            report = f"{study['name']}/{scale}/report.md"
+            link = f"[{study['name']}]({report})" if (output / report).exists() else study["name"]
             lines.append([claim["text"], link, f"**{tested['verdict']}**", "<br>".join(tested["lines"]) or "no runs"])
     lines += [[claim["text"], "-", "**not tested**", claim["why"]] for claim in untested]
     output.mkdir(parents=True, exist_ok=True)
