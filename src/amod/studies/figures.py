@@ -118,7 +118,7 @@ def _group(row: Mapping[str, Any]) -> str:
 def _finish(figure: Any, axis: Any, study: Mapping[str, Any], caption: str, path: Path) -> None:
     handles, labels = axis.get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
-    figure.legend(by_label.values(), by_label.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(by_label.values(), by_label.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(study["title"], fontsize=11)
     figure.supxlabel(caption, fontsize=8)
     figure.savefig(path, dpi=130)
