@@ -37,7 +37,7 @@ def how_to_run(launcher: str | None, extra: Mapping[str, Any] | None = None) -> 
     """
     if extra is not None and not isinstance(extra, Mapping):
         raise UserError(f"extra={extra}: must be like {{data.root:/data,trainer:slurm}}")
-    how = [*(["-m", f"hydra/launcher={launcher}"] if launcher else [])]
+    how = ["-m", f"hydra/launcher={launcher}"] if launcher else []
     for key, value in (extra or {}).items():
         how.append(f"{key}={value}")
         if key not in HOW and not key.startswith("hydra.launcher."):
