@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from amod.studies import report
 from amod.studies.plan import runs_of
-from amod.training.settings import CONF
+from amod.training.config import CONF
 
 ROOT = CONF.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

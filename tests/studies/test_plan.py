@@ -8,7 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from amod.studies.plan import at_scale, runs_of
-from amod.training.settings import CONF, check_train, compose_config
+from amod.training.checks import check_train
+from amod.training.compose import compose_config
+from amod.training.config import CONF
 
 SCALE = {
     "name": "toy",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fakes
 from amod.errors import UserError
-from amod.training.settings import compose_config
+from amod.training.compose import train_config
 from amod.training.weights import build, create_vit, isoflop_blocks, read_state
 from tiny import config
 
@@ -100,14 +100,14 @@ def test_isoflop_loads_its_own_checkpoint(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("capacity", "depth"), [(0.125, 6), (0.5, 9)])
 def test_isoflop_depths_of_the_paper_are_pinned(capacity, depth):
-    cfg = compose_config("train", ["router=isoflop", f"capacity={capacity}"])
+    cfg = train_config(["router=isoflop", f"capacity={capacity}"])
     with torch.device("meta"):
         vit = create_vit(cfg.model, 1000)
     assert isoflop_blocks(vit, cfg) == depth
 
 
 def test_isoflop_by_budget():
-    cfg = compose_config("train", ["router=isoflop", "budget=2.4"])  # one block of DeiT-S: (4.608 - 0.058) / 12 = 0.379
+    cfg = train_config(["router=isoflop", "budget=2.4"])  # one block of DeiT-S: (4.608 - 0.058) / 12 = 0.379
     with torch.device("meta"):
         vit = create_vit(cfg.model, 1000)
     assert isoflop_blocks(vit, cfg) == 6
@@ -197,7 +197,7 @@ def test_a_truncated_checkpoint_is_refused(checkpoint):
 )
 def test_models_that_timm_does_not_have(overrides, words):
     with pytest.raises(UserError) as caught:
-        create_vit(compose_config("train", overrides).model, 10)
+        create_vit(train_config(overrides).model, 10)
     for word in words:
         assert word in str(caught.value)
 
@@ -206,10 +206,11 @@ def test_models_that_timm_does_not_have(overrides, words):
 
 BUILD = """
 import sys
-from amod.training.settings import compose_config, one_line_errors
+from amod.training.command import one_line_errors
+from amod.training.compose import compose_config, train_config
 with one_line_errors():
     from amod.training.weights import build
-    made = build(compose_config("train", sys.argv[1:]), 1000)
+    made = build(train_config(sys.argv[1:]), 1000)
     print(made.adapted, float(made.model.vit.head.bias.sum()))
 """
 

@@ -19,7 +19,7 @@ from amod.analysis import style
 from amod.studies import paper
 from amod.studies.plan import Run
 from amod.studies.runner import finished, last_line
-from amod.training.settings import compose_config
+from amod.training.compose import compose_config
 
 NAMES = {
     "none": "dense",

@@ -15,7 +15,7 @@ from typing import Any
 
 from amod.errors import UserError
 from amod.studies.plan import Run
-from amod.training.settings import compose_config
+from amod.training.compose import compose_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 QUIET = 300.0  # seconds without news, after which the progress line is shown again
