@@ -175,9 +175,10 @@ def test_a_run_killed_before_its_config_was_written_starts(tmp_path):
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path, monkeypatch, number):
-    """As SLURM does: the loader workers get it too."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path, monkeypatch, name):
+    """As SLURM and a terminal do (Ctrl-C; it is closed): the loader workers get it too."""
+    number = signal.Signals[name]
     after = RunRecorder.on_train_batch_end
     workers = tmp_path / "workers.json"
 
@@ -197,9 +198,9 @@ def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path
     assert len(pids) >= 2
     for pid in (*pids, stopped.process.pid):
         os.kill(pid, number)
-    assert stopped.wait() == 143, stopped.text
+    assert stopped.wait() == (130 if name == "SIGINT" else 143), stopped.text
     line = stopped.text.splitlines()[-1]
-    assert line.startswith(f"stopped by {number.name} after step 2, with a checkpoint; resume with the same command")
+    assert line.startswith(f"stopped by {name} after step 2, with a checkpoint; resume with the same command")
     assert "Traceback" not in stopped.text
     assert step_of(tmp_path / "run") == 2
     monkeypatch.undo()

@@ -101,9 +101,9 @@ def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
 
 
 def outlive_signals(worker: int) -> None:
-    """A batch system signals every process of a job. The workers go on until their run has saved and ends them."""
+    """A batch system or a terminal signals every process of a job. The workers go on until their run has saved and ends them."""
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parent, daemon=True).start()

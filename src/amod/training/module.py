@@ -173,7 +173,7 @@ class Classifier(LightningModule):
         self.lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
-            self.ema.update(self.model, self.global_step)
+            self.ema.update(self.model, self.global_step + 1)  # Lightning counts this step later
 
     def on_train_epoch_end(self) -> None:
         self._check_finite()
