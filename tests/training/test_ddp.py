@@ -173,6 +173,7 @@ def test_tasks_of_a_slurm_job(two, tmp_path):
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
+        "SLURM_STEP_ID": "0",
         "MASTER_PORT": str(free_port()),
     }
     with pytest.MonkeyPatch.context() as patch:

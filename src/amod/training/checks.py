@@ -184,6 +184,11 @@ def check_trainer(trainer: TrainerArguments) -> None:
             f"trainer.max_steps={shown(trainer.max_steps)}: must stay -1; say how long to train by schedule.epochs and "
             "trainer.limit_train_batches"
         )
+    if trainer.log_every_n_steps != 50:
+        raise UserError(
+            f"trainer.log_every_n_steps={shown(trainer.log_every_n_steps)}: has no effect, metrics are logged once an "
+            "epoch; leave it out"
+        )
     limit = trainer.max_time
     parts = list(limit.values()) if isinstance(limit, dict) else list(map(int, re.findall(r"\d+", str(limit))))
     numbers = all(isinstance(part, (int, float)) and not isinstance(part, bool) and part >= 0 for part in parts)

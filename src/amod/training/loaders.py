@@ -101,7 +101,7 @@ def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
 
 
 def outlive_signals(worker: int) -> None:
-    """A batch system or a terminal signals every process of a job. The workers go on until their run has saved and ends them."""
+    """A batch system or a terminal signals all processes of a run. Workers go on until it has saved and ends them."""
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)

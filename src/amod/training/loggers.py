@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -74,11 +75,10 @@ def loggers(cfg: TrainConfig, folder: Path) -> list[Logger]:
     if cfg.logger.name == "csv":
         return []
     if cfg.logger.name == "tensorboard":
-        board = TensorBoardLogger(folder, name="", version="tensorboard")
-        _ = board.experiment
-        for events in (folder / "tensorboard").glob("events.out.tfevents.*"):  # its name has the host's
-            events.rename(events.with_name(".".join(events.name.split(".")[:4])))
-        return [board]
+        from tensorboard.summary.writer import event_file_writer
+
+        event_file_writer.socket = SimpleNamespace(gethostname=lambda: "host")  # it is part of the files' names
+        return [TensorBoardLogger(folder, name="", version="tensorboard")]
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.WARNING)  # its notes, in the run folder, would name the path to it

@@ -283,4 +283,6 @@ class Classifier(LightningModule):
                     "or try trainer.precision=32-true"
                 )
             self._stop("the validation loss is not finite", kept="the end of this epoch is not saved")
-        self.log_dict({f"{split}/{k}": 100 * v if k.startswith("top") else v for k, v in values.items()})
+        counts = {f"{split}/{key}": values.pop(key) for key in ("images", "unreadable")}
+        self.log_dict(counts, logger=False)
+        self.log_dict({f"{split}/{k}": v if k == "loss" else 100 * v for k, v in values.items()})

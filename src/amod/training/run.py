@@ -250,9 +250,11 @@ def make_trainer(arguments: TrainerArguments, folder: Path | None = None, **ours
     srun = srun if "SLURM_NTASKS" in os.environ else ""
     try:
         trainer = Trainer(**given)
+        environment = trainer._accelerator_connector.cluster_environment
+        if environment is not None and environment.creates_processes_externally:
+            environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
     except (MisconfigurationException, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: Lightning refuses these arguments ({one_line(error)}){srun}") from error
-    environment = trainer._accelerator_connector.cluster_environment
     if trainer.world_size > 1 and isinstance(environment, SLURMEnvironment) and "SLURM_STEP_ID" not in os.environ:
         raise UserError(
             f"trainer.devices: one process of {trainer.world_size} is here, and would wait for the others{srun}"
