@@ -96,11 +96,11 @@ def test_skipped_tokens_are_bit_identical_and_never_reach_the_block(router):
     vit = small()
     model = amod.convert(vit, router, 0.3, [5])
     seen = {}
-    model.vit.blocks[4].register_forward_hook(lambda m, args, out: seen.update(dense=out))
-    model.vit.blocks[4].drop_path2.register_forward_hook(lambda m, args, out: seen.update(update=out))
-    model.vit.blocks[5].norm1.register_forward_hook(lambda m, args, out: seen.update(kept=args[0]))
-    model.vit.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
-    model.vit.blocks[4].norm2.register_forward_hook(lambda m, args, out: seen.update(middle=args[0]))
+    model.blocks[4].register_forward_hook(lambda m, args, out: seen.update(dense=out))
+    model.blocks[4].drop_path2.register_forward_hook(lambda m, args, out: seen.update(update=out))
+    model.blocks[5].norm1.register_forward_hook(lambda m, args, out: seen.update(kept=args[0]))
+    model.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
+    model.blocks[4].norm2.register_forward_hook(lambda m, args, out: seen.update(middle=args[0]))
     _, routing = model(IMAGES, return_routing=True)
     assert seen["kept"].shape == (3, int(0.3 * 17), 32)
     before = seen["middle"] + seen["update"]  # what leaves block 4
@@ -162,10 +162,10 @@ def test_drop_path_acts_on_the_update_of_kept_tokens():
     model = amod.convert(small(drop_path_rate=0.5), "linear", 0.4, [5]).train()
     seen = {}
     for i in (4, 5):
-        block = model.vit.blocks[i]
+        block = model.blocks[i]
         block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-7
-    model.vit.blocks[3].register_forward_hook(lambda m, args, out: seen.update(before=out))
-    model.vit.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
+    model.blocks[3].register_forward_hook(lambda m, args, out: seen.update(before=out))
+    model.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
     model(IMAGES)
     assert torch.equal(seen["before"], seen["after"])
 
@@ -290,10 +290,10 @@ def test_timms_optimizer_groups_see_through_the_wrapper():
     vit = small()
     model = amod.convert(vit, "linear", 0.4)
     names = dict(model.named_parameters())
-    assert {"vit.pos_embed", "vit.cls_token"} <= model.no_weight_decay() & set(names)
+    assert {"pos_embed", "cls_token"} <= model.no_weight_decay() & set(names)
     groups = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
     lr_scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    scales = [lr_scale[id(block.attn.qkv.weight)] for block in model.vit.blocks]
+    scales = [lr_scale[id(block.attn.qkv.weight)] for block in model.blocks]
     assert scales == sorted(scales)
     assert len(set(scales)) == 6
 

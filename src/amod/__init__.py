@@ -13,32 +13,41 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.errors import UserError
-    from amod.flops import PAPER_DEPTHS, capacity_for_budget, count_flops, isoflop_depth
+    from amod.flops import count_flops
+    from amod.plan import ClassOnly, Merge, Prune, Route, read_plan
     from amod.routing import RoutedLayer, Routing
-    from amod.vit import RoutedViT, convert, truncate
+    from amod.vit import PAPER_DEPTHS, RoutedViT, convert, isoflop_depth, truncate
 
 _HOME = {
     "UserError": "errors",
-    "PAPER_DEPTHS": "flops",
-    "capacity_for_budget": "flops",
     "count_flops": "flops",
-    "isoflop_depth": "flops",
+    "ClassOnly": "plan",
+    "Merge": "plan",
+    "Prune": "plan",
+    "Route": "plan",
+    "read_plan": "plan",
     "RoutedLayer": "routing",
     "Routing": "routing",
+    "PAPER_DEPTHS": "vit",
     "RoutedViT": "vit",
     "convert": "vit",
+    "isoflop_depth": "vit",
     "truncate": "vit",
 }
 __all__ = [
     "PAPER_DEPTHS",
+    "ClassOnly",
+    "Merge",
+    "Prune",
+    "Route",
     "RoutedLayer",
     "RoutedViT",
     "Routing",
     "UserError",
-    "capacity_for_budget",
     "convert",
     "count_flops",
     "isoflop_depth",
+    "read_plan",
     "truncate",
 ]
 
