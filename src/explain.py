@@ -128,7 +128,7 @@ def subjects(cfg: DictConfig, num_classes: int | None) -> list[Subject]:
     """What the command names, weights loaded, in evaluation mode on the device. ``num_classes`` None: the weights'."""
     import torch
 
-    from amod.vit import RoutedViT
+    from amod.vit import dense
 
     runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
     found = []
@@ -136,7 +136,7 @@ def subjects(cfg: DictConfig, num_classes: int | None) -> list[Subject]:
         config = saved(runs[i]) if runs else cfg
         source = str(denses[i]) if denses else config.model.checkpoint
         model = load(config, runs[i] if runs else None, num_classes)
-        vit = model.vit if isinstance(model, RoutedViT) else model
+        vit = dense(model)
         if config.router.name in UNROUTED:
             routing = {key: cfg[key] for key in ("router", "placement", "capacity", "budget")}
             config = cast(DictConfig, OmegaConf.merge(config, routing))
@@ -189,12 +189,13 @@ def adapt(vit: VisionTransformer, config: DictConfig) -> RoutedViT:
 def dense_model(config: DictConfig, source: str | None, own: VisionTransformer) -> tuple[VisionTransformer, str]:
     """The model before it was routed: what ``source`` or timm holds for the same classes, else the run's weights."""
     from amod.training.weights import build
+    from amod.vit import dense
 
     if (source is not None and Path(source).exists()) or (source is None and config.model.pretrained):
         plain = {"router": {"name": "none"}, "budget": None, "model": {"checkpoint": source}}
         built = build(OmegaConf.merge(config, plain), own.num_classes)  # type: ignore[arg-type]
         if built.adapted:
-            return built.model.vit, f"{source or config.model.name}"  # type: ignore[return-value]
+            return dense(built.model), f"{source or config.model.name}"  # type: ignore[return-value]
     return own, "the routed run's own weights with all tokens in every block"
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.flops import count_flops
     from amod.plan import ClassOnly, Merge, Prune, Route, read_plan
     from amod.routing import RoutedLayer, Routing
-    from amod.vit import PAPER_DEPTHS, RoutedViT, convert, isoflop_depth, truncate
+    from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
 
 _HOME = {
     "UserError": "errors",
@@ -31,6 +31,7 @@ _HOME = {
     "PAPER_DEPTHS": "vit",
     "RoutedViT": "vit",
     "convert": "vit",
+    "dense": "vit",
     "isoflop_depth": "vit",
     "truncate": "vit",
 }
@@ -46,6 +47,7 @@ __all__ = [
     "UserError",
     "convert",
     "count_flops",
+    "dense",
     "isoflop_depth",
     "read_plan",
     "truncate",

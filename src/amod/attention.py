@@ -96,7 +96,7 @@ class ReadableAttention(Dressed):
         if request is None:
             return super().forward(x, *args, **kwargs)
         q, k, v = project(self, x, kwargs.get("rope"), request.rows)
-        out, request.left = attend(q, k, v, _bias(self, request, q), request, self.attn_drop, self.fused_attn)
+        out, request.left = attend(q, k, v, logit_bias(self, request, q), request, self.attn_drop, self.fused_attn)
         return finish(self, x if request.rows is None else x[:, : request.rows], out)
 
 
@@ -158,7 +158,7 @@ def finish(attn: Any, x: Tensor, out: Tensor) -> Tensor:
     return attn.proj_drop(attn.proj(out))
 
 
-def _bias(attn: Any, request: Request, q: Tensor) -> Tensor | None:
+def logit_bias(attn: Any, request: Request, q: Tensor) -> Tensor | None:
     """What is added to the logits: the model's relative positions, for the tokens that are here, and the request's."""
     table, bias = request.table, request.bias
     own = None
@@ -209,7 +209,9 @@ def attend(
         if column:
             left["column_mean"] = maps.mean(dim=(1, 2))
         if "class_attention" in request.want:
-            left["class_attention"] = (maps[:, :, 0] if request.class_token else maps.mean(dim=2)).mean(dim=1)
+            left["class_attention"] = (
+                maps[:, :, 0].mean(dim=1) if request.class_token else class_attention(q, k, bias, request)
+            )
         return out, left
     if "class_attention" in request.want:
         left["class_attention"] = class_attention(q, k, bias, request)

@@ -194,6 +194,18 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     return model
 
 
+def dense(model: ViT) -> ViT:
+    """The timm model that a routed model's weights are, every block whole: a copy; the routers stay behind."""
+    plain: Any = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, Dressed):
+            module.__class__ = module.undressed
+    for name in ("plan", "mask_name"):
+        plain.__dict__.pop(name, None)
+    plain._modules.pop("routers", None)
+    return plain
+
+
 def readers(model: Any, plan: Plan) -> list[int]:
     """The blocks whose attention gets a request: it leaves scores or keys, or must know where its tokens stood."""
     cuts = [i for i, entry in plan.items() if not isinstance(entry, Route)]
@@ -236,7 +248,7 @@ def check_blocks(model: Any, plan: Plan) -> None:
 
 def check_model(vit: Any) -> None:
     if isinstance(vit, RoutedViT):
-        raise UserError("the model is routed already: convert the timm model it was made from")
+        raise UserError("the model is routed already: convert the timm model it was made from, or amod.dense(model)")
     if isinstance(vit, FAMILIES):
         return
     kind = f"{type(vit).__module__.partition('.')[0]}'s {type(vit).__name__}"

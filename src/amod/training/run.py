@@ -35,11 +35,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
-from timm.models import VisionTransformer, load_state_dict
+from timm.models import load_state_dict
 from torch import nn
 
 from amod.errors import UserError, one_line
 from amod.flops import count_flops
+from amod.plan import Route
 from amod.training.callbacks import (
     AtomicCheckpoints,
     RunRecorder,
@@ -106,9 +107,13 @@ def _train(cfg: DictConfig, folder: Path, lock: RunLock) -> None:
     costs = f"{compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters"
     say(f"{cfg.model.label}, router {cfg.router.name}: {costs}")
     if compute["blocks_routed"]:
-        asked = f"capacity={cfg.capacity}" if cfg.budget is None else f"budget={cfg.budget} GFLOPs"
-        kept = f"{compute['tokens_kept'][str(compute['blocks_routed'][0])]} of {compute['tokens']} tokens"
-        say(f"{asked} asked: {kept} ({compute['capacity_granted']:.4f}) in blocks {shown(compute['blocks_routed'])}")
+        own = {"tome": "r", "evit": "keep_rate", "plan": "file"}.get(cfg.router.name)
+        asked = f"router.{own}={cfg.router[own]} asked" if own else f"capacity={cfg.capacity} asked"
+        asked = asked if cfg.budget is None else f"budget={cfg.budget} GFLOPs asked"
+        kept = list(dict.fromkeys(compute["tokens_kept"].values()))
+        share = f" ({compute['capacity_granted']:.4f})" if len(kept) == 1 else ""
+        blocks = shown(compute["blocks_routed"])
+        say(f"{asked}: {', '.join(map(str, kept))} of {compute['tokens']} tokens{share} in blocks {blocks}")
 
     batch = global_batch(trainer, cfg.schedule)
     lr, reference = peak_lr(cfg.schedule, batch), cfg.schedule.lr_reference_batch
@@ -237,24 +242,21 @@ def check_batches(trainer: Trainer, data: DataModule, schedule: DictConfig) -> N
 
 def compute_of(model: nn.Module, cfg: DictConfig, input_size: tuple[int, int, int]) -> dict[str, Any]:
     """What the model costs, and which blocks keep how many tokens."""
-    vit = model.vit if isinstance(model, RoutedViT) else model
-    assert isinstance(vit, VisionTransformer)
+    vit: Any = model
     tokens = default_tokens(vit)
-    blocks: list[int] = []
-    kept: int = tokens
-    capacity: float | None = 1.0
+    kept: dict[int, int] = model.tokens_kept(tokens) if isinstance(model, RoutedViT) else {}
+    routed = list(kept) and [entry for entry in vit.plan.values() if isinstance(entry, Route)]
+    capacity: float | None = routed[0].capacity if routed else 1.0
     if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
         capacity = cfg.capacity if cfg.budget is None and cfg.router.get("depth") is None else None
-    if isinstance(model, RoutedViT) and model.blocks_routed:
-        blocks, kept, capacity = list(model.blocks_routed), model.tokens_kept(tokens), model.capacity
     return {
         "router": cfg.router.name,
         "budget": cfg.budget,
         "capacity": capacity,
-        "capacity_granted": kept / tokens,
+        "capacity_granted": min(kept.values(), default=tokens) / tokens,
         "tokens": tokens,
-        "tokens_kept": {str(block): kept for block in blocks},
-        "blocks_routed": blocks,
+        "tokens_kept": {str(block): count for block, count in kept.items()},
+        "blocks_routed": list(kept),
         "depth": len(vit.blocks),
         "gflops": count_flops(model, input_size) / 1e9,
         "params": sum(p.numel() for p in model.parameters()),

@@ -29,12 +29,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from amod.errors import UserError, reachable
-from amod.placement import PLACEMENTS, routed_blocks
+from amod.plan import PLACEMENTS, make_plan, read_plan
 
 CONF = Path(__file__).parents[3] / "conf"
 
-# Routers that score tokens by the attention map of the block before them.
-ATTENTION_ROUTERS = ("attention", "attention_weighted")
+# Of the routers, those that keep no share of the tokens: `capacity` says nothing about them.
+UNROUTED = ("none", "isoflop", "tome", "evit", "plan")
 # Settings that are handed to timm.create_model, timm's create_transform, Lightning's Trainer and Hydra as they are.
 OPEN_GROUPS = ("model.kwargs.", "schedule.augment.", "trainer.", "hydra.")
 # What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
@@ -62,12 +62,17 @@ def digest(*, _root_: DictConfig) -> str:
 
 
 def amount(*, _root_: DictConfig) -> str:
-    """``${amount:}``: what decides the compute: a capacity, a budget, or the depth of an isoFLOP model."""
-    if _root_.router.name == "none":
+    """``${amount:}``: what decides the compute: a capacity, a budget, or what the router has in its place."""
+    router = _root_.router
+    if router.name == "none":
         return "1.0"
-    if depth := _root_.router.get("depth"):
-        return f"{depth}blocks"
-    return str(_root_.capacity) if _root_.budget is None else f"{_root_.budget}GFLOPs"
+    if _root_.budget is not None:
+        return f"{_root_.budget}GFLOPs"
+    if router.get("depth"):
+        return f"{router.depth}blocks"
+    if router.name == "plan":
+        return Path(str(router.get("file"))).stem
+    return str(router.get("r", router.get("keep_rate", _root_.capacity)))
 
 
 OmegaConf.register_new_resolver("adapt", adapt, replace=True)
@@ -447,10 +452,15 @@ RULES: dict[str, Number | Text | Choice | Flag | Span | Sides] = {
     "model.kwargs.num_heads": COUNT,
     "model.kwargs.img_size": Sides(),
     "model.kwargs.patch_size": Sides(),
-    "placement.name": Choice(tuple(PLACEMENTS)),
+    "placement.name": Choice((*PLACEMENTS, "own")),
+    "placement.last": Choice(("class", "null")),
     "logger.name": Choice(choices("logger")),
     "router.name": Choice(choices("router")),
     "router.depth": Number(1, integer=True, optional=True),
+    "router.r": Number(0, integer=True),
+    "router.keep_rate": Number(0, 1, above_low=True),
+    "router.fuse": Flag(),
+    "router.file": Text(),
     "router.keep_prefix": Flag(),
     "router.activation": Choice(("none", "sigmoid")),
     "logger.project": Text(),
@@ -576,11 +586,14 @@ def check_placement(cfg: DictConfig) -> None:
     shown = f"placement={cfg.placement.name}" if blocks is None else f"placement.blocks={_shown(blocks)}"
     if blocks is not None and (not OmegaConf.is_list(blocks) or not blocks):
         raise UserError(f"{shown}: must be a list of 0-based block indices such as [1,4,7], or null for the name's own")
-    if blocks is None and router.name in ("none", "isoflop"):
+    if router.name == "plan":
+        read_plan(router.file)
+    if blocks is None and router.name in ("none", "isoflop", "plan"):
         return
     depth = depth_of(cfg.model) or 1000  # an unknown depth is checked when the model is built
+    named = None if cfg.placement.name == "own" else cfg.placement.name
     try:
-        routed_blocks(cfg.placement.name if blocks is None else list(blocks), depth, router.name in ATTENTION_ROUTERS)
+        make_plan(depth, router.name, placement=named if blocks is None else list(blocks), last=cfg.placement.last)
     except UserError as error:
         raise UserError(f"{shown}: {str(error).partition(': ')[2]}") from None
 
@@ -588,8 +601,8 @@ def check_placement(cfg: DictConfig) -> None:
 def check_budget(cfg: DictConfig) -> None:
     if cfg.budget is None:
         return
-    if cfg.router.name == "none":
-        raise UserError(f"budget={cfg.budget}: router=none is dense and always costs the same; leave budget out")
+    if cfg.router.name in ("none", "plan"):
+        raise UserError(f"budget={cfg.budget}: router={cfg.router.name} always costs the same; leave budget out")
     if cfg.router.get("depth") is not None:
         raise UserError(f"budget={cfg.budget}: router.depth={cfg.router.depth} says the depth; leave one of them out")
 
@@ -619,7 +632,7 @@ def check_depth(cfg: DictConfig) -> None:
 def check_tokens(cfg: DictConfig) -> None:
     """A routed block must keep at least one token. Models whose name does not tell are checked when built."""
     tokens = tokens_of(cfg.model)
-    if tokens is None or cfg.router.name in ("none", "isoflop") or cfg.budget is not None:
+    if tokens is None or cfg.router.name in UNROUTED or cfg.budget is not None:
         return
     if math.floor(round(cfg.capacity * tokens, 9)) < 1:
         raise UserError(

@@ -21,8 +21,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from amod.errors import UserError, one_line
-from amod.flops import PAPER_DEPTHS, count_flops, isoflop_depth
-from amod.vit import convert, truncate
+from amod.flops import count_flops
+from amod.plan import read_plan
+from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
 log = logging.getLogger(__name__)
 
@@ -102,20 +103,32 @@ def build(cfg: DictConfig, num_classes: int) -> Built:
 
 
 def variant(vit: VisionTransformer, cfg: DictConfig) -> nn.Module:
-    """The routed model around `vit` (dense for router=none)."""
+    """What `vit` becomes by the config's router: itself for router=none, unless its last block is told otherwise."""
+    router, last = cfg.router, cfg.placement.get("last")
+    if router.name == "plan":
+        return convert(vit, plan=read_plan(router.file))
+    if router.name == "none" and last is None:
+        return vit
     return convert(
         vit,
-        router=cfg.router.name,
+        router=router.name,
         capacity=cfg.capacity,
         placement=placement_of(cfg),
-        keep_prefix=cfg.router.get("keep_prefix", False),
-        activation=cfg.router.get("activation", "none"),
-        budget=None if cfg.budget is None or cfg.router.name == "none" else cfg.budget * 1e9,
+        keep_prefix=router.get("keep_prefix", False),
+        activation=router.get("activation", "none"),
+        r=router.get("r"),
+        keep_rate=router.get("keep_rate"),
+        fuse=router.get("fuse", True),
+        last=last,
+        budget=None if cfg.budget is None or router.name == "none" else cfg.budget * 1e9,
     )
 
 
-def placement_of(cfg: DictConfig) -> str | list[int]:
-    return cfg.placement.name if cfg.placement.blocks is None else list(cfg.placement.blocks)
+def placement_of(cfg: DictConfig) -> str | list[int] | None:
+    """A name, block indices, or None: the blocks that the method has by itself."""
+    if cfg.placement.blocks is not None:
+        return list(cfg.placement.blocks)
+    return None if cfg.placement.name == "own" else cfg.placement.name
 
 
 def isoflop_blocks(vit: VisionTransformer, cfg: DictConfig) -> int:
