@@ -226,13 +226,13 @@ def attend(
 
 
 def _needs_plain_operators(q: Tensor) -> bool:
-    """Exporting, tracing, counting on the meta device, and derivatives and batches of torch.func."""
+    """Exporting and tracing, counting (the meta device, or a mode that looks at operators), and torch.func."""
     if torch.compiler.is_exporting() or q.is_meta:
         return True
     if torch.compiler.is_compiling():
         return False
-    under_func = torch._C._functorch.peek_interpreter_stack() is not None
-    return torch.jit.is_tracing() or under_func or forward_ad._current_level >= 0
+    watched = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return watched or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def explicit(

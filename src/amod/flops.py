@@ -1,7 +1,7 @@
 """One counter of FLOPs, in the convention that gives every FLOPs figure of the paper's Tables 1, 4 and 5.
 
 The model runs on the meta device, which has shapes and no numbers, and its operators are counted as they come: one
-multiply-accumulate (MAC) each of a convolution, linear layer or matrix product, five per element of a norm. Softmax,
+multiply-accumulate (MAC) each of a convolution, linear layer or matrix product, five per element of a norm (two of a batch norm). Softmax,
 activations, additions, LayerScale, rotations, sorting, merging's averages and whatever is read off an attention map
 are free. No model, router or method has a formula of its own.
 """
@@ -39,18 +39,15 @@ def _convolution(args: Any, out: Any) -> int:
     return out.numel() * prod(args[1].shape[1:])
 
 
-def _norm(args: Any, out: Any) -> int:
-    return 5 * args[0].numel()
+def _batch_norm(args: Any, out: Any) -> int:
+    return 0 if args[5] else 2 * args[0].numel()  # in training it is somebody's weight standardisation
 
 
 RULES: dict[str, Callable[[Any, Any], int]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"), _product),
     **dict.fromkeys(("convolution", "_convolution"), _convolution),
-    **dict.fromkeys(
-        ("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm",
-         "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"), _norm,
-    ),
-}  # fmt: skip
+    "native_batch_norm": _batch_norm,
+}
 
 
 class Counter(TorchDispatchMode):
@@ -84,6 +81,8 @@ def count_flops(model: nn.Module, input_size: Size | Tensor | None = None) -> in
 
 def count_on_meta(model: nn.Module, input_size: Size) -> int:
     """The same for a model that is on the meta device already (:func:`on_meta`)."""
+    if getattr(model, "in_chans", input_size[0]) != input_size[0]:
+        raise UserError(f"input_size={tuple(input_size)}: this model takes {model.in_chans} channels")
     try:
         return _count(model, torch.empty(1, *input_size, device="meta"))
     except AssertionError as error:
@@ -91,13 +90,22 @@ def count_on_meta(model: nn.Module, input_size: Size) -> int:
 
 
 def _count(model: nn.Module, images: Tensor) -> int:
-    training = model.training
+    training, norms = model.training, 0
+
+    def count_norm(module: nn.Module, args: Any, out: Any) -> None:  # as a module: some norms are made of many operators
+        nonlocal norms
+        norms += 5 * out.numel()
+
+    found = (m for m in model.modules() if hasattr(m, "normalized_shape") or isinstance(m, nn.GroupNorm))
+    hooks = [module.register_forward_hook(count_norm) for module in found]
     try:
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), Counter() as counter:
             model.eval()(images)
     finally:
         model.train(training)
-    return counter.macs
+        for hook in hooks:
+            hook.remove()
+    return counter.macs + norms
 
 
 def default_input_size(model: Any) -> Size:

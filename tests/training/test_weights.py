@@ -122,7 +122,7 @@ def test_a_head_of_other_classes_is_replaced_and_said(dense, checkpoint, caplog)
     assert not made.adapted
     assert made.model(IMAGES).shape == (2, 7)
     assert "head has 10 classes: a new head of 7 classes" in caplog.text
-    assert torch.equal(made.model.vit.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
+    assert torch.equal(made.model.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
 
 
 def test_position_embeddings_of_another_size_are_resized_and_said(dense, checkpoint, caplog):
@@ -210,7 +210,7 @@ from amod.training.settings import compose_config, one_line_errors
 with one_line_errors():
     from amod.training.weights import build
     made = build(compose_config("train", sys.argv[1:]), 1000)
-    print(made.adapted, float(made.model.vit.head.bias.sum()))
+    print(made.adapted, float(made.model.head.bias.sum()))
 """
 
 
