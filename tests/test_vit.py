@@ -29,17 +29,28 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", ["attention", "attention_weighted", "linear"])
+@pytest.mark.parametrize(
+    ("router", "capacity", "keep_prefix"),
+    [
+        ("attention", 0.125, False),
+        ("attention", 0.5, True),
+        ("attention", 0.9, False),
+        ("attention_weighted", 0.4, False),
+        ("linear", 0.4, False),
+    ],
+)
 @torch.no_grad()
-def test_every_family_agrees_with_the_obvious_implementation(family, router):
+def test_every_family_agrees_with_the_obvious_implementation(family, router, capacity, keep_prefix):
     vit, size = build(family)
     images = torch.randn(2, *size)
-    model = amod.convert(vit, router, 0.4)
+    model = amod.convert(vit, router, capacity, keep_prefix=keep_prefix)
     weights = {i: model.routers[str(i)].weight for i in model.blocks_routed} if router == "linear" else None
     logits, routing = model(images, return_routing=True)
-    n = vit._pos_embed(vit.patch_embed(images)).shape[1]
-    k = int(0.4 * n)
-    expected, decisions = reference.forward(vit, images, router, model.blocks_routed, k, weights=weights)
+    n = routing[0].scores.shape[1]
+    k = int(capacity * n)
+    expected, decisions = reference.forward(
+        vit, images, router, model.blocks_routed, k, weights=weights, keep_prefix=keep_prefix
+    )
     for layer in routing:
         assert layer.scores.shape == (2, n)
         assert layer.scores.dtype == torch.float32
@@ -58,6 +69,48 @@ def test_capacity_one_is_the_dense_model(family, router):
     images = torch.randn(2, *size)
     model = amod.convert(vit, router, 1.0)
     torch.testing.assert_close(model(images), vit(images), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_pruned_is_as_if_nobody_could_see_it(family):
+    """Without fusing: the tokens that remain are those of the dense model with the others' columns hidden behind it."""
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    model = amod.convert(vit, plan={1: amod.Prune(0.5, fuse=False)})
+    walk_record = model(images, return_routing=True)[1]
+    seen = walk_record[0].tokens(walk_record[0].owner.shape[1])
+    features = model.forward_features(images)
+    hidden = reference.hiding(vit, seen, later_than=1)
+    expected = torch.stack([row[kept] for row, kept in zip(hidden.forward_features(images), seen, strict=True)])
+    torch.testing.assert_close(features, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_class_token_alone_gives_the_same_logits_or_is_refused(family):
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    if vit.global_pool != "token":
+        with pytest.raises(amod.UserError, match="reads all tokens"):
+            amod.convert(vit, "none", last="class")
+        return
+    model = amod.convert(vit, "none", last="class")
+    torch.testing.assert_close(model(images), vit(images), atol=2e-5, rtol=1e-4)
+    assert amod.count_flops(model, size) < amod.count_flops(vit, size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merging_nothing_is_dense_and_merging_keeps_all_intermediates(family):
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    torch.testing.assert_close(amod.convert(vit, "tome", r=0)(images), vit(images), atol=2e-5, rtol=1e-4)
+    merged = amod.convert(vit, "tome", r=1)
+    assert merged.forward_features(images).shape[1] == vit.forward_features(images).shape[1] - len(vit.blocks)
+    assert [f.shape for f in merged.forward_intermediates(images, intermediates_only=True)] == [
+        f.shape for f in vit.forward_intermediates(images, intermediates_only=True)
+    ]
 
 
 @pytest.mark.parametrize("blocks", [[1, 2, 3], [1, 2, 4, 5], [5], [2, 3, 4, 5]])

@@ -175,6 +175,8 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     """The copy of ``vit`` that follows a checked plan."""
     model: Any = copy.deepcopy(vit)
     check_blocks(model, plan)
+    parameters = inspect.signature(type(model.blocks[0]).forward).parameters
+    mask_name = next((name for name in MASKS if name in parameters), MASKS[0])
     for i in readers(model, plan):
         dress(model.blocks[i].attn, ReadableAttention)
     for i, entry in plan.items():
@@ -182,8 +184,7 @@ def routed(vit: ViT, plan: Plan) -> ViT:
             dress(model.blocks[i], CutBlock)
     dress(model, RoutedViT)
     model.plan = dict(plan)
-    parameters = inspect.signature(type(model.blocks[0]).forward).parameters
-    model.mask_name = next((name for name in MASKS if name in parameters), MASKS[0])
+    model.mask_name = mask_name
     routes = {i: entry for i, entry in plan.items() if isinstance(entry, Route)}
     model.routers = nn.ModuleDict(
         {str(i): make_router(entry.router, model.embed_dim, entry.activation) for i, entry in routes.items()}
