@@ -5,7 +5,7 @@
     class attention  R_j = 1/H sum_h A_h[c, j]                                 c the class token
 
 Axes: B batch, H heads, N tokens, R query rows (N, or the class token's alone), d head width.
-q (B, H, R, d), k, v (B, H, N, d) -> output (B, H, R, d); scores (B, N) are float32.
+q (B, H, R, d), k, v (B, H, N, d) -> output (B, H, R, d); scores (B, N) are float32 or wider.
 
 The column mean has four ways to the same numbers. ``attend`` chooses, by what was measured (``docs/performance.md``):
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from amod.dress import Dressed
-from amod.routing import no_autocast
+from amod.routing import no_autocast, wide
 
 SAMPLE_BYTES, TILE_BYTES = 1 << 20, 2 << 20
 """Sizes of a tile of the map, for each thread: whole samples share a tile up to the first, one sample's heads or rows
@@ -115,7 +115,7 @@ def project(attn: Any, x: Tensor, rope: Tensor | None = None, rows: int | None =
         apart = getattr(attn, "q_bias", None) is not None
         if apart:
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        if rows is not None and (apart or type(attn.qkv) is nn.Linear):  # an adapter is called as it is, for all rows
+        if rows is not None and (apart or _is_plain(attn.qkv)):
             width = attn.proj.in_features
             parts = (None, None) if bias is None else (bias[:width], bias[width:])
             q = F.linear(asking, weight[:width], parts[0])
@@ -138,6 +138,12 @@ def project(attn: Any, x: Tensor, rope: Tensor | None = None, rows: int | None =
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return q, k, v
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether only its weights matter; an adapter, or a layer that somebody watches, is called as it is."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and not watched
 
 
 def _rotate(t: Tensor, rope: Tensor, tokens: int, half: bool) -> Tensor:
@@ -181,7 +187,7 @@ def rows_and_columns(table: Tensor, positions: Tensor) -> Tensor:
     rows, columns = positions[:, :, None], positions[:, None, :]
     if table.shape[0] == 1:
         return table[0][:, rows, columns].transpose(0, 1)
-    batch = torch.arange(len(positions), device=positions.device)[:, None, None]
+    batch = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
     return table[batch, :, rows, columns].permute(0, 3, 1, 2)
 
 
@@ -238,10 +244,10 @@ def _needs_plain_operators(q: Tensor) -> bool:
 def explicit(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition: output (B, H, R, d) and the softmax map (B, H, R, N) in memory, in float32, before ``drop``."""
+    """The definition: output (B, H, R, d) and the softmax map (B, H, R, N) in memory, in float32 or wider, before ``drop``."""
     with no_autocast(q.device.type):
-        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
-        maps = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
+        logits = (wide(q) * q.shape[-1] ** -0.5) @ wide(k).transpose(-2, -1)
+        maps = (logits if bias is None else logits + wide(bias)).softmax(dim=-1)
         return (maps if drop is None else drop(maps)).to(v.dtype) @ v, maps
 
 
@@ -253,8 +259,8 @@ def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, request: Request)
         bias = bias[:, :, :1] if request.class_token else bias.mean(dim=2, keepdim=True)
     with no_autocast(q.device.type):
         query = q[:, :, :1] if request.class_token else q.mean(dim=2, keepdim=True)
-        logits = (query.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
-        return (logits if bias is None else logits + bias.float()).softmax(dim=-1).mean(dim=(1, 2))
+        logits = (wide(query) * q.shape[-1] ** -0.5) @ wide(k).transpose(-2, -1)
+        return (logits if bias is None else logits + wide(bias)).softmax(dim=-1).mean(dim=(1, 2))
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -265,23 +271,24 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None = None) -
     heads = h if h * one_map <= room else max(1, room // one_map)
     rows = n if one_map <= room else max(16, room // (4 * n))
     output = q.new_empty(0) if v is None else v.new_empty(b, n, h, d).transpose(1, 2)
-    scores = q.new_zeros(b, 1, n, dtype=torch.float32)
-    buffer = q.new_empty(samples * heads, rows, n, dtype=torch.float32)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.new_zeros(b, 1, n, dtype=dtype)
+    buffer = q.new_empty(samples * heads, rows, n, dtype=dtype)
     # a product with a constant row sums the columns
-    weights = q.new_full((samples, 1, heads * rows), 1 / (h * n), dtype=torch.float32)
-    bias = None if bias is None else bias.float().expand(b, h, n, n)
+    weights = q.new_full((samples, 1, heads * rows), 1 / (h * n), dtype=dtype)
+    bias = None if bias is None else bias.to(dtype).expand(b, h, n, n)
     with torch.no_grad(), no_autocast(q.device.type):
         for s, g, i in product(range(0, b, samples), range(0, h, heads), range(0, n, rows)):
             at = (slice(s, s + samples), slice(g, g + heads), slice(i, i + rows))
-            q_, k_ = q[at].flatten(0, 1).float(), k[at[:2]].flatten(0, 1).float()
+            q_, k_ = q[at].flatten(0, 1).to(dtype), k[at[:2]].flatten(0, 1).to(dtype)
             tile = buffer[: q_.shape[0], : q_.shape[1]]
             torch.baddbmm(tile, q_, k_.transpose(1, 2), beta=0, alpha=d**-0.5, out=tile)
             if bias is not None:
                 tile.view(bias[at].shape).add_(bias[at])
             torch.softmax(tile, dim=-1, out=tile)
             score = scores[at[0]]
-            maps = tile.reshape(len(score), -1, n)
-            score.baddbmm_(weights[: len(score), :, : maps.shape[1]], maps)
+            maps = tile.reshape(score.shape[0], -1, n)
+            score.baddbmm_(weights[: score.shape[0], :, : maps.shape[1]], maps)
             if v is not None:
                 v_ = v[at[:2]].flatten(0, 1)
                 if samples == 1:
@@ -301,7 +308,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = No
 @tiled_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     b, h, n, d = q.shape
-    return v.new_empty(b, n, h, d).transpose(1, 2), q.new_empty(b, n, dtype=torch.float32)
+    return v.new_empty(b, n, h, d).transpose(1, 2), q.new_empty(b, n, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("amod::column_mean", mutates_args=())
@@ -316,4 +323,4 @@ def column_mean(q: Tensor, k: Tensor, bias: Optional[Tensor] = None) -> Tensor: 
 
 @column_mean.register_fake
 def _(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.float32)
+    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))

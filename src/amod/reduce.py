@@ -122,7 +122,7 @@ def prune(
 
 def merge_places(pairs: Match, count: int, prefix: int) -> Reduction:
     """What ``merge`` did to N = ``count`` tokens."""
-    odd = torch.arange(1, count, 2, device=pairs.rest.device).expand(len(pairs.rest), -1)
+    odd = torch.arange(1, count, 2, device=pairs.rest.device).expand(pairs.rest.shape[0], -1)
     kept = torch.cat([pairs.rest * 2, odd], dim=1)
     order = _prefix_first(pairs, kept.shape[1], prefix)
     kept = kept if order is None else kept[:, order]
@@ -135,13 +135,13 @@ def prune_places(kept: Tensor, count: int, remain: int) -> Reduction:
     owner = _inverse(kept, count)
     if remain == kept.shape[1]:
         return Reduction(kept, owner)
-    return Reduction(torch.cat([kept, kept.new_full((len(kept), 1), -1)], dim=1), owner.masked_fill(owner < 0, remain - 1))
+    return Reduction(torch.cat([kept, kept.new_full((kept.shape[0], 1), -1)], dim=1), owner.masked_fill(owner < 0, remain - 1))
 
 
 def _inverse(kept: Tensor, count: int) -> Tensor:
     """(B, n) old positions -> (B, N) new ones, -1 for those that are not among them."""
     places = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
-    return put(kept.new_full((len(kept), count), -1), kept, places)
+    return put(kept.new_full((kept.shape[0], count), -1), kept, places)
 
 
 def moved(values: Tensor, at: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amod.routing import no_autocast
+from amod.routing import no_autocast, wide
 
 
 class Router(nn.Module):
@@ -63,7 +63,7 @@ class LinearRouter(Router):
 
     def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
         with no_autocast(x.device.type):
-            scores = x.float() @ self.weight.float()
+            scores = wide(x) @ wide(self.weight)
         return scores.sigmoid() if self.activation == "sigmoid" else scores
 
     def multiplier(self, scores: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class RoutedLayer(NamedTuple):
     def tokens(self, count: int) -> Tensor:
         """(B, count) bool: which of the ``count`` tokens that entered the model are kept here, or stood for."""
         leaving = count if self.owner is None else int(max(self.owner.max(), self.indices.max())) + 1
-        kept = self.indices.new_zeros(len(self.indices), leaving, dtype=torch.bool)
+        kept = self.indices.new_zeros(self.indices.shape[0], leaving, dtype=torch.bool)
         kept = put(kept, self.indices, torch.ones_like(self.indices, dtype=torch.bool))
         return kept if self.owner is None else kept.gather(1, self.owner.clamp(min=0)) & (self.owner >= 0)
 
@@ -55,7 +55,7 @@ def top_k(scores: Tensor, k: int, prefix: int = 0) -> Tensor:
         (B, K) int64.
     """
     if prefix:
-        scores = torch.cat([scores.new_full((len(scores), prefix), math.inf), scores[:, prefix:]], dim=1)
+        scores = torch.cat([scores.new_full((scores.shape[0], prefix), math.inf), scores[:, prefix:]], dim=1)
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
@@ -105,3 +105,8 @@ def no_autocast(device: str) -> torch.autocast:
     """Scores are computed in float32 whatever autocast says; devices without autocast (meta) need nothing."""
     known = device != "meta" and torch.amp.is_autocast_available(device)
     return torch.autocast(device if known else "cpu", enabled=False)
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32."""
+    return t.float() if t.element_size() < 4 else t

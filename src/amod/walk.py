@@ -153,7 +153,7 @@ class Walk:
 
         if isinstance(entry, ClassOnly):
             rows = class_tokens(self.model)
-            first = torch.arange(rows, device=x.device).expand(len(x), rows)
+            first = torch.arange(rows, device=x.device).expand(x.shape[0], rows)
             done |= {"tokens": x, "size": None, "kept": first}
             x = self.run(i, block, x, inputs, rows=rows)
         else:
@@ -176,11 +176,11 @@ class Walk:
         )
         if self.scores is not None:  # a token has the scores of all that it stands for
             scores = self.scores.masked_fill(here.owner < 0, 0)
-            self.scores = scores.new_zeros(len(scores), remain).scatter_add(1, here.owner.clamp(min=0), scores)
+            self.scores = scores.new_zeros(scores.shape[0], remain).scatter_add(1, here.owner.clamp(min=0), scores)
         self.positions = here.kept if self.positions is None else moved(self.positions, here.kept)
         self.owner = here.owner if self.owner is None else moved(here.owner, self.owner)
         own = done["kept"].shape[1] if "kept" in done else remain  # a fused token is the last, and nobody's own
-        indices = torch.arange(own, device=self.owner.device).expand(len(self.owner), own)
+        indices = torch.arange(own, device=self.owner.device).expand(self.owner.shape[0], own)
         scores = done["scores"].detach() if "scores" in done else None
         self.routing.append(RoutedLayer(i, scores, indices, self.owner))
 
@@ -295,7 +295,7 @@ def rotary_rows(rope: Tensor, positions: Tensor, prefix: int) -> Tensor:
     shape = (*rope.shape[:-2], 1, rope.shape[-1])
     table = torch.cat([still.expand(*shape[:-2], prefix, -1), rope, still.expand(shape)], dim=-2)  # -1 is the last
     if rope.dim() == 4:
-        batch = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+        batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
         return table.transpose(1, 2)[batch, positions].transpose(1, 2)
     if rope.dim() == 3:
         return table[:, positions].transpose(0, 1)
