@@ -51,7 +51,18 @@ FAMILIES = {
     ),
     "no_qkv_bias": (None, {"img_size": 64, "qkv_bias": False, "reg_tokens": 2, "no_embed_class": True}),
 }
-INPUT = {"hybrid": 128, "eva": 56, "eva02": 56, "eva02_separate": 56, "eva_post_norm": 56, "dinov2_registers": 56, "dinov2_swiglu": 56, "patch32": 224, "pixels384": 384, "clip": 96}
+INPUT = {
+    "hybrid": 128,
+    "eva": 56,
+    "eva02": 56,
+    "eva02_separate": 56,
+    "eva_post_norm": 56,
+    "dinov2_registers": 56,
+    "dinov2_swiglu": 56,
+    "patch32": 224,
+    "pixels384": 384,
+    "clip": 96,
+}
 
 
 def build(family: str) -> tuple[Any, tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_hooks_on_blocks_and_attentions_fire_and_act(plan):
     model = amod.convert(small(), plan=plan)
     fired = []
     for name, module in model.named_modules():
-        if name.startswith("blocks.") and name.count(".") == 1 or name.endswith((".attn", ".mlp", ".norm2")):
+        if (name.startswith("blocks.") and name.count(".") == 1) or name.endswith((".attn", ".mlp", ".norm2")):
             module.register_forward_hook(lambda m, args, out, name=name: fired.append((name, out.shape)))
     before = model(IMAGES)
     assert len({name for name, _ in fired}) == len(fired) == 6 * 4
@@ -233,9 +234,7 @@ def test_compile_and_export_of_the_whole(plan):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(compiled(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-4)
     for strict in (True, False):
-        program = torch.export.export(
-            model, (IMAGES,), dynamic_shapes={"x": {0: torch.export.Dim("b")}}, strict=strict
-        )
+        program = torch.export.export(model, (IMAGES,), dynamic_shapes={"x": {0: torch.export.Dim("b")}}, strict=strict)
         assert not any("amod" in str(node.target) for node in program.graph.nodes)
         batch = torch.cat([IMAGES, IMAGES.flip(0)])
         assert_close(program.module()(batch), model(batch), atol=1e-5, rtol=1e-4)
@@ -309,7 +308,9 @@ def test_functional_call_derivatives_and_batches(plan):
     assert_close(torch.func.functional_call(model, changed, (IMAGES,)), model(IMAGES) + 1)
     exact, at, tangent, step = copy.deepcopy(model).double(), IMAGES.double(), torch.randn_like(IMAGES).double(), 1e-6
     _, derivative = torch.func.jvp(exact, (at,), (tangent,))
-    assert_close(derivative, (exact(at + step * tangent) - exact(at - step * tangent)) / (2 * step), atol=1e-5, rtol=1e-4)
+    assert_close(
+        derivative, (exact(at + step * tangent) - exact(at - step * tangent)) / (2 * step), atol=1e-5, rtol=1e-4
+    )
     alone = torch.func.vmap(lambda image: model(image[None])[0])(IMAGES)
     assert_close(alone, model(IMAGES), atol=1e-5, rtol=1e-4)
     gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (IMAGES,)).square().sum())(parameters)
@@ -367,44 +368,45 @@ def test_distributed_checkpoint_of_a_routed_model_loads_into_timms_and_back(tmp_
 
 
 FSDP = """
-import os, sys, torch, torch.distributed as dist
-sys.path[:0] = ["src", "tests"]
+import torch, torch.distributed as dist
+from timm.models.vision_transformer import Block
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 import amod, test_ecosystem
 from test_vit import IMAGES, small
-kind, name = sys.argv[1:3]
 dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = amod.convert(small(), plan=test_ecosystem.PLANS[name]).train()
-expected = model(IMAGES).detach()
-if kind == "2":
-    from torch.distributed.fsdp import fully_shard
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-else:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-    from timm.models.vision_transformer import Block
-    wrap = ModuleWrapPolicy({Block})
-    model = FullyShardedDataParallel(model, auto_wrap_policy=wrap, use_orig_params=True, device_id=torch.device("cpu"))
-out = model(IMAGES)
-torch.testing.assert_close(out.detach(), expected, atol=1e-5, rtol=1e-4)
-out.square().sum().backward()
-assert all(p.grad is not None for p in model.parameters() if p.numel()), [n for n, p in model.named_parameters() if p.grad is None]
-torch.optim.SGD(model.parameters(), lr=0.1).step()
-print("same", model(IMAGES).shape)
+for name in ("attention", "few merges"):
+    for kind in (1, 2):
+        torch.manual_seed(0)
+        model = amod.convert(small(), plan=test_ecosystem.PLANS[name]).train()
+        expected = model(IMAGES).detach()
+        if kind == 1:
+            wrap = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "device_id": torch.device("cpu")}
+            model = FullyShardedDataParallel(model, use_orig_params=True, **wrap)
+        else:
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+        out = model(IMAGES)
+        torch.testing.assert_close(out.detach(), expected, atol=1e-5, rtol=1e-4)
+        out.square().sum().backward()
+        without = [name for name, p in model.named_parameters() if p.numel() and p.grad is None]
+        assert not without, without
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert not torch.allclose(model(IMAGES), expected)
+print("same")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["1", "2"])
-@pytest.mark.parametrize("name", ["attention", "few merges"])
-def test_fsdp_per_block_in_two_processes(kind, name, tmp_path):
+def test_fsdp_per_block_in_two_processes(tmp_path):
+    """FSDP 1 and 2, each block a unit of its own: the outputs, a gradient everywhere, a step that acts."""
     script = tmp_path / "fsdp.py"
     script.write_text(FSDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), kind, name]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=None, check=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", str(script)]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": "src:tests", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.count("same") == 2, done.stderr[-2000:]
 
 
@@ -434,24 +436,32 @@ ISOTROPIC = ("beit", "cait", "deit", "eva", "naflexvit", "vision_transformer", "
              "vision_transformer_relpos", "vision_transformer_sam", "xcit")  # fmt: skip
 
 
+def is_served(vit, router, seen):
+    """Whether it converts and, for the first of its kind, runs."""
+    try:
+        model = amod.convert(vit, router, 0.5, [1])
+    except amod.UserError:
+        return False
+    kind = tuple(type(module) for module in model.modules())
+    if kind not in seen:
+        assert amod.count_flops(model) > 0
+        seen.add(kind)
+    return True
+
+
 def test_how_many_of_timms_isotropic_transformers_are_served():
-    """All names of these modules of timm, three blocks deep, on the meta device. The README states the counts."""
+    """All names of these modules of timm, two blocks deep, on the meta device. The README states the counts."""
     attention, any_router, names = 0, 0, [name for m in ISOTROPIC for name in timm.list_models(module=m)]
+    seen = set()
     for name in names:
         with torch.device("meta"):
             try:
-                vit = timm.create_model(name, depth=3)
+                vit = timm.create_model(name, depth=2)
             except Exception:  # not every entry point takes a depth
                 vit = timm.create_model(name)
-        for router in ("attention", "linear"):
-            try:
-                amod.count_flops(amod.convert(vit, router, 0.5, [1]))
-            except amod.UserError as error:
-                assert "cannot be routed" in str(error) or "no attention map" in str(error), name
-                continue
-            any_router += 1
-            attention += router == "attention"
-            break
+        served = [router for router in ("attention", "linear") if is_served(vit, router, seen)]
+        any_router += bool(served)
+        attention += "attention" in served
     if timm.__version__ == "1.0.31":
         assert (attention, any_router, len(names)) == (270, 279, 335)
     assert attention > 0.75 * len(names)

@@ -6,7 +6,19 @@ import pytest
 import yaml
 
 from amod.errors import UserError
-from amod.plan import ClassOnly, Merge, Prune, Route, as_data, check_plan, from_data, make_plan, read_plan, routed_blocks
+from amod.plan import (
+    ClassOnly,
+    Merge,
+    Prune,
+    Route,
+    as_data,
+    check_plan,
+    from_data,
+    make_plan,
+    read_plan,
+    routed_blocks,
+)
+
 
 @pytest.mark.parametrize(
     ("capacity", "tokens", "kept"),

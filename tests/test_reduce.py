@@ -64,7 +64,9 @@ def test_total_size_and_weighted_sum_are_kept_and_prefix_tokens_stay(prefix, tok
         kept, owner = merge_places(pairs, count, prefix)
         assert torch.equal(owner.gather(1, kept), torch.arange(x.shape[1]).expand(kept.shape))
         # every token is the weighted mean of those that it stands for
-        sums = torch.zeros(x.shape).scatter_add(1, owner.unsqueeze(-1).expand(before.shape), before * weight.unsqueeze(-1))
+        sums = torch.zeros(x.shape).scatter_add(
+            1, owner.unsqueeze(-1).expand(before.shape), before * weight.unsqueeze(-1)
+        )
         assert_close(x, sums / size.unsqueeze(-1))
     assert_close(size.sum(dim=1), torch.full((3,), float(tokens)))
     assert_close((x * size.unsqueeze(-1)).sum(dim=1), start.sum(dim=1))
@@ -73,7 +75,7 @@ def test_total_size_and_weighted_sum_are_kept_and_prefix_tokens_stay(prefix, tok
 
 
 def test_every_block_loses_r_tokens_and_the_last_ones_at_most_half():
-    model = amod.convert(vit(depth=4), 'tome', r=6)
+    model = amod.convert(vit(depth=4), "tome", r=6)
     seen = []
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
@@ -118,7 +120,7 @@ def test_against_merging_one_image_and_one_token_at_a_time(prop_attn):
 
 
 def test_pruning_by_hand():
-    """Class token, then patches 1..4 with attention .4 .1 .2 .3: two stay; the others fuse with the weights they have."""
+    """Class token, then patches 1..4 with attention .4 .1 .2 .3: two stay, the others fuse with their own weights."""
     x = torch.tensor([[[10.0], [1.0], [2.0], [3.0], [4.0]]])
     scores = torch.tensor([[0.0, 0.4, 0.1, 0.2, 0.3]])
     fused, size, kept = prune(x, None, scores, 2, prefix=1, fuse=True)

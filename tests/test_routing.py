@@ -51,4 +51,6 @@ def test_which_tokens_of_the_model_a_layer_keeps_by_hand():
     assert plain.tokens(4).tolist() == [[True, False, True, False]]
     # six tokens entered the model; 1 and 4 are gone, 2 and 3 are one token now, at position 1; position 2 is skipped
     owner = torch.tensor([[0, -1, 1, 1, -1, 2]])
-    assert RoutedLayer(3, None, torch.tensor([[0, 1]]), owner).tokens(6).tolist() == [[True, False, True, True, False, False]]
+    assert RoutedLayer(3, None, torch.tensor([[0, 1]]), owner).tokens(6).tolist() == [
+        [True, False, True, True, False, False]
+    ]

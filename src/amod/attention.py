@@ -60,7 +60,7 @@ class Request:
 
     def __init__(self, **given: Any) -> None:
         self.want: tuple[str, ...] = ()
-        """Of ``column_mean``, ``class_attention``, ``keys`` (averaged over heads, (B, N, d)): what is left in ``left``."""
+        """What is put into ``left``: ``column_mean``, ``class_attention``, ``keys`` (head-averaged, (B, N, d))."""
         self.differentiable = False
         """Whether a gradient flows back through the scores."""
         self.class_token = True
@@ -89,6 +89,9 @@ def request_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | None:
 
 class ReadableAttention(Dressed):
     """Over one of ``READABLE``: answers a :class:`Request`; without one it is timm's own forward."""
+
+    attn_drop: nn.Module
+    fused_attn: bool
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, N, D) -> (B, R, D)."""
@@ -244,7 +247,7 @@ def _needs_plain_operators(q: Tensor) -> bool:
 def explicit(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition: output (B, H, R, d) and the softmax map (B, H, R, N) in memory, in float32 or wider, before ``drop``."""
+    """The definition: output (B, H, R, d), and the softmax map (B, H, R, N) before ``drop``, in float32 or wider."""
     with no_autocast(q.device.type):
         logits = (wide(q) * q.shape[-1] ** -0.5) @ wide(k).transpose(-2, -1)
         maps = (logits if bias is None else logits + wide(bias)).softmax(dim=-1)

@@ -1,8 +1,7 @@
-"""A module of another's making gets a subclass of its own class: the same object, the same parameters, more behaviour."""
+"""A module of another's making gets a subclass of its own class: the same object and parameters, more behaviour."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -21,11 +20,16 @@ class Dressed(nn.Module):
         return _blank, (self.over, self.undressed), self.__dict__
 
 
-@cache
-def dressed(over: type[Dressed], own: type[nn.Module]) -> type[nn.Module]:
+_MADE: dict[tuple[Any, Any], Any] = {}
+
+
+def dressed(over: Any, own: Any) -> type[nn.Module]:
     """The subclass of both, called after both: ``RoutedViT`` over ``Eva`` is ``RoutedEva``."""
-    name = over.__name__.removesuffix("ViT").removesuffix("Attention").removesuffix("Block") + own.__name__
-    return type(name, (over, own), {"undressed": own, "over": over, "__module__": over.__module__})
+    if (over, own) not in _MADE:
+        name = over.__name__.removesuffix("ViT").removesuffix("Attention").removesuffix("Block") + own.__name__
+        members = {"undressed": own, "over": over, "__module__": over.__module__}
+        _MADE[over, own] = type(name, (over, own), members)
+    return _MADE[over, own]
 
 
 def dress(module: nn.Module, over: type[Dressed]) -> None:

@@ -1,9 +1,9 @@
 """One counter of FLOPs, in the convention that gives every FLOPs figure of the paper's Tables 1, 4 and 5.
 
 The model runs on the meta device, which has shapes and no numbers, and its operators are counted as they come: one
-multiply-accumulate (MAC) each of a convolution, linear layer or matrix product, five per element of a norm (two of a batch norm). Softmax,
-activations, additions, LayerScale, rotations, sorting, merging's averages and whatever is read off an attention map
-are free. No model, router or method has a formula of its own.
+multiply-accumulate (MAC) each of a convolution, linear layer or matrix product, five per element of a norm, two of a
+batch norm. Softmax, activations, additions, LayerScale, rotations, sorting, merging's averages and whatever is read
+off an attention map are free. No model, router or method has a formula of its own.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def count_on_meta(model: nn.Module, input_size: Size) -> int:
 def _count(model: nn.Module, images: Tensor) -> int:
     training, norms = model.training, 0
 
-    def count_norm(module: nn.Module, args: Any, out: Any) -> None:  # as a module: some norms are made of many operators
+    def count_norm(
+        module: nn.Module, args: Any, out: Any
+    ) -> None:  # as a module: some norms are made of many operators
         nonlocal norms
         norms += 5 * out.numel()
 
@@ -110,7 +112,7 @@ def _count(model: nn.Module, images: Tensor) -> int:
 
 def default_input_size(model: Any) -> Size:
     """The image that the model was made for."""
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
         return (model.in_chans, *embed.img_size)
     return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224)))

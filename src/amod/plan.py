@@ -141,7 +141,7 @@ def routed_blocks(placement: str | Sequence[int], depth: int) -> tuple[int, ...]
 
 
 def _check_index(i: Any, depth: int) -> None:
-    if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= i < depth:
+    if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) < depth:
         raise UserError(f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")
 
 
@@ -216,7 +216,7 @@ def as_data(plan: Mapping[int, Entry]) -> dict[int, dict[str, dict[str, Any]]]:
 
 
 def from_data(data: Any) -> Plan:
-    """The plan of :func:`as_data`; fields with a default may be left out, and an entry without fields may be its name."""
+    """The plan of :func:`as_data`. Fields with a default may be left out, an entry without fields may be its name."""
     if not isinstance(data, Mapping):
         raise UserError(f"plan: {data!r} is no plan; write a mapping such as 1: {{Route: {{capacity: 0.5}}}}")
     plan: Plan = {}

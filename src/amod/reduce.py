@@ -135,7 +135,9 @@ def prune_places(kept: Tensor, count: int, remain: int) -> Reduction:
     owner = _inverse(kept, count)
     if remain == kept.shape[1]:
         return Reduction(kept, owner)
-    return Reduction(torch.cat([kept, kept.new_full((kept.shape[0], 1), -1)], dim=1), owner.masked_fill(owner < 0, remain - 1))
+    return Reduction(
+        torch.cat([kept, kept.new_full((kept.shape[0], 1), -1)], dim=1), owner.masked_fill(owner < 0, remain - 1)
+    )
 
 
 def _inverse(kept: Tensor, count: int) -> Tensor:

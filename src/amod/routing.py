@@ -19,15 +19,15 @@ from torch import Tensor
 class RoutedLayer(NamedTuple):
     """What one block with an entry in the plan did with the tokens of a batch.
 
-    ``layer`` is the 0-based block index. ``scores`` (B, N) float32 is what it thought of each token that entered, or
-    None where nothing was scored (a merge compares pairs). ``indices`` (B, K) int64, ascending, are the tokens that
+    ``layer`` is the 0-based block index. ``scores`` (B, N) float32 is what it thought of each token that entered,
+    (B, 0) where nothing was scored (a merge compares pairs). ``indices`` (B, K) int64, ascending, are the tokens that
     it kept, as positions in the sequence that leaves it: what a routed block skips leaves it too, a fused token is not
     among the kept. ``owner`` (B, tokens of the model) int64 is None as long as no block has merged or pruned; then it
     is, for every token that entered the model, the position of the one that stands for it, or -1.
     """
 
     layer: int
-    scores: Tensor | None
+    scores: Tensor
     indices: Tensor
     owner: Tensor | None = None
 

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from timm.models import Beit, Eva, VisionTransformer, VisionTransformerRelPos
 from torch import Tensor, nn
 
@@ -23,7 +22,6 @@ from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan
 from amod.routers import ROUTERS, make_router
-from amod.routing import Routing
 from amod.walk import MASKS, Walk, class_tokens
 
 FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
@@ -49,6 +47,9 @@ class RoutedViT(Dressed):
     plan: Plan
     routers: nn.ModuleDict
     mask_name: str
+    blocks: Any
+    num_prefix_tokens: int
+    forward_head: Any
 
     @property
     def blocks_routed(self) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ class RoutedViT(Dressed):
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """timm's; what the plan says of the blocks that go, and their routers, go with them."""
         indices = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        depth = len(self.blocks)  # type: ignore[arg-type]
+        depth = len(self.blocks)
         self.plan = {i: entry for i, entry in self.plan.items() if i < depth}
         self.routers = nn.ModuleDict({i: router for i, router in self.routers.items() if int(i) < depth})
         return indices
@@ -89,12 +90,12 @@ class RoutedViT(Dressed):
         prefix, kept = self.num_prefix_tokens, {}
         for i, entry in sorted(self.plan.items()):
             if isinstance(entry, Route):
-                kept[i] = entry.kept(tokens, prefix)  # type: ignore[arg-type]
+                kept[i] = entry.kept(tokens, prefix)
                 continue
             if isinstance(entry, Merge):
-                tokens -= entry.merged(tokens, prefix)  # type: ignore[arg-type]
+                tokens -= entry.merged(tokens, prefix)
             elif isinstance(entry, Prune):
-                stay = prefix + entry.kept(tokens, prefix)  # type: ignore[arg-type, operator]
+                stay = prefix + entry.kept(tokens, prefix)
                 tokens = stay + (entry.fuse and stay < tokens)
             else:
                 tokens = class_tokens(self)
@@ -163,12 +164,11 @@ def convert(
     if router not in ROUTERS and router not in ("tome", "evit", "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
-    options = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
+    options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
     if budget is not None:
         return routed(vit, plan_for_budget(vit, budget, router, placement, options, input_size))
-    amounts = {"capacity": 0.125 if capacity is None else capacity, "r": 13 if r is None else r}
-    amounts["keep_rate"] = 0.7 if keep_rate is None else keep_rate
-    return routed(vit, make_plan(depth, router, placement=placement, **amounts, **options))
+    options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}
+    return routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
 
 
 def routed(vit: ViT, plan: Plan) -> ViT:
@@ -200,7 +200,7 @@ def dense(model: ViT) -> ViT:
     plain: Any = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, Dressed):
-            module.__class__ = module.undressed
+            module.__class__ = module.undressed  # type: ignore[assignment]
     for name in ("plan", "mask_name"):
         plain.__dict__.pop(name, None)
     plain._modules.pop("routers", None)
@@ -296,17 +296,17 @@ def truncate(vit: ViT, depth: int) -> ViT:
 
 
 def plan_for_budget(
-    vit: nn.Module,
+    vit: Any,
     budget: float,
     router: str,
     placement: str | Sequence[int] | None,
     options: Mapping[str, Any],
     input_size: Size | None = None,
 ) -> Plan:
-    """The plan of a method whose capacity, r or keep rate costs most without exceeding ``budget`` (MACs of one image)."""
+    """The plan of a method, of that capacity, r or keep rate which costs most without exceeding ``budget`` MACs."""
     size = input_size or default_input_size(vit)
     tokens = tokens_at(vit, size)
-    patches = tokens - vit.num_prefix_tokens  # type: ignore[operator]
+    patches = tokens - vit.num_prefix_tokens
     if router == "tome":
         amounts: list[dict[str, Any]] = [{"r": r} for r in range(patches // 2, -1, -1)]
     elif router == "evit":
@@ -314,7 +314,7 @@ def plan_for_budget(
     else:
         amounts = [{"capacity": kept / tokens} for kept in range(1, tokens + 1)]
         if options.get("keep_prefix"):
-            amounts = amounts[vit.num_prefix_tokens :]  # type: ignore[misc]
+            amounts = amounts[vit.num_prefix_tokens :]
     plans = [make_plan(len(vit.blocks), router, placement=placement, **a, **options) for a in amounts]  # type: ignore[arg-type]
     model: Any = routed(on_meta(vit), plans[-1])  # type: ignore[arg-type]
 
@@ -334,9 +334,7 @@ def tokens_at(vit: Any, size: Size) -> int:
     return height * width + vit.num_prefix_tokens
 
 
-def isoflop_depth(
-    vit: nn.Module, capacity: float, placement: Any = "alternate", input_size: Size | None = None
-) -> int:
+def isoflop_depth(vit: nn.Module, capacity: float, placement: Any = "alternate", input_size: Size | None = None) -> int:
     """Depth of the deepest truncation whose FLOPs do not exceed those of MoD at this capacity and placement.
 
     The paper's own depths (``PAPER_DEPTHS``) follow no single rule and are pinned where its tables are made.

@@ -181,13 +181,14 @@ class Walk:
         self.owner = here.owner if self.owner is None else moved(here.owner, self.owner)
         own = done["kept"].shape[1] if "kept" in done else remain  # a fused token is the last, and nobody's own
         indices = torch.arange(own, device=self.owner.device).expand(self.owner.shape[0], own)
-        scores = done["scores"].detach() if "scores" in done else None
-        self.routing.append(RoutedLayer(i, scores, indices, self.owner))
+        judged = done["scores"].detach() if "scores" in done else self.owner.new_zeros(self.owner.shape[0], 0).float()
+        self.routing.append(RoutedLayer(i, judged, indices, self.owner))
 
     def restored(self, x: Tensor) -> Tensor:
         """All N tokens from those that are here; one that is gone is as it was when it went."""
         self.x = x
         if self.owner is not None:
+            assert self.whole is not None
             x = torch.where((self.owner < 0).unsqueeze(-1), self.whole, take(x, self.owner.clamp(min=0)))
         self.whole = x
         return x

@@ -145,7 +145,7 @@ def correlations(runs: Sequence[Measured]) -> list[Correlation]:
 
 
 @torch.no_grad()
-def head_scores(model: RoutedViT | VisionTransformer, images: Tensor) -> tuple[int, Tensor]:
+def head_scores(model: Any, images: Tensor) -> tuple[int, Tensor]:
     """The last dense block's index, and of each of its heads the column mean of its map, (B, H, N).
 
     "How much the others look at each token": their mean over the heads is Eq. 4's score of the next block.

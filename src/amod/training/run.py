@@ -245,7 +245,7 @@ def compute_of(model: nn.Module, cfg: DictConfig, input_size: tuple[int, int, in
     vit: Any = model
     tokens = default_tokens(vit)
     kept: dict[int, int] = model.tokens_kept(tokens) if isinstance(model, RoutedViT) else {}
-    routed = list(kept) and [entry for entry in vit.plan.values() if isinstance(entry, Route)]
+    routed = [entry for entry in vit.plan.values() if isinstance(entry, Route)] if kept else []
     capacity: float | None = routed[0].capacity if routed else 1.0
     if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
         capacity = cfg.capacity if cfg.budget is None and cfg.router.get("depth") is None else None
