@@ -51,6 +51,11 @@ FAMILIES = {
     ),
     "no_qkv_bias": (None, {"img_size": 64, "qkv_bias": False, "reg_tokens": 2, "no_embed_class": True}),
 }
+PLACED = ("beit", "beitv2", "relpos", "relpos_class_token", "relpos_shared", "relpos_post_norm", "eva", "eva02",
+          "eva02_separate", "eva_post_norm", "dinov3", "dinov3_swiglu", "perception_encoder", "rope_mixed",
+          "rope_axial_absolute", "rope_registers", "grouped_queries")  # fmt: skip
+"""Those whose blocks read where a token stands: rotary rows, relative positions."""
+PLAIN = [family for family in FAMILIES if family not in PLACED]
 INPUT = {
     "hybrid": 128,
     "eva": 56,

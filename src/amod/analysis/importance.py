@@ -25,8 +25,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from amod.attention import READABLE, ReadableAttention
+from amod.errors import UserError
 from amod.plan import Route
-from amod.vit import convert
+from amod.vit import FAMILIES, convert
 
 CHUNK_ELEMENTS = 1 << 20
 """Shortened sequences run together up to so many values of their tokens (4 MiB; with the MLP's and attention's
@@ -85,6 +86,11 @@ def leave_one_out(
         removed: (B, M) int64, positions in 0..N-1, each removed alone.
         done: called after each chunk with the number of blocks it ran, each sequence counted.
     """
+    if isinstance(vit, FAMILIES) and not isinstance(vit, VisionTransformer):
+        raise UserError(
+            f"{type(vit).__name__}: its blocks read where a token stands, so importance cannot leave one out; "
+            "it is measured on timm's VisionTransformer"
+        )
     b, n, d = x.shape
     others = torch.arange(n - 1, device=x.device)
     rows = torch.arange(b, device=x.device).repeat_interleave(removed.shape[1])
