@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import timm
 import torch
 from timm.layers import RmsNorm, SwiGLU
+from timm.models import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 4, "num_classes": 7}
@@ -51,6 +53,8 @@ FAMILIES = {
     ),
     "no_qkv_bias": (None, {"img_size": 64, "qkv_bias": False, "reg_tokens": 2, "no_embed_class": True}),
 }
+if "num_kv_heads" not in inspect.signature(Eva).parameters:  # an older timm
+    del FAMILIES["grouped_queries"]
 PLACED = ("beit", "beitv2", "relpos", "relpos_class_token", "relpos_shared", "relpos_post_norm", "eva", "eva02",
           "eva02_separate", "eva_post_norm", "dinov3", "dinov3_swiglu", "perception_encoder", "rope_mixed",
           "rope_axial_absolute", "rope_registers", "grouped_queries")  # fmt: skip

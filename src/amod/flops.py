@@ -145,8 +145,12 @@ def within_budget(candidates: Sequence[T], cost: Callable[[T], int], budget: flo
         raise UserError(
             f"budget of {float(budget) / 1e9:.6g} GFLOPs: {what} reaches {least / 1e9:.4f} to {most / 1e9:.4f} GFLOPs"
         )
-    low, high = 0, len(candidates)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(candidates[middle]) <= budget else (low, middle)
-    return candidates[low]
+    low, high = 0, len(candidates) - 1
+    while high - low > 1:  # costs are nearly linear: the next place to look is where a line would meet the budget
+        guess = low + round((high - low) * (budget - least) / (most - least))
+        guess = min(max(guess, low + 1), high - 1)
+        if (found := cost(candidates[guess])) <= budget:
+            low, least = guess, found
+        else:
+            high, most = guess, found
+    return candidates[high if most <= budget else low]

@@ -34,6 +34,9 @@ class Steps:
     def __init__(self, steps: list[Callable[..., Tensor]]) -> None:
         self.steps = steps
 
+    def __bool__(self) -> bool:
+        return True  # for torch.compile before 2.14, which asks this of an instance without attributes
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -63,6 +66,7 @@ class Walk:
 
     def __init__(self, model: Any, record: bool = False, restore: bool = False) -> None:
         self.model = model
+        self.blocks = Steps([partial(self.step, i, block) for i, block in enumerate(model.blocks)])
         self.record, self.restore = record, restore
         self.placed = not isinstance(model, VisionTransformer)
         """Whether the blocks read where a token stands: rotary rows, relative positions."""
@@ -76,10 +80,6 @@ class Walk:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
-
-    @property
-    def blocks(self) -> Steps:
-        return Steps([partial(self.step, i, block) for i, block in enumerate(self.model.blocks)])
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.model.undressed.forward_features(self, x, *args, **kwargs)
