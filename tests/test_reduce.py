@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import amod
+import reference
 from amod.plan import Merge
 from amod.reduce import Match, match, merge, merge_places, moved, prune, prune_places
 
@@ -278,3 +279,16 @@ def test_dense_takes_the_plan_off_again():
         assert [type(m) for m in back.modules()] == [type(m) for m in dense.modules()]
         assert back.state_dict().keys() == dense.state_dict().keys()
         assert torch.equal(back(images()), dense(images()))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@torch.no_grad()
+def test_scores_behind_a_pruning_block_are_those_of_the_tokens_that_remain(fuse):
+    """A fused token has the sum of what it stands for; what is gone takes its score along."""
+    dense = vit(depth=4)
+    _, routing = amod.convert(dense, plan={1: amod.Prune(0.5, fuse), 2: amod.Route(0.5)})(images(), return_routing=True)
+    _, decisions = reference.forward(dense, images(), "attention", [2], 8)
+    for b, (_, scores) in enumerate(decisions[2]):
+        kept = routing[0].tokens(17)[b]
+        expected = scores[kept].tolist() + ([scores[~kept].sum().item()] if fuse else [])
+        assert_close(routing[1].scores[b], torch.tensor(expected), atol=1e-6, rtol=1e-4)
