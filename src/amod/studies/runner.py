@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from amod.errors import UserError
 from amod.studies.plan import Run
-from amod.training.settings import compose_config
+from amod.training.settings import CONF, compose_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 QUIET = 300.0  # seconds without news, after which the progress line is shown again
@@ -50,10 +52,15 @@ def how_to_run(launcher: str | None, extra: Mapping[str, Any] | None = None) -> 
 
 
 def arguments(run: Run, root: Path, how: Sequence[str]) -> list[str]:
-    """A run's overrides, those of ``how`` in the place of its own."""
-    said = {override.partition("=")[0] for override in how}
+    """A run's overrides, those of ``how`` in the place of its own; what its data has no setting for is left out."""
+    data = OmegaConf.load(CONF / "data" / f"{run.settings['data']}.yaml")
+    said = {}
+    for override in how:
+        key = override.partition("=")[0]
+        if override != "-m" and not (key.startswith("data.") and key.removeprefix("data.") not in data):
+            said[key] = override
     own = [override for override in run.arguments(root) if override.partition("=")[0] not in said]
-    return [*(override for override in how if override != "-m"), *own]
+    return [*said.values(), *own]
 
 
 def command(run: Run, root: Path, how: Sequence[str]) -> list[str]:
