@@ -278,6 +278,38 @@ def test_pretrained_weights_that_are_nowhere(tmp_path):
         assert word in done.stderr
 
 
+def test_a_float16_checkpoint_of_another_image_size_without_a_head(tmp_path, caplog):
+    """As DINOv2's weights come: the position embedding is resampled, the head is new, the model is float32."""
+    caplog.set_level("INFO")
+    small = ["model=dinov2_small", "+model.kwargs.depth=2", "+model.kwargs.embed_dim=12", "+model.kwargs.num_heads=2"]
+    whole = compose_config("train", [*small, "model.kwargs.img_size=224"])
+    torch.manual_seed(0)
+    state = {k: v.half() for k, v in create_vit(whole.model, 0).state_dict().items()}
+    save_file(state, tmp_path / "half.safetensors")
+    overrides = ["model.kwargs.img_size=112", f"model.checkpoint={tmp_path / 'half.safetensors'}", "router=none"]
+    made = build(compose_config("train", [*small, *overrides]), num_classes=3)
+    vit = made.model.vit
+    assert not made.adapted
+    assert "position embeddings resized from 257 to 65 tokens" in caplog.text
+    assert {p.dtype for p in vit.parameters()} == {torch.float32}
+    assert vit.pos_embed.shape == (1, 65, 12)
+    assert torch.equal(vit.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"].float())
+    assert made.model(torch.zeros(1, 3, 112, 112)).shape == (1, 3)
+
+
+@pytest.mark.skipif("AMOD_DINOV2" not in os.environ, reason="AMOD_DINOV2 names no file of ViT-S/14's weights")
+def test_the_real_weights():
+    """Real features: the class tokens of an image and of its mirror image are close, those of noise are not."""
+    overrides = ["model=dinov2_small", "model.kwargs.img_size=112", f"model.checkpoint={os.environ['AMOD_DINOV2']}"]
+    vit = build(compose_config("train", [*overrides, "router=none"]), num_classes=3).model.vit.eval()
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 112), torch.linspace(-1, 1, 112), indexing="ij")
+    disc = ((x - 0.3) ** 2 + y**2 < 0.2).float().expand(3, 112, 112)
+    images = torch.stack([disc, disc.flip(-1), torch.randn(3, 112, 112)])
+    with torch.no_grad():
+        token = torch.nn.functional.normalize(vit.forward_features(images)[:, 0], dim=-1)
+    assert token[0] @ token[1] > token[0] @ token[2] + 0.2
+
+
 def test_saved_weights_load_into_plain_timm(checkpoint, tmp_path):
     made = built(checkpoint, "router=attention").model
     save_file(made.state_dict(), tmp_path / "amod.safetensors")

@@ -40,7 +40,7 @@ def reproduce(cfg: DictConfig) -> None:
     scale = _plain(cfg.scale)
     root, results = Path(cfg.runs), Path(cfg.results)
     how = how_to_run(cfg.launcher, cfg.extra)
-    studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study))]
+    studies = [at_scale(study, scale) for study in studies_of(at_scale(_plain(cfg.study), scale))]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
