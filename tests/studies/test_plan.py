@@ -108,7 +108,7 @@ def test_a_stage_may_start_from_a_file_of_weights_that_its_runs_are_named_after(
     assert not set(plain) & set(here) | set(here) & set(other)
     (dense, finetuned) = here
     assert here == {dense: ["model.checkpoint=/a/vit.pth"], finetuned: [f"model.checkpoint=runs/{dense}"]}
-    assert list(plain.values())[0] == []
+    assert next(iter(plain.values())) == []
     (transferred,) = arguments("/a/vit.pth", {**study, "stage": "transfer"}).values()
     assert transferred == ["model.checkpoint=/a/vit.pth"]
 
