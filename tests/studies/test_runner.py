@@ -35,7 +35,7 @@ folder.mkdir()
 def root(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    monkeypatch.setattr(runner, "TRAIN", script)
+    monkeypatch.setattr(runner, "SCRIPTS", tmp_path)
     return tmp_path / "runs"
 
 

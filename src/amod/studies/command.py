@@ -41,7 +41,7 @@ def reproduce(cfg: DictConfig) -> None:
     scale = _plain(cfg.scale)
     root, results = Path(cfg.runs), Path(cfg.results)
     how = how_to_run(cfg.launcher, cfg.extra)
-    studies = [at_scale(study, scale) for study in studies_of(at_scale(_plain(cfg.study), scale))]
+    studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
@@ -64,7 +64,7 @@ def reproduce(cfg: DictConfig) -> None:
     runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
     for run in runs:
         if not finished(run, root) and run.start is None:  # the others need its checkpoint to be checked
-            check_train(compose_config("train", arguments(run, root, how)))
+            check_train(compose_config(Path(run.script).stem, arguments(run, root, how)))
     failed: dict[str, str] = {}
     try:
         execute(runs, root, cfg.jobs or default_jobs(), how, failed)
@@ -102,12 +102,14 @@ def report(
     print(f"all claims: {write_page(list(studies_of(whole)), scales, whole['untested'], results)}", flush=True)
 
 
-def studies_of(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The study itself, or those that it lists."""
+def studies_of(study: dict[str, Any], scale: str | None = None) -> Iterator[dict[str, Any]]:
+    """The study itself, or those that it lists which are meant for this scale; all of them for scale None."""
     if "studies" not in study:
         yield study
     for name in study.get("studies", []):
-        yield _plain(OmegaConf.load(CONF / "study" / f"{name}.yaml"))
+        listed = _plain(OmegaConf.load(CONF / "study" / f"{name}.yaml"))
+        if scale is None or scale in listed.get("scales", [scale]):
+            yield listed
 
 
 def default_jobs() -> int:
@@ -125,7 +127,7 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
 
     counted: dict[str, float] = {}
     for run in runs:
-        cfg = compose_config("train", arguments(run, root, how))
+        cfg = compose_config(Path(run.script).stem, arguments(run, root, how))
         cfg.model.pretrained, cfg.model.checkpoint = False, None
         shape = f"{cfg.model} {cfg.router} {cfg.placement} {cfg.capacity} {cfg.budget} {cfg.data.num_classes}"
         if shape not in counted:
@@ -133,7 +135,8 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
                 model = build(cfg, cfg.data.num_classes).model
             counted[shape] = count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
         state = "finished" if finished(run, root) else "to run"
-        print(f"# {counted[shape]:.4f} GFLOPs, {cfg.schedule.epochs} epochs, {state}")
+        epochs = f"{cfg.schedule.epochs} epochs" if run.script == "train.py" else "no training"
+        print(f"# {counted[shape]:.4f} GFLOPs, {epochs}, {state}")
         print(" ".join(command(run, root, how)))
     print(f"{len(runs)} runs", flush=True)
 

@@ -21,7 +21,7 @@ WEIGHTS = "weights"  # a stage's start that is no stage
 
 @dataclass(frozen=True)
 class Run:
-    """One run of src/train.py.
+    """One run of src/train.py, or of another ``script`` there that takes the same settings.
 
     ``settings`` are its overrides without run_dir and model.checkpoint, ``start`` is the run whose weights it begins
     with, ``weights`` a file to begin with instead, ``variant`` the study's name for a change of the model itself.
@@ -32,6 +32,7 @@ class Run:
     settings: Mapping[str, str] = field(hash=False)
     start: Run | None = None
     weights: str | None = None
+    script: str = "train.py"
 
     @property
     def digest(self) -> str:
@@ -50,7 +51,7 @@ class Run:
         return "-".join([*parts, f"seed{self.settings['seed']}", self.digest])
 
     def arguments(self, root: Path) -> list[str]:
-        """The arguments of src/train.py."""
+        """The arguments of the script."""
         given = [f"{key}={value}" for key, value in self.settings.items()]
         source = root / self.start.name if self.start else self.weights
         start = [f"model.checkpoint={source}"] if source else []
@@ -90,7 +91,7 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
 
     def add(name: str, variant: str, settings: Iterable[str], start: Run | None = None) -> Run:
         weights = scale.get("weights") if stages[name].get("start") == WEIGHTS else None
-        run = Run(name, variant, _merged(settings), start, weights)
+        run = Run(name, variant, _merged(settings), start, weights, stages[name].get("script", "train.py"))
         return ordered.setdefault(run.name, run)
 
     for seed, model, (variant, changes) in product(

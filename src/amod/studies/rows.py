@@ -17,9 +17,17 @@ from amod.analysis import style
 from amod.studies.plan import Run
 from amod.studies.runner import finished, last_line
 
+ROUTERS = (
+    "isoflop",
+    "reversed",
+    "random",
+    "linear",
+    "attention",
+    "attention_weighted",
+)  # as tables and pictures list them
 NAMES = {
     "none": "dense",
-    **{router: style.NAMES[router] for router in ("isoflop", "random", "linear", "attention", "attention_weighted")},
+    **{router: style.NAMES[router] for router in ROUTERS},
 }
 METRICS = {
     "test_top1": "test top-1 (%)",
@@ -69,7 +77,7 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
             summary = json.loads((folder / "summary.json").read_text())
             environment = json.loads((folder / "environment.json").read_text())
             row |= {key: value for key, value in (environment | summary).items() if key in COLUMNS and key not in AXES}
-            curve = curve_of(folder, summary["val_top1_untrained"])
+            curve = curve_of(folder, summary.get("val_top1_untrained"))
             row |= {"status": "finished", "note": "", "epochs_to_peak": epochs_to_peak(curve)}
             curves += [(run.name, epoch, value) for epoch, value in curve]
         elif row["status"] == "not run":
@@ -110,6 +118,8 @@ def curves_of(path: Path) -> pd.DataFrame:
 
 def curve_of(folder: Path, untrained: float | None) -> list[tuple[int, float]]:
     """(epochs trained, validation top-1 in percent), the untrained accuracy first where there is one."""
+    if not (folder / "metrics.csv").exists():
+        return []  # measured without training
     found = pd.read_csv(folder / "metrics.csv").dropna(subset=["val/top1"])
     trained = [(int(epoch) + 1, float(top1)) for epoch, top1 in zip(found["epoch"], found["val/top1"], strict=True)]
     return trained if untrained is None else [(0, untrained), *trained]

@@ -34,7 +34,7 @@ from amod.placement import PLACEMENTS, routed_blocks
 CONF = Path(__file__).parents[3] / "conf"
 
 # Routers that score tokens by the attention map of the block before them.
-ATTENTION_ROUTERS = ("attention", "attention_weighted")
+ATTENTION_ROUTERS = ("attention", "attention_weighted", "reversed")
 # Settings that are handed to timm.create_model, timm's create_transform, Lightning's Trainer and Hydra as they are.
 OPEN_GROUPS = ("model.kwargs.", "schedule.augment.", "trainer.", "hydra.")
 # What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
