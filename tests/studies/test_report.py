@@ -34,6 +34,17 @@ def test_the_files_of_a_report(tmp_path):
     assert set(curves["run"]) == {run.name for run in runs[:-1]}
 
 
+def test_what_was_not_run_is_counted_by_seed(tmp_path):
+    runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
+    for run in runs[-2:]:
+        (tmp_path / "runs" / run.name / "summary.json").unlink()
+    found = rows_of(runs, tmp_path / "runs", {})
+    text = write_report(STUDY, {**SCALE, "weights": "/a/vit.pth"}, *found, tmp_path / "results").read_text()
+    assert "2 runs finished, 2 runs not run; seeds 0." in text
+    assert "Not run: 2 runs of seed 1." in text
+    assert "study=toy scale=toy scale.weights=vit.pth`" in text
+
+
 def test_a_part_of_a_study_leaves_the_report_of_more_as_it_is(tmp_path):
     runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.5]})
     whole = write_report(STUDY, SCALE, *rows_of(runs, tmp_path / "runs", {}), tmp_path / "results")

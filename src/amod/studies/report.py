@@ -67,10 +67,11 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     recipes = {name: scale["stages"][name]["settings"] for name in stages}
     if scale.get("settings"):
         recipes = {"all": scale["settings"], **recipes}
+    weights = f" scale.weights={Path(scale['weights']).name}" if scale.get("weights") else ""
     said = "\n".join(f"- {name}: `{' '.join(map(str, settings))}`" for name, settings in recipes.items())
     return (
         f"# {study['title']} ({scale['name']} scale)\n\n"
-        f"`python src/reproduce.py study={study['name']} scale={scale['name']}`, trained at commit "
+        f"`python src/reproduce.py study={study['name']} scale={scale['name']}{weights}`, run at commit "
         f"{', '.join(commits) or '-'}{changed}; {counted}; {seeds_of(rows)}.\n\n"
         f"Recipes, over those of conf/schedule:\n\n{said}" + (f"\n\n{scale['remark']}" if "remark" in scale else "")
     )
@@ -195,5 +196,11 @@ def runs_section(rows: pd.DataFrame) -> str:
     bad = rows[rows["status"] != "finished"]
     if bad.empty:
         return "All runs are finished: [runs.csv](runs.csv), a line for each, and their [curves.csv](curves.csv)."
-    lines = [["run", "status", "note"], ["---"] * 3, *bad[["run", "status", "note"]].to_numpy().tolist()]
-    return f"## Runs that did not finish\n\nThe others are in [runs.csv](runs.csv).\n\n{markdown(lines)}"
+    said, waiting = ["## Not complete"], bad[bad["note"] == ""]
+    if len(waiting):
+        counted = waiting.groupby("seed").size()
+        said.append(f"Not run: {', '.join(f'{count} runs of seed {seed}' for seed, count in counted.items())}.")
+    if len(told := bad[bad["note"] != ""]):
+        lines = [["run", "status", "note"], ["---"] * 3, *told[["run", "status", "note"]].to_numpy().tolist()]
+        said.append(markdown(lines))
+    return "\n\n".join([*said, "All are in [runs.csv](runs.csv)."])
