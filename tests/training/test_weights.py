@@ -210,7 +210,8 @@ from amod.training.settings import compose_config, one_line_errors
 with one_line_errors():
     from amod.training.weights import build
     made = build(compose_config("train", sys.argv[1:]), 1000)
-    print(made.adapted, float(made.model.vit.head.bias.sum()))
+    vit = made.model.vit
+    print(made.adapted, float(vit.head.bias.sum()), float(vit.blocks[0].attn.qkv.weight.sum()), len(vit.pos_embed[0]))
 """
 
 
@@ -224,14 +225,16 @@ def hub_cache(home: Path, name: str) -> dict[str, torch.Tensor]:
     """A local hub cache with random weights of a timm model, in the hub's own layout; returns the weights."""
     torch.manual_seed(5)
     model = timm.create_model(name, pretrained=False)
-    torch.nn.init.normal_(model.head.bias)
+    if model.num_classes:
+        torch.nn.init.normal_(model.head.bias)
     repo, commit = home / "hub" / f"models--timm--{name}", "0" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
     save_file(model.state_dict(), snapshot / "model.safetensors")
-    (snapshot / "config.json").write_text(json.dumps({"architecture": name.partition(".")[0], "num_classes": 1000}))
+    config = {"architecture": name.partition(".")[0], "num_classes": model.num_classes}
+    (snapshot / "config.json").write_text(json.dumps(config))
     return model.state_dict()
 
 
@@ -241,9 +244,18 @@ def test_pretrained_weights_from_a_local_hub_cache_offline(tmp_path, name):
     state = hub_cache(tmp_path, name)
     done = in_hub(tmp_path, "model=deit_tiny", f"model.name={name}", "router=attention")
     assert done.returncode == 0, done.stderr
-    adapted, bias = done.stdout.split()
+    adapted, bias = done.stdout.split()[:2]
     assert adapted == "True"
     assert float(bias) == pytest.approx(float(state["head.bias"].sum()))
+
+
+def test_dinov2_from_the_hubs_cache_at_another_image_size_has_a_new_head(tmp_path):
+    state = hub_cache(tmp_path, "vit_small_patch14_dinov2.lvd142m")
+    done = in_hub(tmp_path, "model=dinov2_small", "model.kwargs.img_size=112", "router=attention")
+    assert done.returncode == 0, done.stderr
+    adapted, _, weight, tokens = done.stdout.split()
+    assert (adapted, tokens) == ("False", "65")
+    assert float(weight) == pytest.approx(float(state["blocks.0.attn.qkv.weight"].sum()), rel=1e-3)
 
 
 def test_flowers_from_pretrained_weights_as_typed(tmp_path):
