@@ -30,7 +30,7 @@ benchmark: $(VENV)/.ready ## time the variants against dense timm and ToMe; tabl
 benchmark-ddp: $(VENV)/.ready ## time training in two processes against one, one thread each, on an idle machine
 	$(RUN) tools/benchmark_ddp.py --out results/benchmark/ddp.json
 
-reproduce-all: ## every table and figure; SCALE=small or paper, DRY=1 lists the commands, ARGS="'scale.seeds=[0]'"
+reproduce-all: ## every table and figure; SCALE=small, medium or paper, DRY=1 lists the commands, ARGS="'scale.seeds=[0]'"
 $(STUDIES): reproduce-%: $(VENV)/.ready
 	$(RUN) src/reproduce.py study=$* scale=$(SCALE) dry=$(if $(filter 1 true yes,$(DRY)),true,false) $(ARGS)
 

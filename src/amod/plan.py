@@ -105,6 +105,7 @@ READS_ATTENTION = {
     "attention": "column_mean",
     "attention_weighted": "column_mean",
     "class_attention": "class_attention",
+    "reversed": "column_mean",
 }
 """The routers that score tokens by the attention of the block before, and what of it they read."""
 PLACEMENTS = {

@@ -48,6 +48,13 @@ class AttentionWeightedRouter(AttentionRouter):
         return scores
 
 
+class ReversedRouter(AttentionRouter):
+    """The other control: the tokens that the others look at least. A score that means something must beat it."""
+
+    def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
+        return -super().forward(x, attention)
+
+
 class LinearRouter(Router):
     """Standard MoD (Eq. 1 and 2): r_i = w . x_i, no bias, and x'_i = r_i f(x_i) + x_i gives w its gradient.
 
@@ -83,6 +90,7 @@ ROUTERS: dict[str, type[Router]] = {
     "class_attention": AttentionRouter,
     "linear": LinearRouter,
     "random": RandomRouter,
+    "reversed": ReversedRouter,
 }
 
 

@@ -16,6 +16,7 @@ COLOURS = {
     "attention": "#0072B2",
     "attention_weighted": "#56B4E9",
     "random": "#CC79A7",
+    "reversed": "#009E73",
     "tome": "#D55E00",
 }
 MARKERS = {
@@ -25,6 +26,7 @@ MARKERS = {
     "attention": "o",
     "attention_weighted": "v",
     "random": "P",
+    "reversed": "<",
     "tome": "^",
 }
 LINES = {
@@ -34,6 +36,7 @@ LINES = {
     "attention": "-",
     "attention_weighted": "-.",
     "random": (0, (5, 1, 1, 1, 1, 1)),
+    "reversed": (0, (3, 1, 1, 1)),
     "tome": (0, (8, 3)),
 }
 NAMES = {
@@ -43,5 +46,6 @@ NAMES = {
     "attention": "A-MoD",
     "attention_weighted": "A-MoD weighted",
     "random": "random",
+    "reversed": "A-MoD reversed",
     "tome": "ToMe",
 }

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set lies: ``folder`` is looked for in ``data.root``, ``files`` are patterns inside it."""
+    """Where a data set lies: ``folder`` is looked for in ``data.root``, ``files`` are patterns inside it.
+
+    With ``any_name``, ``data.root`` may be that folder itself, whatever it is called.
+    """
 
     folder: str
     files: tuple[str, ...]
     get: str
     can_download: bool = False
+    any_name: bool = False
 
 
 _DOWNLOAD = "add data.download=true to fetch it"
@@ -34,6 +38,13 @@ LAYOUTS = {
         "imagenet",
         ("train/*/*", "val/*/*"),
         "register at image-net.org, unpack ILSVRC2012 so that train/ and val/ hold one folder per synset",
+    ),
+    "imagenette": Layout(
+        "imagenette2-320",
+        ("train/*/*", "val/*/*"),
+        f"{_DOWNLOAD} (340 MB), or name a folder that holds train/ and val/ with a folder per synset",
+        can_download=True,
+        any_name=True,
     ),
     "flowers": Layout("flowers-102", ("jpg/*.jpg", "imagelabels.mat", "setid.mat"), _DOWNLOAD, True),
     "cars": Layout(
@@ -106,7 +117,7 @@ def locate(cfg: Mapping[str, Any]) -> Path:
         return Path()
     root = Path(cfg["root"]).expanduser().absolute()
     places = [root / layout.folder]
-    if layout.folder and root.name == places[0].name:
+    if layout.folder and (layout.any_name or root.name == places[0].name):
         places.append(root)
     places += [Path(place).expanduser() for place in cfg.get("fallback") or ()]
     with reachable(f"data.root={root}"):
