@@ -35,7 +35,9 @@ def saved(tmp_path):
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_folder_gives_the_same_model(tmp_path, plan):
     before = model(plan)
-    folder = amod.save_pretrained(before, tmp_path / "deep" / "saved", class_names=list("abcde"), training={"epochs": 3})
+    folder = amod.save_pretrained(
+        before, tmp_path / "deep" / "saved", class_names=list("abcde"), training={"epochs": 3}
+    )
     after = amod.from_pretrained(folder)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(after(images), before(images))
@@ -62,7 +64,9 @@ def test_timm_reads_the_dense_model_from_it(saved):
 
 def test_a_shortened_and_a_rotary_model(tmp_path):
     short = amod.truncate(timm.create_model("vit_tiny_patch16_224", **TINY), 2).eval()
-    rotary = timm.create_model("vit_small_patch16_dinov3", img_size=64, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    rotary = timm.create_model(
+        "vit_small_patch16_dinov3", img_size=64, embed_dim=32, depth=4, num_heads=2, num_classes=5
+    )
     for before in (short, amod.convert(rotary, capacity=0.5).eval()):
         after = amod.from_pretrained(amod.save_pretrained(before, tmp_path / type(before).__name__))
         images = torch.randn(2, 3, *before.patch_embed.img_size)

@@ -48,10 +48,14 @@ def save_pretrained(
             raise UserError(f"{folder}: is a file; name a folder")
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture"):
-        raise UserError(f"{type(model).__name__}: timm does not know this model by a name; make it by timm.create_model")
+        raise UserError(
+            f"{type(model).__name__}: timm does not know this model by a name; make it by timm.create_model"
+        )
     names = [*class_names] if class_names is not None else cfg.get("label_names")
     if names is not None and len(names) != model.num_classes:
-        raise UserError(f"class_names: {len(names)} names for a model of {model.num_classes} classes; give one for each")
+        raise UserError(
+            f"class_names: {len(names)} names for a model of {model.num_classes} classes; give one for each"
+        )
     plan = model.plan if isinstance(model, RoutedViT) else {}
     ours = {"format": FORMAT, "version": _version(), "plan": as_data(plan), "training": dict(training or {})}
     dense: Any = _dense(model)
@@ -60,7 +64,9 @@ def save_pretrained(
         new = Path(made)
         config = {"amod": ours, **({"label_names": names} if names else {})}
         try:
-            save_for_hf(dense, made, model_config=config, model_args={"depth": len(dense.blocks)}, safe_serialization=True)
+            save_for_hf(
+                dense, made, model_config=config, model_args={"depth": len(dense.blocks)}, safe_serialization=True
+            )
         except (TypeError, ValueError) as error:
             raise UserError(f"{folder}: timm cannot describe this model ({one_line(error)})") from error
         routers = _routers(model)
@@ -91,8 +97,10 @@ def from_pretrained(source: str | Path) -> Any:
         ours = config.get("amod", {})
         found, form = config["architecture"], ours.get("format", 1)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{source}: no saved model (config.json: {one_line(error)}); name a folder of amod.save_pretrained,"
-                        " a hub id or a finished run") from None  # fmt: skip
+        raise UserError(
+            f"{source}: no saved model (config.json: {one_line(error)}); name a folder of save_pretrained, a hub id "
+            "or a finished run"
+        ) from None
     if form > FORMAT:
         raise UserError(
             f"{source}: its plan is of format {form}, saved by amod {ours.get('version')}; this is amod {_version()}, "
@@ -100,7 +108,9 @@ def from_pretrained(source: str | Path) -> Any:
         )
     if not (folder / WEIGHTS).is_file():
         pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]
-        hint = f"; {pickled[0]} is a pickle, which may run code and is not read: save it as safetensors" if pickled else ""
+        hint = (
+            f"; {pickled[0]} is a pickle, which may run code and is not read: save it as safetensors" if pickled else ""
+        )
         raise UserError(f"{source}: no {WEIGHTS}{hint}")
     try:
         vit: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
@@ -135,14 +145,14 @@ def model_card(model: Any, plan: Mapping[int, Any], training: Mapping[str, Any],
     blocks = "\n".join(f"    {i}: {entry}" for i, entry in sorted(plan.items())) or "    (dense)"
     usage = (
         f"```python\nimport amod, timm\n\nmodel = amod.from_pretrained({name!r})  # the routed model\n"
-        f'dense = timm.create_model("local-dir:{name}", pretrained=True)  # the same weights, every token in every block\n```\n'
+        f'dense = timm.create_model("local-dir:{name}", pretrained=True)  # every token in every block\n```\n'
     )
     details: dict[str, Any] = {"Architecture": model.pretrained_cfg["architecture"], "Classes": model.num_classes}
     details |= {f"Training, {key}": value for key, value in training.items()}
     card = {
         "tags": ["image-classification", "timm", "amod"],
         "license": model.pretrained_cfg.get("license") or "unknown",
-        "description": f"What each block does with its tokens (a block that is not listed processes all):\n\n{blocks}\n",
+        "description": f"What each block does with its tokens (those not listed process all):\n\n{blocks}\n",
         "details": details,
         "usage": usage,
     }
@@ -189,12 +199,17 @@ def _from_run(folder: Path) -> Any:
     cfg = read_config(folder / "config.yaml")
     cfg.model.checkpoint, cfg.model.pretrained = str(folder), False
     state = read_state(folder)
-    heads = [value for key, value in state.items() if key.endswith(("head.weight", "head.fc.weight"))]
-    if not heads:
-        raise UserError(f"{folder}: its weights have no head, so nothing says how many classes it has")
-    model = build(cfg, len(heads[0])).model
+    model = build(cfg, head_classes(state, folder)).model
     load_exactly(model, state, f"{folder}: its weights are not of the model in its config.yaml")
     return model.eval()
+
+
+def head_classes(state: Mapping[str, Tensor], source: Any) -> int:
+    """How many classes the head of a state dict has."""
+    heads = [value for key, value in state.items() if key in ("head.weight", "head.fc.weight")]
+    if not heads:
+        raise UserError(f"{source}: these weights have no head, so nothing says how many classes it has")
+    return len(heads[0])
 
 
 def _routers(model: nn.Module) -> dict[str, Tensor]:

@@ -82,6 +82,11 @@ class Walk:
         return Steps([partial(self.step, i, block) for i, block in enumerate(self.model.blocks)])
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.jit.is_tracing() and getattr(self.model, "dynamic_img_size", False):
+            raise UserError(
+                "torch.jit.trace: would bake in how many tokens an image of this size keeps; use amod.export, or a "
+                "model without dynamic_img_size"
+            )
         return self.model.undressed.forward_features(self, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +124,7 @@ class Walk:
         router = self.model.routers[str(i)]
         scores = router(x, self.scores)
         prefix = self.model.num_prefix_tokens
-        indices = top_k(scores.detach(), entry.kept(x.shape[1], prefix), prefix if entry.keep_prefix else 0)
+        indices = top_k(scores.detach(), entry.kept(int(x.shape[1]), prefix), prefix if entry.keep_prefix else 0)
         before, earlier = take(x, indices), self.scores
         after = self.run(i, block, before, inputs, indices)
         if self.scores is not None and entry.router in READS_ATTENTION:  # the block saw the kept tokens alone
@@ -135,7 +140,7 @@ class Walk:
         self, i: int, block: nn.Module, entry: Merge | Prune | ClassOnly, x: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """Fewer tokens leave the block than enter it: between its attention and its MLP, or as its only queries."""
-        prefix, count, size = self.model.num_prefix_tokens, x.shape[1], self.size
+        prefix, count, size = self.model.num_prefix_tokens, int(x.shape[1]), self.size
         if isinstance(entry, Merge) and not entry.merged(count, prefix):
             return self.run(i, block, x, inputs)
         done: dict[str, Any] = {}  # written again, the same, when gradient checkpointing runs the block again
