@@ -18,7 +18,7 @@ from amod.errors import UserError
 from amod.training.settings import CONF, COUNT, Choice, Flag, Number, Text, did_you_mean, launch
 
 MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
-VARIANTS = ("dense", "isoflop", "linear", "attention", "attention_weighted", "random", "tome")
+VARIANTS = ("dense", "isoflop", "linear", "attention", "attention_weighted", "random", "tome", "few_merges")
 LISTS: dict[str, Any] = {
     "measures": Choice(("speed", "parts", "memory")),
     "models": Choice(MODELS),
@@ -27,7 +27,8 @@ LISTS: dict[str, Any] = {
     "batch_sizes": COUNT,
     "modes": Choice(("forward", "train")),
     "compile": Flag(),
-    "precision": Choice(("32-true", "bf16-mixed")),
+    "precision": Choice(("32-true", "bf16-mixed", "default")),
+    "runtimes": Choice(("torch", "onnxruntime", "openvino")),
 }
 VALUES: dict[str, Any] = {
     "image_size": Number(1, integer=True, optional=True),
@@ -91,8 +92,10 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
     for part in presets[cfg.preset].values():
         s = {**presets["base"], **part, **asked}
         s["measures"] = [m for m in {**presets["base"], **part}["measures"] if m in asked.get("measures", (m,))]
-        axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"])
-        for measure, model, batch, mode, compiled, precision in itertools.product(*axes):
+        axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"], s["runtimes"])
+        for measure, model, batch, mode, compiled, precision, runtime in itertools.product(*axes):
+            if not _runs(measure, mode, compiled, precision, runtime):
+                continue
             cell = {
                 "measure": measure,
                 "model": model,
@@ -101,6 +104,7 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
                 "mode": "forward" if measure == "parts" else mode,
                 "compile": compiled and measure == "speed",
                 "precision": precision,
+                "runtime": runtime,
                 "variants": _variants(s["variants"], s["capacities"]),
                 "rounds": s["rounds"],
                 "min_rounds": s["min_rounds"],
@@ -110,6 +114,14 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
             if cell not in seen:
                 seen.append(cell)
                 yield cell
+
+
+def _runs(measure: str, mode: str, compiled: bool, precision: str, runtime: str) -> bool:
+    """Whether there is such a cell: other runtimes run forward passes alone, and only OpenVINO chooses a precision."""
+    if runtime == "torch":
+        return precision != "default"
+    plain = (measure, mode, compiled) == ("speed", "forward", False)
+    return plain and (precision == "32-true" or (precision == "default" and runtime == "openvino"))
 
 
 def _plain(value: Any) -> Any:
@@ -124,7 +136,7 @@ def _timm(model: str, image_size: int | None) -> dict[str, Any]:
 
 
 def _variants(names: list[str], capacities: list[float]) -> list[str]:
-    alone = [name for name in names if name.startswith("tome_r")]
+    alone = [name for name in names if name.startswith(("tome_r", "few_merges"))]
     routed = [name for name in names if name not in ("dense", *alone)]
     return ["dense", *(f"{name}@{c:g}" for c in capacities for name in routed), *alone]
 

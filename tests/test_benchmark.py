@@ -168,7 +168,8 @@ def test_the_goals_preset_holds_every_goal():
         records.append(record)
     rows = goals.goals(records)
     assert all(row.measured is not None for row in rows)
-    assert len(rows) == 6 * 5 + 3 + 1 + 2  # three models at two capacities for five goals; ToMe, batch 1, memory
+    # three models at two capacities for five goals; ToMe, batch 1, memory; runtimes at two batches, and there ToMe
+    assert len(rows) == 6 * 5 + 3 + 1 + 2 + 2 * 4 + 4
     by_goal = {row.goal: row for row in rows}
     assert by_goal["efficiency, forward, compiled"].measured.median == 1.0  # twice as fast at half the FLOPs
     assert by_goal["efficiency, forward, compiled"].reached
@@ -227,6 +228,25 @@ def test_a_capacity_too_small_for_a_model_is_refused_before_anything_is_timed(tm
     with pytest.raises(amod.UserError, match="keeps no token"):
         benchmark.job(config("preset=quick", "capacities=[0.001]", f"output={tmp_path / 'new'}"))
     assert not (tmp_path / "new").exists()
+
+
+def test_exported_files_are_cells_of_their_own():
+    cells = [cell for cell in benchmark.cells_of(config()) if cell["runtime"] != "torch"]
+    found = {(cell["runtime"], cell["batch"], cell["precision"]) for cell in cells}
+    assert len(found) == len(cells) == 6
+    assert ("onnxruntime", 1, "default") not in found
+    asked = config("runtimes=[openvino]", "modes=[forward,train]", "compile=[false,true]", "measures=[speed]")
+    assert {(cell["mode"], cell["compile"]) for cell in benchmark.cells_of(asked)} == {("forward", False)}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_an_exported_file_is_timed(runtime):
+    pytest.importorskip(runtime)
+    cell = {"timm_name": "vit_tiny_patch16_224", "kwargs": TINY, "variants": ["dense", "attention@0.5"], "batch": 2}
+    cell |= {"runtime": runtime, "precision": "32-true", "threads": 1, "rounds": 2, "min_rounds": 2, "seconds": 9}
+    record = measures.measure_speed({**cell, "fill": 0.0}, torch.device("cpu"))
+    assert {name: len(seconds) for name, seconds in record["seconds"].items()} == {"dense": 2, "attention@0.5": 2}
+    assert record["computed_in"] == ["float32"]
 
 
 # --- end to end

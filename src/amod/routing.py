@@ -108,6 +108,11 @@ def leaving_torch() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+def tokens_in(x: Tensor) -> int:
+    """N of (B, N, ...): a number while tracing, too, where a shape is a tensor; while exporting it may be a symbol."""
+    return int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
+
+
 def no_autocast(device: str) -> torch.autocast:
     """Scores are computed in float32 whatever autocast says; devices without autocast (meta) need nothing."""
     known = device != "meta" and torch.amp.is_autocast_available(device)

@@ -17,6 +17,7 @@ COLOURS = {
     "attention_weighted": "#56B4E9",
     "random": "#CC79A7",
     "tome": "#D55E00",
+    "few_merges": "#009E73",
 }
 MARKERS = {
     "dense": "X",
@@ -26,6 +27,7 @@ MARKERS = {
     "attention_weighted": "v",
     "random": "P",
     "tome": "^",
+    "few_merges": "<",
 }
 LINES = {
     "dense": (0, (1, 1)),
@@ -35,6 +37,7 @@ LINES = {
     "attention_weighted": "-.",
     "random": (0, (5, 1, 1, 1, 1, 1)),
     "tome": (0, (8, 3)),
+    "few_merges": (0, (8, 2, 1, 2)),
 }
 NAMES = {
     "dense": "dense",
@@ -44,4 +47,5 @@ NAMES = {
     "attention_weighted": "A-MoD weighted",
     "random": "random",
     "tome": "ToMe",
+    "few_merges": "few merges",
 }

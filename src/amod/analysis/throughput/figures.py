@@ -40,9 +40,14 @@ def title(cell: Mapping[str, Any]) -> str:
     return f"{cell['model']}{size}, batch {cell['batch']}, {setting(cell)}{what}"
 
 
+RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
+
+
 def setting(cell: Mapping[str, Any]) -> str:
     mode = "training step" if cell["mode"] == "train" else "forward"
-    return f"{mode}, {'compiled' if cell['compile'] else 'eager'}, {cell['precision']}"
+    how = RUNTIMES.get(cell["runtime"]) or ("compiled" if cell["compile"] else "eager")
+    precision = "its own precision" if cell["precision"] == "default" else cell["precision"]
+    return f"{mode}, {how}, {precision}"
 
 
 def label(record: Record, variant: str) -> str:

@@ -27,7 +27,7 @@ Value = Callable[[Record, str], Quartiles]
 
 def goals(records: Sequence[Record]) -> list[Row]:
     """The goals of the project's issue 3, each with every cell of ``records`` that speaks about it."""
-    batch_32 = {"measure": "speed", "batch": 32, "precision": "32-true"}
+    batch_32 = {"measure": "speed", "batch": 32, "precision": "32-true", "runtime": "torch"}
     models = ("deit_tiny", "deit_small", "vit_base")
     rows = []
     for name, least, settings in (
@@ -55,7 +55,35 @@ def goals(records: Sequence[Record]) -> list[Row]:
         )
     one = {**eager, "batch": 1}
     rows += _rows(records, "speed-up, batch 1, forward, eager", 1.65, one, models[1:2], speed_up, ("attention@0.125",))
-    return rows + _memory_rows(records)
+    return rows + _memory_rows(records) + _runtime_rows(records)
+
+
+RUNTIME_GOALS = (("openvino", 1, 0.97), ("openvino", 8, 1.0), ("onnxruntime", 1, 0.9), ("onnxruntime", 8, 0.97))
+
+
+def _runtime_rows(records: Sequence[Record]) -> list[Row]:
+    """Of exported files, in float32."""
+    rows = []
+    small = ("deit_small",)
+    for runtime, batch, least in RUNTIME_GOALS:
+        settings = {"measure": "speed", "batch": batch, "runtime": runtime, "precision": "32-true"}
+        rows += _rows(
+            records, f"efficiency, {runtime}, batch {batch}", least, settings, small, efficiency, ("attention@",)
+        )
+    for batch, least in ((1, 1.3), (8, 1.2)):
+        settings = {"measure": "speed", "batch": batch, "runtime": "openvino", "precision": "32-true"}
+        for capacity, rival in (("0.125", "tome_r13"), ("0.5", "tome@0.5")):
+            rows += _rows(
+                records,
+                f"A-MoD / ToMe at equal GFLOPs, openvino, batch {batch}",
+                least,
+                settings,
+                small,
+                lambda record, variant, rival=rival: speed_up(record, variant, rival),  # type: ignore[misc]
+                (f"attention@{capacity}",),
+                rival,
+            )
+    return rows
 
 
 def _against(router: str) -> Value:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,10 @@ import torch
 from amod.analysis.throughput.memory import measure_memory
 from amod.analysis.throughput.parts import PARTS, Stopwatch, watching
 from amod.analysis.throughput.timing import Step, alternate
-from amod.analysis.throughput.variants import build, dense, facts, make_step
+from amod.analysis.throughput.variants import Variant, build, dense, facts, make_step
+from amod.exporting import export
+from amod.flops import default_input_size
+from amod.runtimes import SUFFIXES, open_session
 
 
 def synchroniser(device: torch.device) -> Callable[[], None]:
@@ -24,7 +30,9 @@ def measure_speed(cell: Mapping[str, Any], device: torch.device) -> dict[str, An
     gc.collect()
     vit = dense(cell["timm_name"], cell["kwargs"]).to(device)
     variants = {name: build(vit, name) for name in cell["variants"]}
-    steps = {}
+    if cell["runtime"] != "torch":
+        return _measure_files(cell, variants)
+    steps: dict[str, Step] = {}
     torch.compiler.reset()
     # one limit for all models of a class: beyond it a model would silently run uncompiled
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -43,6 +51,27 @@ def measure_speed(cell: Mapping[str, Any], device: torch.device) -> dict[str, An
             synchronise=synchroniser(device),
         )
     return {"seconds": seconds, "repeats": repeats, **facts(variants)}
+
+
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
+
+
+def _measure_files(cell: Mapping[str, Any], variants: Mapping[str, Variant]) -> dict[str, Any]:
+    """The same of exported files in another runtime, on the processor."""
+    size = default_input_size(variants["dense"].model)
+    images = torch.randn(cell["batch"], *size, generator=torch.Generator().manual_seed(0)).numpy()
+    form, steps, precisions = FORMATS[cell["runtime"]], {}, set()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, variant in variants.items():
+            path = Path(folder) / f"{name}{SUFFIXES[form]}"
+            export(variant.model, path, form)
+            session = open_session(path, form, cell["threads"], cell["precision"] == "default")
+            precisions.add(session.precision)
+            steps[name] = partial(session, images)
+        seconds, repeats = alternate(
+            steps, cell["rounds"], min_rounds=cell["min_rounds"], seconds=cell["seconds"], fill=cell["fill"]
+        )
+    return {"seconds": seconds, "repeats": repeats, "computed_in": sorted(precisions), **facts(variants)}
 
 
 def measure_parts(cell: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -107,4 +136,6 @@ def expected_seconds(cell: Mapping[str, Any], macs: float, finished: Iterable[Ma
     if cell["measure"] == "parts":
         return one_round * (cell["rounds"] + 1)
     rounds = min(cell["rounds"], max(cell["min_rounds"], cell["seconds"] / one_round))
-    return one_round * (rounds + 1) + (30.0 * len(cell["variants"]) if cell["compile"] else 0)
+    return one_round * (rounds + 1) + (
+        30.0 * len(cell["variants"]) if cell["compile"] or cell["runtime"] != "torch" else 0
+    )
