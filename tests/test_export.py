@@ -86,18 +86,6 @@ def test_a_file_gives_what_the_model_gives(tmp_path, plan, suffix):
     assert {file.name for file in tmp_path.iterdir()} <= {f"model{suffix}", "model.bin"}
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_height_and_width_are_dynamic_where_the_model_has_them(tmp_path, suffix):
-    if suffix != ".pt2":
-        pytest.importorskip("onnxruntime")
-    routed = model(PLANS["attention"], dynamic_img_size=True)
-    amod.export(routed, tmp_path / f"model{suffix}")
-    images = torch.randn(3, 3, 48, 24)
-    session = open_session(tmp_path / f"model{suffix}")
-    assert session.facts["any_size"]
-    torch.testing.assert_close(torch.as_tensor(session(images.numpy())[0]), routed(images), atol=1e-4, rtol=1e-4)
-
-
 def test_a_rotary_model(tmp_path):
     name = {"name": "vit_small_patch16_dinov3", "patch_size": 16, "img_size": 64}
     amod.export(model({1: Route(0.5), 3: Route(0.25)}, **name), tmp_path / "model.pt2")

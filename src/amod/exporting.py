@@ -1,6 +1,6 @@
 """``amod.export``: a model as a file for onnxruntime, OpenVINO or torch, and proof that it gives what the model gives.
 
-The file takes ``images`` (any batch, and any height and width where the model does) and gives ``logits`` (B, classes)
+The file takes ``images`` (any batch) and gives ``logits`` (B, classes)
 and, for every block that routes, ``kept_<block>`` (B, K), the tokens that it kept. How images are to be prepared, the
 class names and the plan are in the file's metadata, so the file is all that a program needs.
 """
@@ -88,8 +88,7 @@ def export(
 ) -> Agreement:
     """Write the model to ``path`` for another runtime, check it there, and only then call it done.
 
-    The batch is dynamic, and so are height and width where the model has them (``dynamic_img_size=True``), the plan
-    merges and prunes nothing, and the runtime can follow (:func:`any_size`).
+    The batch is dynamic; height and width are ``input_size``'s.
 
     Args:
         model: of :func:`amod.convert`, or a timm model; it is left as it is.
@@ -176,11 +175,9 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
 
 
 def any_size(model: Any, form: str) -> bool:
-    """Whether height and width are the file's to choose: the model takes any, every K follows from them, and the
-    runtime can resize position embeddings as timm does (OpenVINO cannot)."""
-    if not getattr(model, "dynamic_img_size", False) or not all(isinstance(e, Route) for e in plan_of(model).values()):
-        return False
-    return form != "openvino" or getattr(model, "pos_embed", None) is None
+    """Whether height and width are the file's to choose. Not yet: a .pt2 cannot hold K of a symbolic size, and OpenVINO
+    not the resizing of position embeddings; a file has the image size that it was exported at."""
+    return False
 
 
 def traced(exported: Exported, size: Size, free: bool) -> Any:

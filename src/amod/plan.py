@@ -44,10 +44,7 @@ class Route:
 
         The product is rounded to nine decimals before the floor, so that C = 0.29 keeps 29 of 100 tokens and not 28.
         """
-        if isinstance(tokens, int):
-            kept = math.floor(round(float(self.capacity) * tokens, 9))
-        else:  # a symbol of torch.export, whose files hold whole numbers alone: the same, the product in units of 1e-9
-            kept = (round(float(self.capacity) * 1e9) + 1) * tokens // 10**9
+        kept = math.floor(round(float(self.capacity) * tokens, 9))
         if kept < 1:
             least = math.ceil(1e4 / tokens) / 1e4
             raise UserError(f"capacity={self.capacity!r} keeps no token of {tokens}: use at least {least:g}")
