@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.errors import UserError
+    from amod.exporting import export
     from amod.flops import count_flops
+    from amod.hub import from_pretrained, push_to_hub, save_pretrained
     from amod.plan import ClassOnly, Merge, Prune, Route, read_plan
     from amod.routing import RoutedLayer, Routing
     from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
@@ -21,6 +23,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
 _HOME = {
     "UserError": "errors",
     "count_flops": "flops",
+    "from_pretrained": "hub",
+    "push_to_hub": "hub",
+    "save_pretrained": "hub",
+    "export": "exporting",
     "ClassOnly": "plan",
     "Merge": "plan",
     "Prune": "plan",
@@ -48,8 +54,12 @@ __all__ = [
     "convert",
     "count_flops",
     "dense",
+    "export",
+    "from_pretrained",
     "isoflop_depth",
+    "push_to_hub",
     "read_plan",
+    "save_pretrained",
     "truncate",
 ]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amod.routing import put, take, top_k
+from amod.routing import leaving_torch, put, take, top_k
 
 
 class Reduction(NamedTuple):
@@ -76,9 +76,14 @@ def merge(x: Tensor, size: Tensor | None, pairs: Match, prefix: int) -> tuple[Te
     row = torch.arange(batch, device=x.device).unsqueeze(1)
     weight = even_size[row, pairs.source]
     moving = even[row, pairs.source] * weight.unsqueeze(-1)  # (B, r, D)
-    flat = (pairs.target + row * targets).flatten()
-    total = odd_size.flatten().index_add(0, flat, weight.flatten()).view(batch, targets)
-    summed = (odd * odd_size.unsqueeze(-1)).flatten(0, 1).index_add(0, flat, moving.flatten(0, 1)).view(odd.shape)
+    weighed = odd * odd_size.unsqueeze(-1)
+    if leaving_torch():  # OpenVINO does not know index_add
+        total = odd_size.scatter_add(1, pairs.target, weight)
+        summed = weighed.scatter_add(1, pairs.target.unsqueeze(-1).expand_as(moving), moving)
+    else:
+        flat = (pairs.target + row * targets).flatten()
+        total = odd_size.flatten().index_add(0, flat, weight.flatten()).view(batch, targets)
+        summed = weighed.flatten(0, 1).index_add(0, flat, moving.flatten(0, 1)).view(odd.shape)
     x = torch.cat([even[row, pairs.rest], summed / total.unsqueeze(-1)], dim=1)
     size = torch.cat([even_size[row, pairs.rest], total], dim=1)
     order = _prefix_first(pairs, x.shape[1], prefix)

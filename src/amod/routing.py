@@ -56,6 +56,8 @@ def top_k(scores: Tensor, k: int, prefix: int = 0) -> Tensor:
     """
     if prefix:
         scores = torch.cat([scores.new_full((scores.shape[0], prefix), math.inf), scores[:, prefix:]], dim=1)
+    if leaving_torch():  # which of equal scores is kept is then up to the runtime
+        return scores.topk(k, dim=1).indices.sort(dim=1).values
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
@@ -99,6 +101,16 @@ def refine(scores: Tensor, indices: Tensor, column_mean: Tensor) -> Tensor:
     """
     share = take(scores, indices).sum(dim=1, keepdim=True)
     return put(scores, indices, share * column_mean)
+
+
+def leaving_torch() -> bool:
+    """While a model is exported or traced: its graph must consist of operators that other runtimes have."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def tokens_in(x: Tensor) -> int:
+    """N of (B, N, ...): a number while tracing, too, where a shape is a tensor; while exporting it may be a symbol."""
+    return int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
 
 
 def no_autocast(device: str) -> torch.autocast:

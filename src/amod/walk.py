@@ -22,7 +22,7 @@ from amod.attention import ReadableAttention, Request, rows_and_columns
 from amod.errors import UserError
 from amod.plan import READS_ATTENTION, ClassOnly, Merge, Prune, Route
 from amod.reduce import Reduction, match, merge, merge_places, moved, prune, prune_places
-from amod.routing import RoutedLayer, Routing, put, refine, take, top_k, weigh_update
+from amod.routing import RoutedLayer, Routing, put, refine, take, tokens_in, top_k, weigh_update
 
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 """What the families call the tensor that a block hands on to its attention, to be added to the logits."""
@@ -82,6 +82,11 @@ class Walk:
         return getattr(self.model, name)
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.jit.is_tracing() and getattr(self.model, "dynamic_img_size", False):
+            raise UserError(
+                "torch.jit.trace: would bake in how many tokens an image of this size keeps; use amod.export, or a "
+                "model without dynamic_img_size"
+            )
         return self.model.undressed.forward_features(self, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +124,7 @@ class Walk:
         router = self.model.routers[str(i)]
         scores = router(x, self.scores)
         prefix = self.model.num_prefix_tokens
-        indices = top_k(scores.detach(), entry.kept(x.shape[1], prefix), prefix if entry.keep_prefix else 0)
+        indices = top_k(scores.detach(), entry.kept(tokens_in(x), prefix), prefix if entry.keep_prefix else 0)
         before, earlier = take(x, indices), self.scores
         after = self.run(i, block, before, inputs, indices)
         if self.scores is not None and entry.router in READS_ATTENTION:  # the block saw the kept tokens alone
@@ -135,7 +140,7 @@ class Walk:
         self, i: int, block: nn.Module, entry: Merge | Prune | ClassOnly, x: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
         """Fewer tokens leave the block than enter it: between its attention and its MLP, or as its only queries."""
-        prefix, count, size = self.model.num_prefix_tokens, x.shape[1], self.size
+        prefix, count, size = self.model.num_prefix_tokens, tokens_in(x), self.size
         if isinstance(entry, Merge) and not entry.merged(count, prefix):
             return self.run(i, block, x, inputs)
         done: dict[str, Any] = {}  # written again, the same, when gradient checkpointing runs the block again

@@ -18,6 +18,7 @@ COLOURS = {
     "random": "#CC79A7",
     "reversed": "#009E73",
     "tome": "#D55E00",
+    "few_merges": "#009E73",
 }
 MARKERS = {
     "dense": "X",
@@ -28,6 +29,7 @@ MARKERS = {
     "random": "P",
     "reversed": "<",
     "tome": "^",
+    "few_merges": "<",
 }
 LINES = {
     "dense": (0, (1, 1)),
@@ -38,6 +40,7 @@ LINES = {
     "random": (0, (5, 1, 1, 1, 1, 1)),
     "reversed": (0, (3, 1, 1, 1)),
     "tome": (0, (8, 3)),
+    "few_merges": (0, (8, 2, 1, 2)),
 }
 NAMES = {
     "dense": "dense",
@@ -48,4 +51,5 @@ NAMES = {
     "random": "random",
     "reversed": "A-MoD reversed",
     "tome": "ToMe",
+    "few_merges": "few merges",
 }

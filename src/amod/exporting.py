@@ -1,0 +1,279 @@
+"""``amod.export``: a model as a file for onnxruntime, OpenVINO or torch, and proof that it gives what the model gives.
+
+The file takes ``images`` (any batch) and gives ``logits`` (B, classes)
+and, for every block that routes, ``kept_<block>`` (B, K), the tokens that it kept. How images are to be prepared, the
+class names and the plan are in the file's metadata, so the file is all that a program needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from amod.errors import UserError, one_line, reachable
+from amod.flops import Size, default_input_size
+from amod.plan import Plan, Route, as_data
+from amod.runtimes import SUFFIXES, Session, needed, open_session
+from amod.vit import RoutedViT
+from amod.walk import Walk
+
+TRACED, CHECKED = 2, (1, 3)
+"""Batch sizes: that of the traced images, and those of the check."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """An exported file against its model, on the same images."""
+
+    images: int
+    difference: float
+    """The largest of any logit."""
+    scale: float
+    """The largest logit."""
+    tokens: int
+    tokens_differ: int
+    """Kept by one of the two alone, of all ``tokens`` that the blocks kept: where two scores are nearly equal."""
+    top1: float
+    """Share of the images that get the same class."""
+
+    def __str__(self) -> str:
+        kept = f", {self.tokens_differ} of {self.tokens} kept tokens differ" if self.tokens else ""
+        return (
+            f"{self.images} images: logits differ by at most {self.difference:.2g} (of {self.scale:.3g}){kept}, "
+            f"same class for {self.top1:.1%}"
+        )
+
+
+class Exported(nn.Module):
+    """What is exported: images (B, 3, H, W) -> logits, and the kept tokens of the routed blocks in their order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.names = [
+            "logits",
+            *(f"kept_{i}" for i, entry in sorted(plan_of(model).items()) if isinstance(entry, Route)),
+        ]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        model: Any = self.model
+        if not isinstance(model, RoutedViT):
+            return (model(images),)
+        walk = Walk(model)
+        logits = model.forward_head(walk.forward_features(images))
+        return (logits, *(layer.indices for layer in walk.routing if isinstance(model.plan[layer.layer], Route)))
+
+
+def plan_of(model: nn.Module) -> Plan:
+    return model.plan if isinstance(model, RoutedViT) else {}
+
+
+def export(
+    model: Any,
+    path: str | Path,
+    format: str | None = None,
+    input_size: Size | None = None,
+    images: Tensor | None = None,
+    int8: bool = False,
+) -> Agreement:
+    """Write the model to ``path`` for another runtime, check it there, and only then call it done.
+
+    The batch is dynamic; height and width are ``input_size``'s.
+
+    Args:
+        model: of :func:`amod.convert`, or a timm model; it is left as it is.
+        path: the file; without ``format`` its suffix says which: ``.onnx``, ``.xml`` (OpenVINO) or ``.pt2`` (torch).
+        format: ``onnx``, ``openvino`` or ``torch``.
+        input_size: (channels, height, width), by default the model's own.
+        images: (B, C, H, W), preprocessed, at least 4: what the check looks at, and what int8 is calibrated on; by
+            default random ones.
+        int8: quantised by the runtime's own tool (onnxruntime's static quantisation, NNCF), from ``images``.
+
+    Raises:
+        UserError: the model, path or format cannot be served, or the file gives other logits. No file is left then.
+    """
+    path = Path(path)
+    form = format_of(path, format)
+    size = tuple(input_size or default_input_size(model))
+    check(model, path, form, int8, images)
+    needed(form, int8)
+    free = any_size(model, form)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    training, device = model.training, next(model.parameters()).device
+    exported = Exported(model).eval().cpu()
+    try:
+        generator = torch.Generator().manual_seed(0)
+        if images is None:
+            images = torch.randn(sum(CHECKED), *size, generator=generator)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".amod-") as folder:
+            new = Path(folder) / path.with_suffix(SUFFIXES[form]).name
+            program = traced(exported, size, free)
+            try:
+                WRITERS[form](program, new, exported.names, metadata(model, size, free))
+            except Exception as error:  # an operator that the format does not have
+                raise UserError(f"format={form}: cannot express this model ({one_line(error)})") from error
+            if int8:
+                from amod.quantise import quantise
+
+                quantise(new, form, images)
+            session = open_session(new, form)
+            agreement = compare(exported, session, images.float(), strict=not int8)
+            if free:
+                smaller = (
+                    max(2, side // p // 2) * p for side, p in zip(size[1:], model.patch_embed.patch_size, strict=True)
+                )
+                compare(exported, session, torch.randn(sum(CHECKED), size[0], *smaller, generator=generator), not int8)
+            del session
+            for file in Path(folder).iterdir():  # OpenVINO's are two
+                shutil.move(file, path.parent / file.name)
+    finally:
+        model.to(device).train(training)
+    return agreement
+
+
+def format_of(path: Path, format: str | None) -> str:
+    found = {suffix: name for name, suffix in SUFFIXES.items()}
+    if format is None:
+        if path.suffix not in found:
+            raise UserError(f"{path}: its suffix names no format; use {', '.join(found)}, or say format=")
+        return found[path.suffix]
+    if format not in SUFFIXES:
+        raise UserError(f"format={format!r}: choose one of {', '.join(SUFFIXES)}")
+    if path.suffix != SUFFIXES[format]:
+        raise UserError(f"{path}: a file of format={format} ends in {SUFFIXES[format]}")
+    return format
+
+
+def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) -> None:
+    with reachable(f"{path}"):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+    if not isinstance(model, nn.Module) or not hasattr(model, "patch_embed"):
+        raise UserError(f"{type(model).__name__}: is no model of amod.convert or of timm's transformers")
+    random = [i for i, entry in plan_of(model).items() if isinstance(entry, Route) and entry.router == "random"]
+    if random:
+        raise UserError(
+            f"plan: block {random[0]} has router=random, which draws anew at every call, so that no file could be "
+            "checked against it; export a model of another router"
+        )
+    if int8 and form == "torch":
+        raise UserError("int8: torch's .pt2 has no quantiser here; choose format=onnx or openvino")
+    if int8 and images is None:
+        raise UserError("int8: needs images to calibrate on; give images=")
+    if images is not None and len(images) < sum(CHECKED):
+        raise UserError(f"images: {len(images)} are too few for the check; give at least {sum(CHECKED)}")
+
+
+def any_size(model: Any, form: str) -> bool:
+    """Whether height and width are the file's to choose. Not yet: a .pt2 cannot hold K of a symbolic size, and OpenVINO
+    not the resizing of position embeddings; a file has the image size that it was exported at."""
+    return False
+
+
+def traced(exported: Exported, size: Size, free: bool) -> Any:
+    """The graph of torch.export, whose operators every runtime here knows."""
+    batch = torch.export.Dim("batch")
+    dynamic: dict[int, Any] = {0: batch}
+    if free:
+        patch: Any = exported.model.patch_embed.patch_size  # type: ignore[union-attr]
+        least = smallest_grid(exported.model)
+        size = (size[0], size[1] + patch[0], size[2] + 2 * patch[1])  # at its own size the model would not resize
+        dynamic |= {2 + i: patch[i] * torch.export.Dim("hw"[i], min=least, max=4096 // patch[i]) for i in (0, 1)}
+    try:
+        with torch.no_grad():
+            return torch.export.export(exported, (torch.randn(TRACED, *size),), dynamic_shapes=(dynamic,))
+    except Exception as error:  # whatever in the model torch.export cannot follow
+        raise UserError(
+            f"{type(exported.model).__name__}: torch.export cannot follow it ({one_line(error)})"
+        ) from error
+
+
+def smallest_grid(model: Any) -> int:
+    """Patches along a side of the smallest image of which every block can keep what it must."""
+    for side in range(2, default_input_size(model)[1]):
+        with contextlib.suppress(UserError):
+            for entry in plan_of(model).values():
+                entry.kept(side * side + model.num_prefix_tokens, model.num_prefix_tokens)  # type: ignore[union-attr]
+            return side
+    return 2
+
+
+def metadata(model: Any, size: Size, free: bool) -> dict[str, Any]:
+    """What a program must know to use the file."""
+    data = resolve_model_data_config(model)
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return {
+        "input_size": list(size),
+        **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        "any_size": free,
+        "class_names": [*names] if names else None,
+        "plan": as_data(plan_of(model)),
+    }
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _write_torch(program: Any, path: Path, names: Sequence[str], facts: Mapping[str, Any]) -> None:
+    torch.export.save(program, path, extra_files={"amod.json": json.dumps({**facts, "outputs": names})})
+
+
+def _write_onnx(program: Any, path: Path, names: Sequence[str], facts: Mapping[str, Any]) -> None:
+    shapes = {at: name for at, name in enumerate(("batch", "channels", "height", "width"))}
+    made = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=[*names], verbose=False)
+    assert made is not None
+    graph = made.model.graph
+    import onnx_ir
+
+    dims = graph.inputs[0].shape
+    graph.inputs[0].shape = onnx_ir.Shape([d if isinstance(d, int) else shapes[i] for i, d in enumerate(dims)])
+    made.model.metadata_props["amod"] = json.dumps(facts)
+    made.save(path, external_data=False)
+
+
+def _write_openvino(program: Any, path: Path, names: Sequence[str], facts: Mapping[str, Any]) -> None:
+    import openvino
+
+    made = openvino.convert_model(program)
+    made.inputs[0].get_tensor().set_names({"images"})
+    for output, name in zip(made.outputs, names, strict=True):
+        output.get_tensor().set_names({name})
+    made.set_rt_info(json.dumps(facts), ["amod"])
+    openvino.save_model(made, path, compress_to_fp16=False)
+
+
+WRITERS = {"torch": _write_torch, "onnx": _write_onnx, "openvino": _write_openvino}
+
+
+# --- the check ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare(exported: Exported, session: Session, images: Tensor, strict: bool) -> Agreement:
+    """Both on the images, in batches of 1 and 3; ``strict``: other logits are an error."""
+    difference = scale = 0.0
+    tokens = differ = same = at = turn = 0
+    while at < len(images):
+        batch = images[at : at + CHECKED[turn % 2]]
+        at, turn = at + len(batch), turn + 1
+        ours, theirs = exported(batch), [torch.as_tensor(out) for out in session(batch.numpy())]
+        difference = max(difference, (ours[0] - theirs[0]).abs().max().item())
+        scale = max(scale, ours[0].abs().max().item())
+        same += int((ours[0].argmax(dim=1) == theirs[0].argmax(dim=1)).sum())
+        for mine, other in zip(ours[1:], theirs[1:], strict=True):
+            tokens += mine.numel()
+            differ += int((mine.unsqueeze(2) != other.unsqueeze(1)).all(dim=2).sum())
+    found = Agreement(len(images), difference, scale, tokens, differ, same / len(images))
+    if strict and not (difference <= 1e-3 * max(scale, 1.0) or differ):  # NaN, too; a near tie may fall either way
+        raise UserError(f"the exported file does not give what the model gives ({found}): no file was left")
+    return found

@@ -1,0 +1,98 @@
+"""A model as a file for onnxruntime, OpenVINO or torch: python src/export.py --help"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from amod.errors import UserError
+from amod.runtimes import SUFFIXES
+from amod.training import settings
+from amod.training.settings import COUNT, Choice, Flag, Text, launch
+
+RULES: dict[str, Any] = {
+    "run": Text(optional=True),
+    "format": Choice(tuple(SUFFIXES)),
+    "output": Text(optional=True),
+    "images": Text(optional=True),
+    "images_max": COUNT,
+    "int8": Flag(),
+    "example": Text(optional=True),
+    "rounds": COUNT,
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that is known without reading weights or images."""
+    for key, rule in RULES.items():
+        if not rule.allows(cfg[key]):
+            raise UserError(f"{key}={cfg[key]}: must be {rule}")
+    if cfg.run is None:
+        settings.check_model(cfg.model)
+        settings.check_placement(cfg)
+        if cfg.model.checkpoint is not None:
+            settings.check_checkpoint(cfg.model.checkpoint)
+        elif not cfg.model.pretrained:
+            raise UserError("run: say which run folder, or model=... with model.checkpoint=FILE or pretrained weights")
+    if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
+        raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
+    if cfg.int8 and cfg.images is None:
+        raise UserError("int8=true: needs images=FOLDER to calibrate on, pictures like those that the model will see")
+    if cfg.int8 and cfg.format == "torch":
+        raise UserError("int8=true: format=torch has no quantiser here; choose onnx or openvino")
+    if cfg.example is not None and not Path(cfg.example).expanduser().is_file():
+        raise UserError(f"example={cfg.example}: no such file; name a picture")
+
+
+def job(cfg: DictConfig) -> None:
+    from amod.deploy import calibration_images, latency, predict
+    from amod.exporting import export
+    from amod.runtimes import needed, open_session
+
+    needed(cfg.format, cfg.int8)
+    model = model_of(cfg)
+    images = None if cfg.images is None else calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
+    path = output_of(cfg)
+    files = [(path, False), *([(path.with_stem(f"{path.stem}-int8"), True)] if cfg.int8 else [])]
+    for file, int8 in files:
+        print(f"{file}: {export(model, file, cfg.format, images=images, int8=int8)}", flush=True)
+    named: dict[str, Any] = {"torch": model}
+    named |= {("int8" if int8 else cfg.format): open_session(file) for file, int8 in files}
+    for line in latency(named, cfg.rounds):
+        print(line)
+    if cfg.example is not None:
+        print(f"{cfg.example}, by {files[-1][0]}:")
+        for name, share in predict(open_session(files[-1][0]), Path(cfg.example).expanduser()):
+            print(f"  {share:6.1%}  {name}")
+
+
+def model_of(cfg: DictConfig) -> Any:
+    from amod.hub import from_pretrained, head_classes
+
+    if cfg.run is not None:
+        return from_pretrained(cfg.run)
+    from amod.training.weights import build, read_state
+
+    classes = cfg.data.num_classes
+    if cfg.model.checkpoint is not None:
+        classes = head_classes(read_state(Path(cfg.model.checkpoint)), cfg.model.checkpoint)
+    built = build(cfg, classes or 1000)
+    if not built.adapted:
+        raise UserError(f"model={cfg.model.label}: its weights have no trained head; name a run, or weights with one")
+    return built.model.eval()
+
+
+def output_of(cfg: DictConfig) -> Path:
+    suffix = SUFFIXES[cfg.format]
+    if cfg.output is not None:
+        return Path(cfg.output)
+    if cfg.run is not None and Path(cfg.run).is_dir():
+        return Path(cfg.run) / f"model{suffix}"
+    name = Path(cfg.run).name if cfg.run else f"{cfg.model.label}-{cfg.router.name}-{cfg.capacity}"
+    return Path("exports") / f"{name}{suffix}"
+
+
+if __name__ == "__main__":
+    launch(job, "export", check)
