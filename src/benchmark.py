@@ -14,32 +14,42 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from amod.errors import UserError
-from amod.training.settings import CONF, COUNT, Choice, Flag, Number, Text, did_you_mean, launch
+from amod.errors import UserError, did_you_mean
+from amod.training.command import launch
+from amod.training.config import CONF, Count, NotNegative, Share, Text, allows, in_words, one_of
 
 MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
 VARIANTS = ("dense", "isoflop", "linear", "attention", "attention_weighted", "random", "tome", "few_merges")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "measures": ("speed", "parts", "memory"),
+    "models": MODELS,
+    "variants": VARIANTS,
+    "modes": ("forward", "train"),
+    "precision": ("32-true", "bf16-mixed", "default"),
+    "runtimes": ("torch", "onnxruntime", "openvino"),
+}
+# What an item of a list, and a single value, may be.
 LISTS: dict[str, Any] = {
-    "measures": Choice(("speed", "parts", "memory")),
-    "models": Choice(MODELS),
-    "variants": Choice(VARIANTS),
-    "capacities": Number(0, 1, above_low=True),
-    "batch_sizes": COUNT,
-    "modes": Choice(("forward", "train")),
-    "compile": Flag(),
-    "precision": Choice(("32-true", "bf16-mixed", "default")),
-    "runtimes": Choice(("torch", "onnxruntime", "openvino")),
+    "measures": one_of(*CHOICES["measures"]),
+    "models": one_of(*MODELS),
+    "variants": one_of(*VARIANTS),
+    "capacities": Share,
+    "batch_sizes": Count,
+    "modes": one_of(*CHOICES["modes"]),
+    "compile": bool,
+    "precision": one_of(*CHOICES["precision"]),
+    "runtimes": one_of(*CHOICES["runtimes"]),
 }
 VALUES: dict[str, Any] = {
-    "image_size": Number(1, integer=True, optional=True),
-    "rounds": Number(1, integer=True, optional=True),
-    "min_rounds": Number(1, integer=True, optional=True),
-    "seconds": Number(0, optional=True),
-    "fill": Number(0, optional=True),
-    "threads": Number(1, integer=True, optional=True),
-    "output": Text(),
-    "fresh": Flag(),
-    "device": Choice(("auto", "cpu", "cuda")),
+    "image_size": Count | None,
+    "rounds": Count | None,
+    "min_rounds": Count | None,
+    "seconds": NotNegative | None,
+    "fill": NotNegative | None,
+    "threads": Count | None,
+    "output": Text,
+    "fresh": bool,
+    "device": one_of("auto", "cpu", "cuda"),
 }
 OVERRIDABLE = (*LISTS, "image_size", "rounds", "min_rounds", "seconds", "fill")
 
@@ -53,8 +63,8 @@ def check(cfg: DictConfig) -> None:
         hint = did_you_mean(str(cfg.preset), presets)
         raise UserError(f"preset={cfg.preset}: choose one of {', '.join(presets)}{hint}")
     for key, rule in VALUES.items():
-        if not rule.allows(cfg[key]):
-            raise UserError(f"{key}={_shown(cfg[key])}: must be {rule}")
+        if not allows(rule, cfg[key]):
+            raise UserError(f"{key}={_shown(cfg[key])}: must be {in_words(rule)}")
     for key, rule in LISTS.items():
         value = cfg[key]
         if value is None:
@@ -64,9 +74,9 @@ def check(cfg: DictConfig) -> None:
         for item in value:
             if key == "variants" and re.fullmatch(r"tome_r\d+", str(item)):
                 continue
-            if not rule.allows(item):
-                hint = did_you_mean(str(item), rule.names) if isinstance(rule, Choice) else ""
-                raise UserError(f"{key}={_shown(value)}: {_shown(item)} must be {rule}{hint}")
+            if not allows(rule, item):
+                hint = did_you_mean(str(item), CHOICES.get(key, ()))
+                raise UserError(f"{key}={_shown(value)}: {_shown(item)} must be {in_words(rule)}{hint}")
     output = Path(cfg.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output}: is a file; name a folder")
@@ -74,7 +84,7 @@ def check(cfg: DictConfig) -> None:
 
 def _example(key: str) -> str:
     return {"models": "deit_small", "capacities": "0.125,0.5", "batch_sizes": "1,32", "compile": "false,true"}.get(
-        key, LISTS[key].names[0] if isinstance(LISTS[key], Choice) else "1"
+        key, CHOICES[key][0] if key in CHOICES else "1"
     )
 
 

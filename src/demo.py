@@ -31,17 +31,18 @@ VARIANTS = {
 
 
 def main() -> None:
-    from amod.training.run import load_run, train
-    from amod.training.settings import check_train, compose_config, one_line_errors
+    from amod.training.checks import check_train
+    from amod.training.command import one_line_errors
+    from amod.training.compose import compose_config
+    from amod.training.evaluation import load_run
+    from amod.training.run import train
 
     with one_line_errors():
         for number, router in enumerate(VARIANTS, start=1):
             arguments = [f"router={router}", *COMMON, *(DENSE if router == "none" else ADAPT)]
             arguments = [*dict((a.split("=", 1)[0], a) for a in arguments).values(), f"run_dir={FOLDER}/{router}"]
             print(f"\n[{number}/{len(VARIANTS)}] python src/train.py {' '.join(arguments)}", flush=True)
-            cfg = compose_config("train", arguments)
-            check_train(cfg)
-            train(cfg)
+            train(check_train(compose_config("train", arguments)))
         write_table()
         draw(*load_run(FOLDER / "attention"))
     print(f"\ntable: {FOLDER}/table.md   kept patches: {FOLDER}/kept.png")

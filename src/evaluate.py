@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from amod.training.checks import check_evaluate
+from amod.training.command import launch
+from amod.training.config import EvaluateConfig
 
-from amod.training.settings import check_evaluate, launch
 
-
-def job(cfg: DictConfig) -> None:
-    from amod.training.run import evaluate  # torch, timm and Lightning take seconds: only once the config is checked
+def job(cfg: EvaluateConfig) -> None:
+    from amod.training.evaluation import evaluate  # torch, timm and Lightning take seconds: once the config is checked
 
     evaluate(cfg)
 

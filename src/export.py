@@ -9,31 +9,18 @@ from omegaconf import DictConfig
 
 from amod.errors import UserError
 from amod.runtimes import SUFFIXES
-from amod.training import settings
-from amod.training.settings import COUNT, Choice, Flag, Text, launch
-
-RULES: dict[str, Any] = {
-    "run": Text(optional=True),
-    "format": Choice(tuple(SUFFIXES)),
-    "output": Text(optional=True),
-    "images": Text(optional=True),
-    "images_max": COUNT,
-    "int8": Flag(),
-    "example": Text(optional=True),
-    "rounds": COUNT,
-}
+from amod.training.checks import check_checkpoint, check_variant
+from amod.training.command import launch
+from amod.training.config import ExportConfig, parse
 
 
-def check(cfg: DictConfig) -> None:
+def check(composed: DictConfig) -> ExportConfig:
     """Everything that is known without reading weights or images."""
-    for key, rule in RULES.items():
-        if not rule.allows(cfg[key]):
-            raise UserError(f"{key}={cfg[key]}: must be {rule}")
+    cfg = parse(ExportConfig, composed)
     if cfg.run is None:
-        settings.check_model(cfg.model)
-        settings.check_placement(cfg)
+        check_variant(cfg)
         if cfg.model.checkpoint is not None:
-            settings.check_checkpoint(cfg.model.checkpoint)
+            check_checkpoint(cfg.model.checkpoint)
         elif not cfg.model.pretrained:
             raise UserError("run: say which run folder, or model=... with model.checkpoint=FILE or pretrained weights")
     if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
@@ -44,9 +31,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError("int8=true: format=torch has no quantiser here; choose onnx or openvino")
     if cfg.example is not None and not Path(cfg.example).expanduser().is_file():
         raise UserError(f"example={cfg.example}: no such file; name a picture")
+    return cfg
 
 
-def job(cfg: DictConfig) -> None:
+def job(cfg: ExportConfig) -> None:
     from amod.deploy import calibration_images, latency, predict
     from amod.exporting import export
     from amod.runtimes import needed, open_session
@@ -68,7 +56,7 @@ def job(cfg: DictConfig) -> None:
             print(f"  {share:6.1%}  {name}")
 
 
-def model_of(cfg: DictConfig) -> Any:
+def model_of(cfg: ExportConfig) -> Any:
     from amod.hub import from_pretrained, head_classes
 
     if cfg.run is not None:
@@ -84,7 +72,7 @@ def model_of(cfg: DictConfig) -> Any:
     return built.model.eval()
 
 
-def output_of(cfg: DictConfig) -> Path:
+def output_of(cfg: ExportConfig) -> Path:
     suffix = SUFFIXES[cfg.format]
     if cfg.output is not None:
         return Path(cfg.output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from amod.studies.command import check_reproduce, reproduce
-from amod.training.settings import launch
+from amod.training.command import launch
 
 if __name__ == "__main__":
     launch(reproduce, "reproduce", check_reproduce)

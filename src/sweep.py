@@ -17,7 +17,7 @@ from amod.errors import UserError
 from amod.studies.command import default_jobs
 from amod.studies.runner import execute, how_to_run
 from amod.sweeps import check, runs_of, write_report
-from amod.training.settings import one_line_errors
+from amod.training.command import one_line_errors
 
 
 def main(arguments: list[str]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from amod.training.checks import check_train
+from amod.training.command import launch
+from amod.training.config import TrainConfig
 
-from amod.training.settings import check_train, launch
 
-
-def job(cfg: DictConfig) -> None:
+def job(cfg: TrainConfig) -> float | None:
     from amod.training.run import train  # torch, timm and Lightning take seconds: only once the config is checked
 
-    train(cfg)
+    return train(cfg)
 
 
 if __name__ == "__main__":

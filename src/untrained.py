@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
-from amod.errors import UserError
-from amod.training.settings import Number, check_train, launch
-
-
-def check(cfg: DictConfig) -> None:
-    rule = Number(1, integer=True, optional=True)
-    if not rule.allows(cfg.images):
-        raise UserError(f"images={cfg.images}: must be {rule}")
-    check_train(cfg)
+from amod.training.checks import check_train
+from amod.training.command import launch
+from amod.training.config import UntrainedConfig
 
 
-def job(cfg: DictConfig) -> None:
+def job(cfg: UntrainedConfig) -> None:
     from amod.studies.untrained import measure  # torch, timm and Lightning take seconds
 
     measure(cfg)
 
 
 if __name__ == "__main__":
-    launch(job, "untrained", check)
+    launch(job, "untrained", check_train)

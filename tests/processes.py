@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from amod.training.checks import check_train
+from amod.training.command import one_line_errors
 from amod.training.run import train
-from amod.training.settings import check_train, one_line_errors
 from tiny import config
 
 FORK = multiprocessing.get_context("fork")

@@ -16,7 +16,7 @@ import benchmark
 from amod import walk
 from amod.analysis.throughput import goals, measures, memory, parts, report, variants
 from amod.analysis.throughput.timing import Quartiles, alternate, paired, quartiles
-from amod.training.settings import compose_config
+from amod.training.compose import compose_config
 
 SRC = Path(__file__).parents[1] / "src"
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}

@@ -13,11 +13,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import amod
-import explain
 import families
 from amod.analysis import pictures
+from amod.analysis.explain import explain
+from amod.analysis.explain_checks import check_explain
 from amod.errors import UserError
-from amod.training.settings import compose_config, saved_config
+from amod.training.compose import compose_config
+from amod.training.folder import saved_config
+from amod.training.run import weightless
 from amod.training.weights import build
 from tiny import MODEL, config
 
@@ -30,9 +33,8 @@ def make_run(folder: Path, *overrides: str) -> Path:
     cfg = config("model.pretrained=false", *overrides, f"run_dir={folder}")
     folder.mkdir()
     torch.manual_seed(cfg.seed)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(saved_config(cfg)))
-    weightless = OmegaConf.merge(cfg, {"model": {"checkpoint": None}})
-    model = build(weightless, 10).model
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))))
+    model = build(weightless(cfg), 10).model
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
@@ -53,9 +55,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def run(*overrides: str) -> None:
-    cfg = compose_config("explain", ["images_max=6", "device=cpu", *overrides])
-    explain.check_explain(cfg)
-    explain.job(cfg)
+    explain(check_explain(compose_config("explain", ["images_max=6", "device=cpu", *overrides])), "command")
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from amod.studies.plan import runs_of
 from amod.studies.rows import rows_of, table_of, write
-from amod.training.settings import CONF
+from amod.training.config import CONF
 
 ROOT = CONF.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

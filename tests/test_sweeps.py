@@ -19,7 +19,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from amod.analysis.stability import draw_stability
 from amod.errors import UserError
 from amod.sweeps import arguments, combinations, fixed_arguments, read_sweep, runs_of, sample, write_report
-from amod.training.settings import check_train, compose_config
+from amod.training.checks import check_train
+from amod.training.compose import compose_config
 from tiny import DIGITS
 
 FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))

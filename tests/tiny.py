@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from amod.training.checks import check_train
+from amod.training.compose import compose_config, train_config
+from amod.training.config import TrainConfig
 from amod.training.run import train
-from amod.training.settings import check_train, compose_config
 
 # 5 x 5 patches and the class token: 26 tokens, 4 blocks, width 32.
 MODEL = [
@@ -23,14 +23,12 @@ MODEL = [
 DIGITS = [*MODEL, "data=digits", "schedule.batch_size=64", "schedule.epochs=2", "trainer.accelerator=cpu"]
 
 
-def config(*overrides: str) -> DictConfig:
-    """The composed training config of a tiny model on digits."""
-    return compose_config("train", [*DIGITS, *overrides])
+def config(*overrides: str) -> TrainConfig:
+    """The training config of a tiny model on digits."""
+    return train_config([*DIGITS, *overrides])
 
 
 def run(folder: Path, *overrides: str) -> dict:
     """Check and train as the command does; the summary."""
-    cfg = config(*overrides, f"run_dir={folder}")
-    check_train(cfg)
-    train(cfg)
+    train(check_train(compose_config("train", [*DIGITS, *overrides, f"run_dir={folder}"])))
     return json.loads((folder / "summary.json").read_text())

@@ -33,10 +33,11 @@ def measure(devices: int, arguments: argparse.Namespace) -> None:
     from lightning import Callback
     from torch.utils.data import DataLoader
 
+    from amod.training.compose import train_config
     from amod.training.loaders import DataModule
     from amod.training.module import Classifier
-    from amod.training.run import make_trainer, quiet
-    from amod.training.settings import compose_config
+    from amod.training.run import make_trainer
+    from amod.training.terminal import quiet
     from amod.training.weights import build, input_config
 
     quiet()
@@ -45,7 +46,7 @@ def measure(devices: int, arguments: argparse.Namespace) -> None:
     overrides = [f"model={arguments.model}", "model.pretrained=false", f"router={arguments.router}", "capacity=0.5"]
     schedule = ["schedule.epochs=1", f"schedule.batch_size={arguments.batch}", "schedule.mixup=0", "schedule.cutmix=0"]
     trainer = ["trainer=ddp_cpu" if devices > 1 else "trainer.accelerator=cpu"]
-    cfg = compose_config("train", ["data=digits", *overrides, *schedule, *trainer, "trainer.limit_val_batches=0"])
+    cfg = train_config(["data=digits", *overrides, *schedule, *trainer, "trainer.limit_val_batches=0"])
     shape = input_config(cfg.model)["input_size"]
     images = torch.randn(arguments.batch, *shape)
     labels = torch.randint(10, (arguments.batch,))

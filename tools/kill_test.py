@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
+from amod.training.compose import train_config
 from amod.training.run import train
-from amod.training.settings import compose_config
 
 RUN = [
     "model=vit_pico",
@@ -56,7 +56,7 @@ def attempt(folder: Path) -> None:
     with open(f"{folder}.txt", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    train(compose_config("train", [*RUN, f"run_dir={folder}"]))
+    train(train_config([*RUN, f"run_dir={folder}"]))
 
 
 def start(folder: Path) -> multiprocessing.process.BaseProcess:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -25,3 +26,17 @@ def reachable(place: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{place}: cannot be looked at ({error.strerror}); name a place that you may read") from error
+
+
+def shown(value: object) -> str:
+    """A setting's value as one would type it."""
+    if value is None:
+        return "null"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(shown, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

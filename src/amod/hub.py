@@ -191,7 +191,7 @@ def _fetched(repo: str) -> Path:
 
 
 def _from_run(folder: Path) -> Any:
-    from amod.training.settings import read_config
+    from amod.training.folder import read_config
     from amod.training.weights import build, read_state
 
     if not (folder / "weights.safetensors").is_file():

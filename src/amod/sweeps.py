@@ -22,7 +22,8 @@ import yaml
 
 from amod.errors import UserError
 from amod.studies.plan import Run
-from amod.training.settings import check_train, compose_config
+from amod.training.checks import check_train
+from amod.training.compose import compose_config
 
 METHODS = ("grid", "random")
 RESULTS = ("gflops", "val_top1", "test_top1", "epochs", "seconds")  # of summary.json

@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 
 from amod.errors import UserError
 from amod.studies.plan import at_scale, runs_of
-from amod.training.settings import CONF, check_train, compose_config
+from amod.training.checks import check_train
+from amod.training.compose import compose_config
+from amod.training.config import CONF
 
 SCALE = {
     "name": "toy",
@@ -157,8 +159,8 @@ def test_untrained_is_what_the_scale_measures():
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_run_of_every_study_is_accepted(study, scale, tmp_path, monkeypatch):
     """Everything that src/train.py checks before it touches data or weights, for the first seed and model."""
-    monkeypatch.setattr("amod.training.data.check_data", lambda data: None)
-    monkeypatch.setattr("amod.training.settings.check_checkpoint", lambda path: None)
+    monkeypatch.setattr("amod.training.checks.check_data", lambda data: None)
+    monkeypatch.setattr("amod.training.checks.check_checkpoint", lambda path: None)
     content, at = load("study", study), load("scale", scale)
     if "studies" in content:
         assert set(content["studies"]) == set(STUDIES) - {"all"}

@@ -14,7 +14,8 @@ from amod.errors import UserError
 from amod.routers import ROUTERS
 from amod.routing import top_k
 from amod.studies.untrained import measure
-from amod.training.settings import check_train, compose_config
+from amod.training.checks import check_train
+from amod.training.compose import compose_config
 from tiny import DIGITS, run
 
 SRC = Path(__file__).parents[2] / "src"
@@ -29,8 +30,7 @@ def dense(tmp_path_factory):
 
 def measured(folder, dense, *overrides):
     cfg = compose_config("untrained", [*DIGITS, f"model.checkpoint={dense}", f"run_dir={folder}", *overrides])
-    check_train(cfg)
-    measure(cfg)
+    measure(check_train(cfg))
     return json.loads((folder / "summary.json").read_text())
 
 

@@ -18,10 +18,12 @@ from omegaconf import OmegaConf
 
 import fakes
 from amod.training.callbacks import RunRecorder
-from amod.training.data import build_datamodule
+from amod.training.checks import check_evaluate
+from amod.training.compose import compose_config
+from amod.training.evaluation import evaluate
+from amod.training.loaders import build_datamodule
 from amod.training.module import Classifier
-from amod.training.run import evaluate, make_trainer, train
-from amod.training.settings import compose_config
+from amod.training.run import make_trainer, train
 from amod.training.weights import build, input_config
 from processes import Forked, finish, free_port, ranks, run_forked, run_ranks, step_of, wait_for
 from tiny import DIGITS, MODEL, config
@@ -55,6 +57,7 @@ def test_two_processes_leave_one_run(two):
         ".lock",
         "config.yaml",
         "environment.json",
+        "data.json",
         "metrics.csv",
         "summary.json",
         "curves.png",
@@ -87,7 +90,7 @@ def test_the_test_accuracy_counts_every_image_once(two, tmp_path):
     (older / "config.yaml").write_text("".join(line for line in saved if "lr_reference_batch" not in line))
 
     def measure() -> None:  # in a process of its own, because strategy=ddp leaves a process group behind
-        values = evaluate(compose_config("evaluate", [f"run={older}", "trainer.devices=1"]))
+        values = evaluate(check_evaluate(compose_config("evaluate", [f"run={older}", "trainer.devices=1"])))
         (tmp_path / "values.json").write_text(json.dumps(values))
 
     finish([Forked(measure, tmp_path / "out.txt")])
@@ -170,6 +173,7 @@ def test_tasks_of_a_slurm_job(two, tmp_path):
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
+        "SLURM_STEP_ID": "0",
         "MASTER_PORT": str(free_port()),
     }
     with pytest.MonkeyPatch.context() as patch:

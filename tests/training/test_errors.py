@@ -17,17 +17,13 @@ from safetensors.torch import save_file
 
 import fakes
 from amod.errors import UserError
+from amod.training.checks import check_checkpoint, check_evaluate, check_train
+from amod.training.command import jobs_of, message_of
+from amod.training.compose import compose_config, train_config
+from amod.training.config import Data
 from amod.training.data import check_data
-from amod.training.run import RunLock, start_folder, train
-from amod.training.settings import (
-    check_checkpoint,
-    check_evaluate,
-    check_run_dir,
-    check_train,
-    compose_config,
-    jobs_of,
-    message_of,
-)
+from amod.training.folder import RunLock, check_run_dir, start_folder
+from amod.training.run import train
 from amod.training.weights import build
 from processes import Forked, wait_for
 from tiny import MODEL
@@ -47,7 +43,7 @@ TABLE = [
     (["schedule=5"], ["schedule=5", "transfer"]),
     (["trainer=dpp"], ["ddp_cpu"]),
     (["placement=alternatve"], ["alternate, last8"]),
-    (["logger=tensorboard"], ["csv, wandb"]),
+    (["logger=mlflow"], ["csv, tensorboard, wandb"]),
     # keys
     (["schedul.lr=1"], ["did you mean schedule.lr?"]),
     (["schedule.lrr=1"], ["did you mean schedule.lr?"]),
@@ -61,7 +57,7 @@ TABLE = [
     (["logger.name=wandb"], ["logger.name=wandb", "logger=wandb"]),
     (["router.name=attn"], ["router.name=attn", "attention_weighted"]),
     (["placement.name=foo"], ["placement.name=foo", "alternate, last8"]),
-    (["logger.name=foo"], ["logger.name=foo", "csv, wandb"]),
+    (["logger.name=foo"], ["logger.name=foo", "csv, tensorboard, wandb"]),
     (["+trainer.callbacks=[1]"], ["trainer.callbacks=[1]", "run folder decides"]),
     (["+trainer.logger=true"], ["trainer.logger=true", "run folder decides"]),
     # syntax
@@ -198,19 +194,17 @@ def run_folder(root: Path, config: str) -> None:
 
 def routed(width: int) -> dict[str, torch.Tensor]:
     """Weights of the model with linear routers, whose router of block 1 has another width."""
-    cfg = compose_config("train", [*RUN, "data=digits", "router=linear"])
+    cfg = train_config([*RUN, "data=digits", "router=linear"])
     return {**build(cfg, 10).model.state_dict(), "routers.1.weight": torch.zeros(1, width)}
 
 
 def locked(root: Path) -> None:
     """By another process, for as long as the test."""
-    cfg = compose_config(
-        "train", [*MODEL, "data=digits", "router=none", "trainer.accelerator=cpu", f"run_dir={root / 'run'}"]
-    )
+    cfg = train_config([*MODEL, "data=digits", "router=none", "trainer.accelerator=cpu", f"run_dir={root / 'run'}"])
     lock = RunLock(root / "run")
 
     def hold() -> None:
-        start_folder(cfg, root / "run", lock, None)
+        start_folder(cfg, root / "run", lock, None, {})
         (root / "held").touch()
         time.sleep(20)
 
@@ -319,9 +313,7 @@ FILES = {
 
 
 def run(overrides: list[str]) -> None:
-    cfg = compose_config("train", [*RUN, *overrides])
-    check_train(cfg)
-    train(cfg)
+    train(check_train(compose_config("train", [*RUN, *overrides])))
 
 
 @pytest.mark.parametrize("what", FILES)
@@ -337,7 +329,8 @@ def test_a_wrong_file_is_one_line_and_leaves_no_result(tmp_path, what):
     for word in words:
         assert word.replace("ROOT", str(tmp_path)) in text
     left = {file.name for file in set(tmp_path.rglob("*")) - set(before)}
-    begun = {"run", ".lock", "config.yaml", "environment.json", "checkpoints"} if "on_error" in text else set()
+    begun = {"run", ".lock", "config.yaml", "environment.json", "data.json", "checkpoints"}
+    begun = begun if "on_error" in text else set()
     assert left <= begun
 
 
@@ -373,11 +366,12 @@ def test_a_closed_folder_is_one_line(tmp_path):
     """As a user who may not look into it; root, who may, becomes nobody."""
     (tmp_path / "closed").mkdir(mode=0)
     closed = tmp_path / "closed/x"
+    config = train_config(TINY)
     looks = {
-        f"run_dir={closed.parent}": lambda: check_run_dir(OmegaConf.create({"run_dir": str(closed.parent)})),
-        f"run_dir={closed}": lambda: check_run_dir(OmegaConf.create({"run_dir": str(closed)})),
+        f"run_dir={closed.parent}": lambda: check_run_dir(config.model_copy(update={"run_dir": str(closed.parent)})),
+        f"run_dir={closed}": lambda: check_run_dir(config.model_copy(update={"run_dir": str(closed)})),
         f"model.checkpoint={closed}": lambda: check_checkpoint(str(closed)),
-        f"data.root={closed}": lambda: check_data({"name": "folder", "root": str(closed)}),
+        f"data.root={closed}": lambda: check_data(Data(name="folder", root=str(closed))),
         f"run={closed}": lambda: check_evaluate(OmegaConf.create({"run": str(closed)})),
     }
 

@@ -25,11 +25,14 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 
 from amod.errors import UserError
+from amod.training import command
 from amod.training import run as run_module
-from amod.training import settings
-from amod.training.callbacks import RunRecorder, is_whole, restored_signals, write_atomically
-from amod.training.run import RunLock, train
-from amod.training.settings import CONF, check_train
+from amod.training.callbacks import RunRecorder, restored_signals
+from amod.training.checkpoints import is_whole
+from amod.training.checks import check_train
+from amod.training.config import CONF
+from amod.training.folder import RunLock, start_folder, write_atomically
+from amod.training.run import train
 from processes import Forked, run_forked, step_of, wait_for
 from tiny import DIGITS, config, run
 
@@ -172,9 +175,10 @@ def test_a_run_killed_before_its_config_was_written_starts(tmp_path):
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path, monkeypatch, number):
-    """As SLURM does: the loader workers get it too."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path, monkeypatch, name):
+    """As SLURM and a terminal do (Ctrl-C; it is closed): the loader workers get it too."""
+    number = signal.Signals[name]
     after = RunRecorder.on_train_batch_end
     workers = tmp_path / "workers.json"
 
@@ -194,9 +198,9 @@ def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path
     assert len(pids) >= 2
     for pid in (*pids, stopped.process.pid):
         os.kill(pid, number)
-    assert stopped.wait() == 143, stopped.text
+    assert stopped.wait() == (130 if name == "SIGINT" else 143), stopped.text
     line = stopped.text.splitlines()[-1]
-    assert line.startswith(f"stopped by {number.name} after step 2, with a checkpoint; resume with the same command")
+    assert line.startswith(f"stopped by {name} after step 2, with a checkpoint; resume with the same command")
     assert "Traceback" not in stopped.text
     assert step_of(tmp_path / "run") == 2
     monkeypatch.undo()
@@ -464,19 +468,19 @@ def test_two_runs_that_begin_at_the_same_moment(tmp_path):
     late, first = RunLock(folder), RunLock(folder)
 
     def hold() -> None:
-        run_module.start_folder(cfg, folder, first, None)
+        start_folder(cfg, folder, first, None, {})
         (tmp_path / "held").touch()
         time.sleep(60)
 
     rival = Forked(hold, tmp_path / "rival.txt")
     wait_for((tmp_path / "held").exists)
     with pytest.raises(UserError, match="another process is writing"):
-        run_module.start_folder(cfg, folder, late, None)
+        start_folder(cfg, folder, late, None, {})
     rival.process.kill()
     rival.wait()
     late.release()
     with pytest.raises(UserError, match="another process is writing"):  # it had begun, and must be resumed, not begun
-        run_module.start_folder(cfg, folder, late, None)
+        start_folder(cfg, folder, late, None, {})
 
 
 # --- pickled code -------------------------------------------------------------------------------------------------
@@ -550,7 +554,7 @@ def sweep(folder: Path, jobs: list[list[str]]) -> subprocess.Popen:
     )
     source = (
         f"import sys; sys.path.insert(0, {str(SRC)!r}); sys.argv = ['job.py']\n"
-        f"from amod.training.settings import run_jobs\nsys.exit(run_jobs({jobs!r}))"
+        f"from amod.training.command import run_jobs\nsys.exit(run_jobs({jobs!r}))"
     )
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", source], cwd=folder, stdout=pipe, stderr=pipe, text=True)
@@ -583,8 +587,8 @@ def test_a_signal_that_no_job_answers_ends_the_sweep(monkeypatch, moment):
         if now == moment and len(begun) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def start(command: list[Any]) -> SimpleNamespace:
-        begun.append(command)
+    def start(line: list[Any]) -> SimpleNamespace:
+        begun.append(line)
         interrupt("while a job starts")
         return SimpleNamespace(send_signal=told.append, wait=wait)  # it ends with 0, whatever it is told
 
@@ -596,10 +600,10 @@ def test_a_signal_that_no_job_answers_ends_the_sweep(monkeypatch, moment):
         interrupt("while a job ends")
         return 0
 
-    monkeypatch.setattr(settings, "subprocess", SimpleNamespace(Popen=start))
-    monkeypatch.setattr(settings, "shlex", SimpleNamespace(join=join))
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(command, "shlex", SimpleNamespace(join=join))
     with restored_signals():
-        assert settings.run_jobs([["seed=0"], ["seed=1"], ["seed=2"]]) == 143
+        assert command.run_jobs([["seed=0"], ["seed=1"], ["seed=2"]]) == 143
     assert len(begun) == 1
     if moment == "while a job starts":
         assert told == [signal.SIGTERM]

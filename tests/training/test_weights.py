@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fakes
 from amod.errors import UserError
-from amod.training.settings import compose_config
+from amod.training.compose import train_config
 from amod.training.weights import build, create_vit, isoflop_blocks, read_state
 from tiny import config
 
@@ -100,14 +100,14 @@ def test_isoflop_loads_its_own_checkpoint(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("capacity", "depth"), [(0.125, 6), (0.5, 9)])
 def test_isoflop_depths_of_the_paper_are_pinned(capacity, depth):
-    cfg = compose_config("train", ["router=isoflop", f"capacity={capacity}"])
+    cfg = train_config(["router=isoflop", f"capacity={capacity}"])
     with torch.device("meta"):
         vit = create_vit(cfg.model, 1000)
     assert isoflop_blocks(vit, cfg) == depth
 
 
 def test_isoflop_by_budget():
-    cfg = compose_config("train", ["router=isoflop", "budget=2.4"])  # one block of DeiT-S: (4.608 - 0.058) / 12 = 0.379
+    cfg = train_config(["router=isoflop", "budget=2.4"])  # one block of DeiT-S: (4.608 - 0.058) / 12 = 0.379
     with torch.device("meta"):
         vit = create_vit(cfg.model, 1000)
     assert isoflop_blocks(vit, cfg) == 6
@@ -197,7 +197,7 @@ def test_a_truncated_checkpoint_is_refused(checkpoint):
 )
 def test_models_that_timm_does_not_have(overrides, words):
     with pytest.raises(UserError) as caught:
-        create_vit(compose_config("train", overrides).model, 10)
+        create_vit(train_config(overrides).model, 10)
     for word in words:
         assert word in str(caught.value)
 
@@ -206,10 +206,11 @@ def test_models_that_timm_does_not_have(overrides, words):
 
 BUILD = """
 import sys
-from amod.training.settings import compose_config, one_line_errors
+from amod.training.command import one_line_errors
+from amod.training.compose import compose_config, train_config
 with one_line_errors():
     from amod.training.weights import build
-    made = build(compose_config("train", sys.argv[1:]), 1000)
+    made = build(train_config(sys.argv[1:]), 1000)
     vit = made.model
     print(made.adapted, float(vit.head.bias.sum()), float(vit.blocks[0].attn.qkv.weight.sum()), len(vit.pos_embed[0]))
 """
@@ -294,12 +295,12 @@ def test_a_float16_checkpoint_of_another_image_size_without_a_head(tmp_path, cap
     """As DINOv2's weights come: the position embedding is resampled, the head is new, the model is float32."""
     caplog.set_level("INFO")
     small = ["model=dinov2_small", "+model.kwargs.depth=2", "+model.kwargs.embed_dim=12", "+model.kwargs.num_heads=2"]
-    whole = compose_config("train", [*small, "model.kwargs.img_size=224"])
+    whole = train_config([*small, "model.kwargs.img_size=224"])
     torch.manual_seed(0)
     state = {k: v.half() for k, v in create_vit(whole.model, 0).state_dict().items()}
     save_file(state, tmp_path / "half.safetensors")
     overrides = ["model.kwargs.img_size=112", f"model.checkpoint={tmp_path / 'half.safetensors'}", "router=none"]
-    made = build(compose_config("train", [*small, *overrides]), num_classes=3)
+    made = build(train_config([*small, *overrides]), num_classes=3)
     vit = made.model
     assert not made.adapted
     assert "position embeddings resized from 257 to 65 tokens" in caplog.text
@@ -313,7 +314,7 @@ def test_a_float16_checkpoint_of_another_image_size_without_a_head(tmp_path, cap
 def test_the_real_weights():
     """Real features: the class tokens of an image and of its mirror image are close, those of noise are not."""
     overrides = ["model=dinov2_small", "model.kwargs.img_size=112", f"model.checkpoint={os.environ['AMOD_DINOV2']}"]
-    vit = build(compose_config("train", [*overrides, "router=none"]), num_classes=3).model.eval()
+    vit = build(train_config([*overrides, "router=none"]), num_classes=3).model.eval()
     y, x = torch.meshgrid(torch.linspace(-1, 1, 112), torch.linspace(-1, 1, 112), indexing="ij")
     disc = ((x - 0.3) ** 2 + y**2 < 0.2).float().expand(3, 112, 112)
     images = torch.stack([disc, disc.flip(-1), torch.randn(3, 112, 112)])

@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from amod.errors import UserError
 from amod.studies.plan import Run, at_scale, runs_of
 from amod.studies.runner import arguments, command, execute, finished, how_to_run
-from amod.training.settings import CONF, check_train, choices, compose_config
+from amod.training.checks import check_train
+from amod.training.compose import compose_config
+from amod.training.config import CONF, TrainConfig, UntrainedConfig, choices, parse
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
 
@@ -127,12 +129,13 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
 
     counted: dict[str, float] = {}
     for run in runs:
-        cfg = compose_config(Path(run.script).stem, arguments(run, root, how))
+        kind = TrainConfig if run.script == "train.py" else UntrainedConfig
+        cfg = parse(kind, compose_config(Path(run.script).stem, arguments(run, root, how)))
         cfg.model.pretrained, cfg.model.checkpoint = False, None
         shape = f"{cfg.model} {cfg.router} {cfg.placement} {cfg.capacity} {cfg.budget} {cfg.data.num_classes}"
         if shape not in counted:
             with torch.device("meta"):
-                model = build(cfg, cfg.data.num_classes).model
+                model = build(cfg, cfg.data.num_classes or 2).model
             counted[shape] = count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
         state = "finished" if finished(run, root) else "to run"
         epochs = f"{cfg.schedule.epochs} epochs" if run.script == "train.py" else "no training"

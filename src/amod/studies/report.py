@@ -16,7 +16,7 @@ import pandas as pd
 from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
 from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, placed, read, write
-from amod.training.settings import compose_config
+from amod.training.compose import compose_config
 
 
 def write_report(

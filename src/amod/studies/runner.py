@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from amod.errors import UserError
 from amod.studies.plan import Run
-from amod.training.settings import CONF, compose_config
+from amod.training.compose import compose_config
+from amod.training.config import CONF
 
 SCRIPTS = Path(__file__).parents[2]
 QUIET = 300.0  # seconds without news, after which the progress line is shown again

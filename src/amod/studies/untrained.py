@@ -8,19 +8,19 @@ import time
 from pathlib import Path
 
 from lightning import seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from amod.errors import UserError
-from amod.training.callbacks import write_atomically
-from amod.training.data import build_datamodule
-from amod.training.loaders import DataModule
+from amod.training.config import UntrainedConfig
+from amod.training.folder import environment, saved_config, write_atomically
+from amod.training.loaders import DataModule, build_datamodule
 from amod.training.module import Classifier
-from amod.training.run import compute_of, environment, make_trainer, quiet, say, show
-from amod.training.settings import saved_config
+from amod.training.run import compute_of, make_trainer
+from amod.training.terminal import quiet, say, show
 from amod.training.weights import build, input_config
 
 
-def measure(cfg: DictConfig) -> None:
+def measure(cfg: UntrainedConfig) -> None:
     """Write config.yaml, environment.json and summary.json (``test_top1_untrained``) into ``cfg.run_dir``."""
     quiet()
     folder = Path(cfg.run_dir)
@@ -35,7 +35,7 @@ def measure(cfg: DictConfig) -> None:
     batch = cfg.schedule.eval_batch_size
     data = build_datamodule(cfg.data, inputs, {}, batch, batch, cfg.seed)
     thin_out(data, cfg.images)
-    built = build(cfg, data.num_classes)
+    built = build(cfg, data.num_classes, data.class_names)
     if not built.adapted:
         raise UserError(
             f"model={cfg.model.label}: its weights have no head for the {data.num_classes} classes of "
@@ -44,7 +44,7 @@ def measure(cfg: DictConfig) -> None:
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(saved_config(cfg)).encode())
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode())
     (found,) = trainer.test(module, datamodule=data, verbose=False)
     summary = {
         "model": cfg.model.label,

@@ -1,129 +1,32 @@
-"""What a run writes while it trains (a row of metrics per epoch, checkpoints that are never half written), and how it
-ends when it is told to.
-"""
+"""What a run writes while it trains (a row of metrics per epoch, checkpoints), and how it ends when it is told to."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import logging
 import os
 import signal
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amod.errors import UserError
-from amod.training.settings import SIGNALS
-
-log = logging.getLogger(__name__)
+from amod.training.command import SIGNALS
+from amod.training.folder import write_atomically
+from amod.training.loggers import WandbRows
 
 COLUMNS = ("epoch", "step", "lr", "train/loss", "val/loss", "val/top1", "val/top5")
-STOPPED = 143  # exit status of a run that was asked to end: 128 + SIGTERM, as a shell has it
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Write to a temporary name in the same folder, then rename: a reader sees the old file or the new, whole.
-
-    The old file becomes ``keep``. The temporary name is always the same (one process writes in a run folder), so that
-    kills leave no pile of them. Raises UserError.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room or make it writable, and run the same command "
-            "again; what was written before is intact"
-        ) from error
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written by ``write_atomically`` and read by ``read_checkpoint``."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        path = Path(path)
-        write_atomically(path, buffer.getvalue(), path.with_name("previous.ckpt") if path.name == "last.ckpt" else None)
-
-    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        return read_checkpoint(path)
-
-
-# What the checkpoint of a run holds: Lightning's part, and the module's train_loss.
-CONTENTS = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "train_loss")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of a run, on the CPU. Code that is pickled in it is refused and not run."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes make the reader raise
-        reason = "it holds pickled code, which is not run" if "weights_only" in str(error) else type(error).__name__
-        raise UserError(f"{path}: refused ({reason}); put the run's own file back, or delete the folder") from error
-    if lacks := [key for key in CONTENTS if not isinstance(checkpoint, dict) or key not in checkpoint]:
-        raise UserError(
-            f"{path}: is no checkpoint of this version, it lacks {', '.join(lacks)}; put the run's own file back, "
-            "resume the run with the version that wrote it, or name another run_dir"
-        )
-    return checkpoint
-
-
-def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint is as it was written: torch.save's archives carry check sums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # whatever the bytes make the reader raise
-        return False
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from: last.ckpt, or the one before it where that is torn; None to begin anew."""
-    found = [path for name in ("last", "previous") if (path := folder / f"checkpoints/{name}.ckpt").exists()]
-    for path in found:
-        if is_whole(path):
-            return path
-        log.warning("warning: %s is damaged; the run goes on from before it", path)
-    return None
-
-
-def best_checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """The checkpoint after optimiser step ``step``: best.ckpt, or where that is damaged another of that step."""
-    best, *others = [folder / f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")]
-    for path in (best, *others):
-        if is_whole(path) and (checkpoint := read_checkpoint(path))["global_step"] == step:
-            if path is not best:
-                log.warning("warning: %s is damaged; %s has the same weights", best, path)
-            return checkpoint
-    raise UserError(
-        f"{best}: is damaged, and no other checkpoint has the best epoch's weights; delete the folder and run the same "
-        "command again"
-    )
+STOPPED = 143  # exit status of a run that was asked to end: 128 + SIGTERM, as a shell has it; Ctrl-C: 130
+TWICE = 0.5  # seconds between two Ctrl-C that are two
 
 
 @contextmanager
@@ -149,8 +52,9 @@ class RunRecorder(Checkpoint):
     everything is logged.
     """
 
-    def __init__(self, folder: Path, every_steps: int | None, print_rows: bool) -> None:
+    def __init__(self, folder: Path, every_steps: int | None, print_rows: bool, settings: Any = None) -> None:
         self.folder = folder
+        self.settings = settings  # all processes must have been given the same
         self.every_steps = every_steps
         self.print_rows = print_rows
         self.rows: list[dict[str, float]] = []
@@ -161,6 +65,8 @@ class RunRecorder(Checkpoint):
         self._process = os.getpid()
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._signal: signal.Signals | None = None
+        self._signal_time = 0.0
+        self.cut_short = False  # by trainer.max_time, inside an epoch
         self.launcher: Any = None  # Lightning's, of the processes that it starts
         self._trainer: Trainer | None = None  # while it trains
 
@@ -176,13 +82,26 @@ class RunRecorder(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows, self.untrained, self.seconds = state["rows"], state["untrained"], state["seconds"]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        mine = (str(self.folder), self.settings)
+        if trainer.world_size == 1:
+            return
+        if not trainer.strategy.reduce_boolean_decision(mine == trainer.strategy.broadcast(mine), all=True):
+            raise UserError(
+                f"run_dir={self.folder}: the processes of this run have been given different settings, as by the time "
+                "in run_dir; leave that out, or name the job, as in run_dir='runs/${oc.env:SLURM_JOB_ID}'"
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
-            logger.send_again(self.rows)  # type: ignore[attr-defined]  # a WandbRows
+            if isinstance(logger, WandbRows):
+                logger.send_again(self.rows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
         self._trainer = trainer
+        if self.stopped_early(trainer):
+            trainer.should_stop = True  # it had stopped the run, which was killed before the end
         self.listen()  # Lightning's handlers save inside a step, and talk to other processes inside their collectives
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,8 +120,14 @@ class RunRecorder(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped and trainer.should_stop:
+            trainer.should_stop = False  # max_time: its Timer says it again after the next batch
         if not stepped or trainer.is_last_batch:  # the end of an epoch saves anyway, after validation
             return
+        if trainer.should_stop and _may_stop(trainer):
+            self._save(trainer, "last")
+            self.cut_short = True
+            raise StopIteration  # ends Lightning's epoch here; a part of one is not validated and has no row
         asked = self._asked_to_stop(trainer)
         if asked or (self.every_steps and trainer.global_step % self.every_steps == 0):
             self._save(trainer, "last")
@@ -210,9 +135,11 @@ class RunRecorder(Checkpoint):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = True
+        self._validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.cut_short:
+            return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         for key in COLUMNS[2:] if self._validated else COLUMNS[2:4]:  # validation's numbers may be an older epoch's
             if key in trainer.callback_metrics:
@@ -221,13 +148,17 @@ class RunRecorder(Checkpoint):
         self.rows.append(row)
         if trainer.is_global_zero:
             self._write_rows()
-            if self.print_rows:
-                print(f"{line_of(row, trainer.max_epochs)}  {self._elapsed():.0f} s", flush=True)
         if self.best is row:
             self._save(trainer, "best")
         self._save(trainer, "last")
+        if trainer.is_global_zero and self.print_rows:  # when all is saved: nobody may be there to read it
+            print(f"{line_of(row, trainer.max_epochs)}  {self._elapsed():.0f} s", flush=True)
         if self._asked_to_stop(trainer):
             self._stop(trainer)
+
+    def stopped_early(self, trainer: Trainer) -> bool:
+        stoppers = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        return any(callback.wait_count >= callback.patience for callback in stoppers)
 
     # --- being asked to end
 
@@ -235,14 +166,24 @@ class RunRecorder(Checkpoint):
         """Let SIGNALS end the run: with a checkpoint after the step under way, at once outside training."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                signal.signal(number, self._on_signal)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
+                    signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:  # a loader's worker that has just been forked
             return
-        self._signal = signal.Signals(number)
+        now = time.monotonic()
+        # a terminal and the process above may both pass one Ctrl-C on
+        again = number == self._signal == signal.SIGINT and now - self._signal_time > TWICE
+        self._signal, self._signal_time = signal.Signals(number), now
         if self.launcher is not None:
-            self.launcher.kill(number)  # on to the processes that Lightning has started
+            self.launcher.kill(signal.SIGKILL if again else number)  # on to the processes that Lightning has started
+        if again:
+            hint = f"the same command and run_dir={self.folder} go on from the last checkpoint"
+            _say_at_once(f"stopped by a second Ctrl-C, at once; {hint}")
+            os._exit(128 + number)
+        if number == signal.SIGINT and self._trainer is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            _say_at_once("Ctrl-C: the step under way is finished and saved; a second one ends at once")
         if self._trainer is None:
             self._stop(None)
 
@@ -259,9 +200,9 @@ class RunRecorder(Checkpoint):
         hint = f"resume with the same command and run_dir={self.folder}"
         print(f"{by} {where}; {hint}", file=sys.stderr, flush=True)
         handler = self._handlers.get(self._signal) if self._signal else None
-        if callable(handler):
+        if callable(handler) and handler is not signal.default_int_handler:
             handler(self._signal, None)  # type: ignore[arg-type]  # submitit's puts the job back into the queue
-        sys.exit(STOPPED)
+        sys.exit(128 + signal.SIGINT if self._signal == signal.SIGINT else STOPPED)
 
     # --- files
 
@@ -277,6 +218,17 @@ class RunRecorder(Checkpoint):
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+
+
+def _say_at_once(line: str) -> None:
+    """Past Python's buffers, in which the signal may have come."""
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+def _may_stop(trainer: Trainer) -> bool:
+    """Whether min_epochs and min_steps are done."""
+    return trainer.current_epoch >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
 
 
 def rounded(value: torch.Tensor) -> float:

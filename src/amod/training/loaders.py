@@ -17,18 +17,19 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from PIL import Image
-from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from amod.errors import UserError, one_line
-from amod.training.sources import Split
+from amod.training.config import Data
+from amod.training.data import check_data
+from amod.training.images import kept_rng, open_rgb, transforms
+from amod.training.sources import Split, load
 
 Key = tuple[int, int]  # (epoch, position in the split)
 log = logging.getLogger(__name__)
@@ -37,18 +38,6 @@ log = logging.getLogger(__name__)
 def mix(*key: int) -> int:
     """32 well-mixed bits that depend on nothing but the key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
-
-
-@contextmanager
-def kept_rng() -> Iterator[None]:
-    """Leave python's, numpy's and torch's CPU generators as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class Samples(Dataset):
@@ -104,16 +93,6 @@ class Samples(Dataset):
             raise UserError(f"{images[index]}: cannot be read ({one_line(error)})") from error
 
 
-def open_rgb(file: str) -> Image.Image:
-    """The image as 8-bit RGB. 16-bit grey is scaled down; PIL's own conversion would clip nearly all of it to white."""
-    with Image.open(file) as image:
-        if image.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError("its 32-bit pixels have no fixed range; save it with 8 or 16 bits")
-        return image.convert("RGB")
-
-
 def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
     if isinstance(batch, UserError):
         return batch
@@ -122,9 +101,9 @@ def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
 
 
 def outlive_signals(worker: int) -> None:
-    """A batch system signals every process of a job. The workers go on until their run has saved and ends them."""
+    """A batch system or a terminal signals all processes of a run. Workers go on until it has saved and ends them."""
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -137,29 +116,32 @@ def _end_with_the_parent() -> None:
 
 
 class Loader(DataLoader):
-    """Yields (images, labels, indices); raises the workers' UserErrors here; counts what was skipped."""
+    """Yields (images, labels, indices); raises the workers' UserErrors here; counts what this pass skipped."""
+
+    skipped = 0
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # type: ignore[override]
-        count, first = 0, ""
+        self.skipped, first = 0, ""
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 self._iterator = None  # ends the workers; left to the garbage collector they take 5 s
                 raise batch
             batch, skipped = batch
             if skipped:
-                count, first = count + len(skipped), first or skipped[0]
-                log.warning("%d unreadable images skipped in this pass; the first: %s", count, first)
+                self.skipped, first = self.skipped + len(skipped), first or skipped[0]
+                log.warning("%d unreadable images skipped in this pass; the first: %s", self.skipped, first)
             yield batch
 
 
 class EpochSampler(Sampler[Key]):
     """One rank's keys of one epoch in an order drawn from (seed, epoch), without the first ``start`` of them.
 
-    Step k of all ranks together holds the same samples as step k of one process with the same global batch.
+    Step k of all ranks together holds the same samples as step k of one process with the same global batch. ``fixed``:
+    every epoch has the first one's order (overfit_batches: the same images again and again).
     """
 
-    def __init__(self, size: int, seed: int, rank: int, world_size: int) -> None:
-        self.size, self.seed, self.rank, self.world_size = size, seed, rank, world_size
+    def __init__(self, size: int, seed: int, rank: int, world_size: int, fixed: bool = False) -> None:
+        self.size, self.seed, self.rank, self.world_size, self.fixed = size, seed, rank, world_size, fixed
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -171,7 +153,7 @@ class EpochSampler(Sampler[Key]):
         return self.size // self.world_size
 
     def __iter__(self) -> Iterator[Key]:
-        order = np.random.RandomState(mix(self.seed, self.epoch)).permutation(self.size)
+        order = np.random.RandomState(mix(self.seed, 0 if self.fixed else self.epoch)).permutation(self.size)
         share = order[self.rank : len(self) * self.world_size : self.world_size][self.start :]
         return iter([(self.epoch, position) for position in share.tolist()])
 
@@ -200,34 +182,6 @@ class TrainLoader(Loader):
         self.keys.epoch, self.keys.start = state["epoch"], state["start"]
 
 
-def transforms(input_cfg: Mapping[str, Any], augment: Mapping[str, Any], crop_pct: float | None) -> tuple[Any, Any]:
-    """(for training, for evaluation). Grey images arrive as RGB.
-
-    Only what ``augment`` sets is done, timm's defaults (flip, jitter, crop) do not apply; with nothing set,
-    training images are resized and normalised exactly as in evaluation. ``crop_pct`` overrides the model's:
-    1 keeps small images whole.
-    """
-    geometry = {key: input_cfg[key] for key in ("input_size", "mean", "std", "interpolation")}
-    evaluation = create_transform(
-        **geometry, crop_pct=crop_pct or input_cfg["crop_pct"], crop_mode=input_cfg.get("crop_mode")
-    )
-    augment = {k: v if isinstance(v, (str, float, int)) else tuple(v) for k, v in augment.items() if v is not None}
-    if not augment:
-        return evaluation, evaluation
-    off = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None}
-    try:
-        training = create_transform(**{**geometry, **off, **augment}, is_training=True)
-        with kept_rng():
-            image = training(Image.new("RGB", (32, 32)))
-        if image.shape != tuple(geometry["input_size"]) or not image.is_floating_point():
-            raise ValueError(f"{image.dtype} of {tuple(image.shape)} is not what the model takes")
-        return training, evaluation
-    except Exception as error:  # whatever timm and torchvision make of them
-        raise UserError(
-            f"schedule.augment={augment}: must be arguments of timm.data.create_transform ({one_line(error)})"
-        ) from error
-
-
 class DataModule(LightningDataModule):
     """Train, val and test loaders over three splits, sharded over the trainer's processes.
 
@@ -237,7 +191,7 @@ class DataModule(LightningDataModule):
 
     def __init__(
         self,
-        cfg: Mapping[str, Any],
+        cfg: Data,
         splits: Mapping[str, Split],
         input_cfg: Mapping[str, Any],
         augment: Mapping[str, Any],
@@ -246,14 +200,14 @@ class DataModule(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.splits, self.seed = splits, seed
+        self.splits, self.seed = dict(splits), seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.skip = cfg["num_workers"], cfg["on_error"] == "skip"
-        self.train_transform, self.eval_transform = transforms(input_cfg, augment, cfg.get("crop_pct"))
+        self.num_workers, self.skip = cfg.num_workers, cfg.on_error == "skip"
+        self.train_transform, self.eval_transform = transforms(input_cfg, augment, cfg.crop_pct)
 
     @property
     def class_names(self) -> list[str]:
-        return self.splits["train"].source.classes
+        return next(iter(self.splits.values())).source.classes
 
     @property
     def num_classes(self) -> int:
@@ -265,7 +219,8 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         split = self.splits["train"]
-        sampler = EpochSampler(len(split), self.seed, *self._share("train"))
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        sampler = EpochSampler(len(split), self.seed, *self._share("train"), fixed=overfits)
         batches = BatchSampler(cast(Any, sampler), self.batch_size, drop_last=len(sampler) >= self.batch_size)
         samples = Samples(split, self.train_transform, self.seed, self.skip, refill=True)
         return TrainLoader(samples, batch_sampler=batches, **self._options())
@@ -307,3 +262,22 @@ class DataModule(LightningDataModule):
             "worker_init_fn": outlive_signals,
             "generator": torch.Generator(),  # the loader draws a base seed; not from the model's generator
         }
+
+
+def build_datamodule(
+    cfg: Data,
+    input_cfg: Mapping[str, Any],
+    augment: Mapping[str, Any] | None,
+    batch_size: int,
+    eval_batch_size: int,
+    seed: int,
+    classes: Sequence[str] | None = None,
+) -> DataModule:
+    """Read the data set and make its loaders.
+
+    ``input_cfg`` is timm's ``resolve_model_data_config`` (input_size, mean, std, interpolation, crop_pct) and
+    ``augment`` holds arguments of timm's ``create_transform``. Batch sizes are per process. ``classes``: what the
+    labels stand for (of a trained model). Raises UserError.
+    """
+    check_data(cfg)
+    return DataModule(cfg, load(cfg, classes), input_cfg, augment or {}, batch_size, eval_batch_size, seed)

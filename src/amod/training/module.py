@@ -21,10 +21,11 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from amod.errors import UserError, one_line
+from amod.training.config import Schedule
 from amod.training.weights import shortened
 
 log = logging.getLogger(__name__)
@@ -59,30 +60,30 @@ def training_steps(trainer: Trainer) -> int:
     return math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs  # type: ignore[operator]
 
 
-def global_batch(trainer: Trainer, schedule: Mapping[str, Any]) -> int:
+def global_batch(trainer: Trainer, schedule: Schedule) -> int:
     """Images of one optimiser step, over all processes."""
-    return schedule["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
+    return schedule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
 
 
-def peak_lr(schedule: Mapping[str, Any], images: int) -> float:
+def peak_lr(schedule: Schedule, images: int) -> float:
     """The highest learning rate of a run whose optimiser steps see so many images (lr_reference_batch scales it)."""
-    reference = schedule["lr_reference_batch"]
-    return schedule["lr"] if reference is None else schedule["lr"] * images / reference
+    reference = schedule.lr_reference_batch
+    return schedule.lr if reference is None else schedule.lr * images / reference
 
 
-def make_optimizer(model: nn.Module, schedule: Mapping[str, Any], lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, schedule: Schedule, lr: float) -> torch.optim.Optimizer:
     return create_optimizer_v2(
         model,
-        opt=schedule["optimizer"],
+        opt=schedule.optimizer,
         lr=lr,
-        weight_decay=schedule["weight_decay"],
-        momentum=schedule["momentum"],
+        weight_decay=schedule.weight_decay,
+        momentum=schedule.momentum,
     )
 
 
-def check_optimizer(schedule: Mapping[str, Any], lr: float, device: torch.device) -> None:
+def check_optimizer(schedule: Schedule, lr: float, device: torch.device) -> None:
     """Let it make a step: only then is seen what some of timm's need (another package, a GPU, second derivatives)."""
-    name = schedule["optimizer"]
+    name = schedule.optimizer
     if name not in list_optimizers():
         raise UserError(f"schedule.optimizer={name}: timm has none of that name; try adamw or sgd")
     try:
@@ -93,7 +94,7 @@ def check_optimizer(schedule: Mapping[str, Any], lr: float, device: torch.device
             optimizer.step()
     except Exception as error:  # whatever its package raises
         raise UserError(
-            f"schedule.optimizer={name}, schedule.lr={schedule['lr']:g}: makes no step here ({one_line(error)}); try "
+            f"schedule.optimizer={name}, schedule.lr={schedule.lr:g}: makes no step here ({one_line(error)}); try "
             "adamw or sgd, or a lower schedule.lr"
         ) from error
 
@@ -101,20 +102,23 @@ def check_optimizer(schedule: Mapping[str, Any], lr: float, device: torch.device
 class Classifier(LightningModule):
     """Trains `model` by the settings of ``schedule``; ``model(images) -> logits``."""
 
-    def __init__(self, model: nn.Module, schedule: Mapping[str, Any], num_classes: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, num_classes: int, seed: int) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
         self.seed = seed
         self.lr = 0.0
-        decay = schedule["ema_decay"]
-        self.ema = ModelEmaV3(model, decay=decay).requires_grad_(False) if decay is not None else None
+        decay = schedule.ema_decay
+        # with timm's warm-up: the average of a short training would else be mostly the weights that it began with
+        self.ema = None
+        if decay is not None:
+            self.ema = ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False)
         self.mixup = None
-        if schedule["mixup"] > 0 or schedule["cutmix"] > 0:
+        if schedule.mixup > 0 or schedule.cutmix > 0:
             self.mixup = Mixup(
-                mixup_alpha=schedule["mixup"],
-                cutmix_alpha=schedule["cutmix"],
-                label_smoothing=schedule["label_smoothing"],
+                mixup_alpha=schedule.mixup,
+                cutmix_alpha=schedule.cutmix,
+                label_smoothing=schedule.label_smoothing,
                 num_classes=num_classes,
             )
         self.train_loss = MeanMetric()
@@ -125,6 +129,8 @@ class Classifier(LightningModule):
                         "loss": MeanMetric(nan_strategy=math.inf),  # by default it leaves nan out of the mean
                         "top1": MulticlassAccuracy(num_classes, average="micro"),
                         "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+                        "images": SumMetric(),  # that were measured
+                        "unreadable": SumMetric(),  # and left out, as data.on_error=skip asks
                     },
                     compute_groups=False,
                 )
@@ -148,7 +154,7 @@ class Classifier(LightningModule):
             images, targets = self.mixup(images, labels)
             loss = F.cross_entropy(self.model(images), targets)
         else:
-            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule["label_smoothing"])
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule.label_smoothing)
         if not torch.isfinite(loss):
             self._stop(f"the loss is {loss.item()}", self.indices)
         self.train_loss.update(loss.detach(), len(images))
@@ -167,7 +173,7 @@ class Classifier(LightningModule):
         self.lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
-            self.ema.update(self.model)
+            self.ema.update(self.model, self.global_step + 1)  # Lightning counts this step later
 
     def on_train_epoch_end(self) -> None:
         self._check_finite()
@@ -202,11 +208,11 @@ class Classifier(LightningModule):
         lr = peak_lr(self.schedule, global_batch(self.trainer, self.schedule))
         optimizer = make_optimizer(self.model, self.schedule, lr)
         steps = training_steps(self.trainer)
-        warmup = round(self.schedule["warmup_epochs"] / self.schedule["epochs"] * steps)
+        warmup = round(self.schedule.warmup_epochs / self.schedule.epochs * steps)
         if warmup > steps // 2:
             log.info("the warm-up is shortened to half of the training: %d of %d steps", steps // 2, steps)
             warmup = steps // 2
-        floor = self.schedule["min_lr"] / self.schedule["lr"]
+        floor = self.schedule.min_lr / self.schedule.lr
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, warmup, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -228,7 +234,7 @@ class Classifier(LightningModule):
             samples += f", ... ({len(indices)} in all)" if len(indices) > 8 else ""
         raise UserError(
             f"{what} at step {self.global_step} (epoch {self.current_epoch}{samples}); try a lower schedule.lr than "
-            f"{self.schedule['lr']:g}, schedule.clip_grad=1, or trainer.precision=32-true; {kept}"
+            f"{self.schedule.lr:g}, schedule.clip_grad=1, or trainer.precision=32-true; {kept}"
         )
 
     # --- evaluation
@@ -242,8 +248,8 @@ class Classifier(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate("test", batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -255,16 +261,20 @@ class Classifier(LightningModule):
         self._seed()  # a random router draws the same every time
         self.metrics[split].reset()  # type: ignore[operator]
 
-    def _evaluate(self, split: str, batch: Batch) -> None:
+    def _evaluate(self, split: str, batch: Batch) -> Tensor:
         images, labels, _ = batch
         logits = self.evaluated(images).float()
         metrics = self.metrics[split]
         metrics["loss"].update(F.cross_entropy(logits, labels), len(labels))  # type: ignore[index]
         for name in ("top1", "top5"):
             metrics[name].update(logits, labels)  # type: ignore[index]
+        metrics["images"].update(len(labels))  # type: ignore[index]
+        return logits
 
     def _report(self, split: str) -> None:
-        """Logs SPLIT/loss, SPLIT/top1 and SPLIT/top5, the accuracies in percent."""
+        """Logs SPLIT/loss, the accuracies SPLIT/top1 and SPLIT/top5 in percent, and how many images these are of."""
+        loader = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
+        self.metrics[split]["unreadable"].update(getattr(loader, "skipped", 0))  # type: ignore[index]
         values = self.metrics[split].compute()  # type: ignore[operator]
         if split == "val" and not torch.isfinite(values["loss"]):
             if not self.global_step:
@@ -273,4 +283,6 @@ class Classifier(LightningModule):
                     "or try trainer.precision=32-true"
                 )
             self._stop("the validation loss is not finite", kept="the end of this epoch is not saved")
+        counts = {f"{split}/{key}": values.pop(key) for key in ("images", "unreadable")}
+        self.log_dict(counts, logger=False)
         self.log_dict({f"{split}/{k}": v if k == "loss" else 100 * v for k, v in values.items()})

@@ -1,15 +1,19 @@
 """From files on disk to three splits. torchvision reads the annotations, the images are opened later.
 
-Official splits are kept. What a set lacks is split from its training part, stratified by class, by
-``data.split_seed``: the same for every run seed.
+Official splits are kept. What a set lacks is split from its training part by ``data.split_seed``, the same for every
+run seed: by each file's own name (data.split_by=name), or by its place in the order of the files, stratified by class.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
+import logging
+import os
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,22 +22,31 @@ import numpy as np
 from filelock import FileLock
 from timm.data import ImageNetInfo
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import META_FILE, load_meta_file
 
 from amod.errors import UserError, one_line
+from amod.training.config import Data
 from amod.training.data import locate
+from amod.training.images import hidden, is_image
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images as paths or as one uint8 array (N, H, W), with one label each."""
+    """Images as paths or as one uint8 array (N, H, W), with one label each; paths begin with ``root``."""
 
     images: Sequence[str] | np.ndarray
     labels: np.ndarray
     classes: list[str]
+    root: str = ""
 
     def name(self, index: int) -> str:
-        return f"image {index}" if isinstance(self.images, np.ndarray) else self.images[index]
+        """What an image is called, wherever its data set lies."""
+        if isinstance(self.images, np.ndarray):
+            return f"image {index}"
+        return os.path.relpath(self.images[index], self.root) if self.root else self.images[index]
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,18 @@ class Split:
     def labels(self) -> np.ndarray:
         return self.source.labels[self.indices]
 
+    def cut_by_name(self, fraction: float, seed: int, key: str) -> tuple[Split, Split]:
+        """(rest, part): whether an image is in the part depends on its own name alone, so that none that is added or
+        removed moves another. The part has about ``fraction`` of the images.
+        """
+
+        def draw(index: int) -> float:
+            digest = hashlib.blake2b(f"{seed}/{key}/{self.source.name(index)}".encode(), digest_size=8).digest()
+            return int.from_bytes(digest, "little") / 2**64
+
+        part = np.array([draw(index) < fraction for index in self.indices.tolist()], dtype=bool)
+        return Split(self.source, self.indices[~part]), Split(self.source, self.indices[part])
+
     def cut(self, fraction: float, seed: int) -> tuple[Split, Split]:
         """(rest, part): the part has round(fraction * n) samples, of each class its share to within one."""
         # Sorted by class (shuffled inside a class), an evenly spaced comb takes the same share of each class.
@@ -63,18 +88,59 @@ class Split:
         return Split(self.source, self.indices[~part]), Split(self.source, self.indices[part])
 
 
-def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
-    """The splits train, val and test of ``cfg``, fetched if asked for and found nowhere; UserError otherwise."""
-    name = cfg["name"]
+def load(cfg: Data, classes: Sequence[str] | None = None) -> dict[str, Split]:
+    """The splits train, val and test, fetched if asked for and found nowhere; UserError otherwise.
+
+    ``classes``: the labels follow these names, of which the data may have some only.
+    """
+    parts, _ = read_parts(cfg, classes)
+    splits = {key: Split(source, np.arange(len(source.labels))) for key, source in parts.items()}
+    for key, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
+        if key not in splits:
+            whole = splits["train"]
+            if cfg.split_by == "name":
+                splits["train"], splits[key] = whole.cut_by_name(fraction, cfg.split_seed, key)
+            else:
+                splits["train"], splits[key] = whole.cut(fraction, cfg.split_seed)
+            if not (len(splits["train"]) and len(splits[key])):
+                raise UserError(f"data.{key}_fraction={fraction}: leaves {key} or train empty, of {len(whole)} images")
+    return {key: splits[key] for key in ("train", "val", "test")}
+
+
+def load_one(cfg: Data, key: str, classes: Sequence[str] | None) -> tuple[Split, int]:
+    """The images that a trained model is measured on, and of how many they are a part.
+
+    ``key``: test, val, or all that there is. A folder may hold no more than what is measured.
+    """
+    parts, folder = read_parts(cfg, classes, key)
+    if key == "all":
+        sources = list(parts.values())
+        labels = np.concatenate([source.labels for source in sources])
+        first = sources[0].images
+        images: Any = [image for source in sources for image in source.images]
+        images = np.stack(images) if isinstance(first, np.ndarray) else images
+        root = sources[0].root if len(sources) == 1 else str(folder)
+        return Split(Source(images, labels, sources[0].classes, root), np.arange(len(labels))), len(labels)
+    if key in parts and key != "train":
+        return Split(parts[key], np.arange(len(parts[key].labels))), len(parts[key].labels)
+    if "train" not in parts:
+        raise UserError(f"split={key}: {folder} has {' and '.join(parts)} only; choose that, or split=all")
+    split = load(cfg, classes)[key]
+    return split, len(split.source.labels)
+
+
+def read_parts(cfg: Data, classes: Sequence[str] | None, only: str | None = None) -> tuple[dict[str, Source], Path]:
+    """What the files say, before anything is split off; ``only``: it is to be measured, and the rest may be missing."""
+    name = cfg.name
     try:
-        folder = locate(cfg)
+        folder = locate(cfg, only == "test")
     except UserError:
-        if not cfg.get("download"):
+        if not cfg.download:
             raise
-        _download(name, Path(cfg["root"]).expanduser())
+        _download(name, Path(cfg.root).expanduser())
         folder = locate(cfg)
     try:
-        parts = READERS[name](folder, cfg)
+        parts = _folder(folder, cfg, partial=only is not None) if name == "folder" else READERS[name](folder, cfg)
     except UserError:
         raise
     except Exception as error:  # whatever torchvision and scipy make of a broken file
@@ -83,15 +149,25 @@ def load(cfg: Mapping[str, Any]) -> dict[str, Split]:
     for key, source in parts.items():
         if not len(source.labels):
             raise UserError(f"data={name}: no {key} images in {folder}")
-        _check(name, folder, source, cfg.get("num_classes"))
-    splits = {key: Split(source, np.arange(len(source.labels))) for key, source in parts.items()}
-    for key in ("test", "val"):
-        if key not in splits:
-            whole, fraction = splits["train"], cfg[f"{key}_fraction"]
-            splits["train"], splits[key] = whole.cut(fraction, cfg["split_seed"])
-            if not (len(splits["train"]) and len(splits[key])):
-                raise UserError(f"data.{key}_fraction={fraction}: leaves {key} or train empty, of {len(whole)} images")
-    return {key: splits[key] for key in ("train", "val", "test")}
+        if classes is None:
+            _check(name, folder, source, cfg.num_classes)
+        parts[key] = source = source if source.root else replace(source, root=str(folder))
+        if classes is not None:
+            parts[key] = aligned(source, classes, folder)
+    return parts, folder
+
+
+def aligned(source: Source, classes: Sequence[str], folder: Path) -> Source:
+    """The same images with labels that follow ``classes``, by name."""
+    if source.classes == list(classes):  # as with ImageNet, two of whose classes are called crane
+        return source
+    if unknown := [name for name in source.classes if name not in classes]:
+        raise UserError(
+            f"data.root: {folder} has classes that the model does not know ({', '.join(unknown[:5])}); it knows "
+            f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}; rename or leave out the class folders"
+        )
+    place = np.array([classes.index(name) for name in source.classes])
+    return replace(source, labels=place[source.labels], classes=list(classes))
 
 
 def _check(name: str, folder: Path, source: Source, num_classes: int | None) -> None:
@@ -126,9 +202,10 @@ def _download(name: str, root: Path) -> None:
         ) from error
 
 
-def _imagenet(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
+def _imagenet(folder: Path, cfg: Data) -> dict[str, Source]:
     """1,281,167 train images and the 50,000 of val/, which are the papers' test set."""
-    parts = {"train": _folder_source(folder / "train"), "test": _folder_source(folder / "val")}
+    folders = {"train": folder / "train", "test": folder / "val"}
+    parts = {key: _folder_source(place) for key, place in folders.items() if place.is_dir()}  # test alone: to measure
     _same_classes(parts)
     if (folder / META_FILE).is_file():
         names = load_meta_file(folder)[0]
@@ -137,7 +214,7 @@ def _imagenet(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     return parts
 
 
-def _imagenette(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
+def _imagenette(folder: Path, cfg: Data) -> dict[str, Source]:
     """Ten easy classes of ImageNet, 9469 train images and the 3925 of val/ as the test set; or what the folder holds.
 
     The classes go by the first of their ImageNet names ("tench"), a folder that is no synset by its own.
@@ -151,7 +228,7 @@ def _imagenette(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     return parts
 
 
-def _flowers(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
+def _flowers(folder: Path, cfg: Data) -> dict[str, Source]:
     """1020 train, 1020 val, 6149 test images; ``train_on: train+val`` pools 2040 and splits val anew."""
     _check_mat(folder / "imagelabels.mat", "labels")
     _check_mat(folder / "setid.mat", "trnid")
@@ -165,13 +242,13 @@ def _flowers(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
                 "delete both and add data.download=true"
             ) from error
         parts[part] = _source(data._image_files, data._labels, data.classes)
-    if cfg["train_on"] == "train+val":
+    if cfg.train_on == "train+val":
         train, val = parts["train"], parts.pop("val")
         parts["train"] = _source([*train.images, *val.images], [*train.labels, *val.labels], train.classes)
     return parts
 
 
-def _cars(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
+def _cars(folder: Path, cfg: Data) -> dict[str, Source]:
     """8144 train and 8041 test images."""
     _check_mat(folder / "devkit/cars_meta.mat", "class_names")
     _check_mat(folder / "devkit/cars_train_annos.mat", "annotations", "class")
@@ -180,13 +257,13 @@ def _cars(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
     return {part: _pairs(d._samples, d.classes) for part, d in data.items()}
 
 
-def _pets(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
+def _pets(folder: Path, cfg: Data) -> dict[str, Source]:
     """3680 trainval and 3669 test images."""
     data = {key: datasets.OxfordIIITPet(folder.parent, part) for key, part in (("train", "trainval"), ("test",) * 2)}
     return {key: _source(d._images, d._labels, d.classes) for key, d in data.items()}
 
 
-def _fashion_mnist(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
+def _fashion_mnist(folder: Path, cfg: Data) -> dict[str, Source]:
     """60,000 train and 10,000 test images of 28 x 28 pixels, gzipped (as Debian ships them) or not.
 
     ``background: noise`` puts a grey drawn for each pixel in the place of black, which half of all pixels are: no patch
@@ -199,13 +276,13 @@ def _fashion_mnist(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
         labels = _read_idx(next(folder.glob(f"{prefix}-labels-idx1-ubyte*")), 1)
         if len(images) != len(labels):
             raise UserError(f"data=fashion_mnist: {len(images)} {prefix} images but {len(labels)} labels in {folder}")
-        if cfg.get("background") == "noise":  # runs of before this setting have none
+        if cfg.background == "noise":
             images = np.where(images, images, noise.integers(1, 256, images.shape, np.uint8))
         parts[key] = Source(images, labels.astype(np.int64), list(datasets.FashionMNIST.classes))
     return parts
 
 
-def _digits(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
+def _digits(folder: Path, cfg: Data) -> dict[str, Source]:
     """scikit-learn's 1797 handwritten digits, 8 x 8 pixels in 17 greys; test and val are both split off."""
     from sklearn.datasets import load_digits
 
@@ -217,10 +294,14 @@ def _digits(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
 SPLIT_NAMES = {"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
 
-def _folder(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
-    """train/ [val/] [test/] of class folders, or the class folders alone; a missing part is split off."""
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-    known = ("train", "val", "test") if "train" in names else ()
+def _folder(folder: Path, cfg: Data, partial: bool = False) -> dict[str, Source]:
+    """train/ [val/] [test/] of class folders, or the class folders alone; a missing part is split off.
+
+    ``partial``: there may be a val/ or test/ alone.
+    """
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(entry.name)]
+    parts = ("train", "val", "test")
+    known = parts if "train" in names or (partial and names and set(names) <= set(parts)) else ()
     for name in names:
         if name not in known and (known or name.casefold() in SPLIT_NAMES):
             raise UserError(
@@ -229,9 +310,10 @@ def _folder(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Source]:
             )
     if not known:
         return {"train": _folder_source(folder)}
-    parts = {key: _folder_source(folder / key) for key in ("train", "val", "test") if (folder / key).is_dir()}
-    _same_classes(parts)
-    return parts
+    found = {key: _folder_source(folder / key) for key in known if (folder / key).is_dir()}
+    if not partial:
+        _same_classes(found)
+    return found
 
 
 READERS = {
@@ -254,17 +336,45 @@ def _pairs(samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> Source
     return _source([path for path, _ in samples], [label for _, label in samples], classes)
 
 
+class VisibleFolders(datasets.ImageFolder):
+    """torchvision's class folders without what programs leave beside them."""
+
+    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not hidden(e.name))
+        if not names:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return names, {name: label for label, name in enumerate(names)}
+
+
 def _folder_source(folder: Path) -> Source:
+    """Every image below ``folder``, by class; how many files of other endings are left out is said."""
+    left: Counter[str] = Counter()
+    start = len(str(folder)) + 1
+
+    def take(path: str) -> bool:
+        *inner, name = path[start:].split(os.sep)
+        if any(map(hidden, inner)) or hidden(name):
+            return False
+        if not is_image(name):
+            left["/".join([*inner, f"*{os.path.splitext(name)[1]}"])] += 1
+        return is_image(name)
+
     try:
-        data = datasets.ImageFolder(folder)
+        data = VisibleFolders(folder, is_valid_file=take)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: {one_line(error)}; every class needs a folder with at least one image") from error
-    return _pairs(data.samples, data.classes)
+        raise UserError(
+            f"{folder}: {one_line(error)}; every class needs a folder with at least one image "
+            f"({', '.join(IMG_EXTENSIONS)})"
+        ) from error
+    if left:
+        shown = ", ".join(f"{count} of {kind}" for kind, count in left.most_common(5))
+        log.warning("%s: %d files are no images by their ending and are left out: %s", folder, left.total(), shown)
+    return Source([path for path, _ in data.samples], np.array(data.targets, dtype=np.int64), data.classes, str(folder))
 
 
 def _same_classes(parts: Mapping[str, Source]) -> None:
     for key, source in parts.items():
-        if odd := set(parts["train"].classes) ^ set(source.classes):
+        if odd := set(next(iter(parts.values())).classes) ^ set(source.classes):
             raise UserError(f"the class folders of train and {key} differ: {', '.join(sorted(odd)[:5])}")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 from huggingface_hub.utils import get_session
-from omegaconf import DictConfig, OmegaConf
-from timm.data import resolve_model_data_config
+from safetensors import safe_open
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import VisionTransformer, load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from amod.errors import UserError, one_line
 from amod.flops import count_flops
 from amod.plan import read_plan
+from amod.training.config import Model, Variant
+from amod.training.record import classes_of, differ
 from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
 log = logging.getLogger(__name__)
@@ -36,13 +39,13 @@ class Built:
     adapted: bool
 
 
-def create_vit(model: Mapping[str, Any], num_classes: int, **pretrained: Any) -> VisionTransformer:
+def create_vit(model: Model, num_classes: int, **pretrained: Any) -> VisionTransformer:
     """The timm model of a ``model`` config. Raises UserError for a name or an argument that timm does not have.
 
     ``pretrained`` are timm.create_model's arguments that load weights; none of them: random weights.
     """
-    name = model["name"]
-    kwargs: dict[str, Any] = OmegaConf.to_object(OmegaConf.create({**model["kwargs"]}))  # type: ignore[assignment]
+    name = model.name
+    kwargs = model.kwargs.arguments()
     try:
         known = timm.is_model(name)
     except ValueError:
@@ -54,7 +57,7 @@ def create_vit(model: Mapping[str, Any], num_classes: int, **pretrained: Any) ->
         raise UserError(f"model.name={name}: timm {timm.__version__} has no such model{hint}")
     try:
         vit = timm.create_model(
-            name, num_classes=num_classes, drop_path_rate=model["drop_path"], **{**kwargs, **pretrained}
+            name, num_classes=num_classes, drop_path_rate=model.drop_path, **{**kwargs, **pretrained}
         )
     except Exception as error:  # whatever timm and torch make of them
         if pretrained:
@@ -65,27 +68,35 @@ def create_vit(model: Mapping[str, Any], num_classes: int, **pretrained: Any) ->
     return vit
 
 
-def input_config(model: Mapping[str, Any]) -> dict[str, Any]:
+def input_config(model: Model) -> dict[str, Any]:
     """What images the model takes: timm's resolve_model_data_config, at the image size that was asked for."""
     with torch.device("meta"):
         vit = create_vit(model, num_classes=1)
     return {**resolve_model_data_config(vit), "input_size": (vit.in_chans, *vit.patch_embed.img_size)}
 
 
-def build(cfg: DictConfig, num_classes: int) -> Built:
-    """The model that ``model``, ``router``, ``placement`` and ``capacity`` ask for, its weights loaded."""
+def build(cfg: Variant, num_classes: int, classes: Sequence[str] | None = None) -> Built:
+    """The model that ``model``, ``router``, ``placement`` and ``capacity`` ask for, its weights loaded.
+
+    ``classes``: their names, where they are known. A head that was made for others is left out.
+    """
     state: dict[str, Tensor] = {}
+    pretrained_head = False
     if cfg.model.checkpoint is not None:
         vit = create_vit(cfg.model, num_classes)
         state = read_state(Path(cfg.model.checkpoint))
+        state = without_foreign_head(state, head_classes(Path(cfg.model.checkpoint)), classes)
     elif cfg.model.pretrained:
         vit = pretrained_vit(cfg.model, num_classes)
+        pretrained_head = head_is_pretrained(cfg, num_classes, classes)
+        if not pretrained_head:
+            vit.reset_classifier(num_classes)
     else:
         vit = create_vit(cfg.model, num_classes)
 
     routers = {key: state.pop(key) for key in list(state) if key.startswith("routers.")}
     if cfg.router.name != "isoflop":
-        adapted = load_vit(vit, state, cfg.model) if state else head_is_pretrained(cfg, num_classes)
+        adapted = load_vit(vit, state, cfg.model) if state else pretrained_head
         model = variant(vit, cfg)
         if state:
             load_routers(model, routers, cfg.model)
@@ -96,16 +107,16 @@ def build(cfg: DictConfig, num_classes: int) -> Built:
     if state and blocks == depth:  # an isoFLOP model's own checkpoint
         vit = truncate(vit, depth)
         return Built(vit, load_vit(vit, state, cfg.model))
-    adapted = load_vit(vit, state, cfg.model) if state else head_is_pretrained(cfg, num_classes)
+    adapted = load_vit(vit, state, cfg.model) if state else pretrained_head
     short = truncate(vit, depth)
     log.info("isoFLOP: the first %d of %d blocks are kept", depth, len(vit.blocks))
     return Built(short, adapted)
 
 
-def variant(vit: VisionTransformer, cfg: DictConfig) -> nn.Module:
+def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
     """What `vit` becomes by the config's router: itself for router=none, unless its last block is told otherwise."""
-    router, last = cfg.router, cfg.placement.get("last")
-    if router.name == "plan":
+    router, last = cfg.router, cfg.placement.last
+    if router.file is not None:
         return convert(vit, plan=read_plan(router.file))
     if router.name == "none" and last is None:
         return vit
@@ -114,34 +125,34 @@ def variant(vit: VisionTransformer, cfg: DictConfig) -> nn.Module:
         router=router.name,
         capacity=cfg.capacity,
         placement=placement_of(cfg),
-        keep_prefix=router.get("keep_prefix", False),
-        activation=router.get("activation", "none"),
-        r=router.get("r"),
-        keep_rate=router.get("keep_rate"),
-        fuse=router.get("fuse", True),
+        keep_prefix=router.keep_prefix,
+        activation=router.activation,
+        r=router.r,
+        keep_rate=router.keep_rate,
+        fuse=router.fuse,
         last=last,
         budget=None if cfg.budget is None or router.name == "none" else cfg.budget * 1e9,
     )
 
 
-def placement_of(cfg: DictConfig) -> str | list[int] | None:
+def placement_of(cfg: Variant) -> str | list[int] | None:
     """A name, block indices, or None: the blocks that the method has by itself."""
     if cfg.placement.blocks is not None:
         return list(cfg.placement.blocks)
     return None if cfg.placement.name == "own" else cfg.placement.name
 
 
-def isoflop_blocks(vit: VisionTransformer, cfg: DictConfig) -> int:
+def isoflop_blocks(vit: VisionTransformer, cfg: Variant) -> int:
     """Depth of the isoFLOP model: router.depth, else by the budget, else the paper's pin, else amod.isoflop_depth."""
     size = (vit.in_chans, *vit.patch_embed.img_size)
-    if (depth := cfg.router.get("depth")) is not None:
+    if (depth := cfg.router.depth) is not None:
         return depth
     if cfg.budget is not None:
         fits = [d for d in range(1, len(vit.blocks) + 1) if count_flops(truncate(vit, d), size) <= cfg.budget * 1e9]
         if not fits:
             raise UserError(f"budget={cfg.budget}: even one block of {cfg.model.name} costs more GFLOPs; raise it")
         return max(fits)
-    if cfg.placement.blocks is None and cfg.placement.name == "alternate" and not cfg.model.kwargs:
+    if cfg.placement.blocks is None and cfg.placement.name == "alternate" and not cfg.model.kwargs.arguments():
         pinned = PAPER_DEPTHS.get(cfg.model.name.partition(".")[0], {}).get(cfg.capacity)
         if pinned is not None:
             return pinned
@@ -151,19 +162,23 @@ def isoflop_blocks(vit: VisionTransformer, cfg: DictConfig) -> int:
 # --- pretrained weights -------------------------------------------------------------------------------------------
 
 
-def pretrained_vit(model: Mapping[str, Any], num_classes: int) -> VisionTransformer:
+def pretrained_vit(model: Model, num_classes: int) -> VisionTransformer:
     """timm's pretrained model: from the Hugging Face hub's cache, without any network, else fetched into it."""
-    cfg = timm.get_pretrained_cfg(model["name"])
+    cfg = timm.get_pretrained_cfg(model.name)
     if cfg is None or not cfg.has_weights:
         raise UserError(
-            f"model.pretrained=true: timm has no pretrained weights for {model['name']}; set model.pretrained=false "
+            f"model.pretrained=true: timm has no pretrained weights for {model.name}; set model.pretrained=false "
             "or model.checkpoint=FILE"
         )
     folder = f"{HF_HUB_CACHE}/models--{(cfg.hf_hub_id or '').replace('/', '--')}"
     try:
         cached = cached_weights(cfg.hf_hub_id) if cfg.hf_hub_id and not cfg.hf_hub_filename else None
         if cached is not None:
-            overlay = {**(model["kwargs"].get("pretrained_cfg_overlay") or {}), "file": cached, "custom_load": False}
+            overlay = {
+                **(model.kwargs.arguments().get("pretrained_cfg_overlay") or {}),
+                "file": cached,
+                "custom_load": False,
+            }
             return create_vit(model, num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
         get_session().head(ENDPOINT, timeout=10)  # the hub's own client would try for a minute before it gives up
         return create_vit(model, num_classes, pretrained=True)
@@ -171,7 +186,7 @@ def pretrained_vit(model: Mapping[str, Any], num_classes: int) -> VisionTransfor
         raise
     except Exception as error:  # no network, a proxy, a refused or damaged file: whatever the clients raise
         raise UserError(
-            f"model.pretrained=true: no usable weights of {model['name']} in {folder}, and none could be fetched "
+            f"model.pretrained=true: no usable weights of {model.name} in {folder}, and none could be fetched "
             f"({one_line(error)}); run once with a network, or set HF_HOME to a cache that holds them, or give "
             "model.checkpoint=FILE, or train from scratch with model.pretrained=false"
         ) from error
@@ -187,14 +202,20 @@ def cached_weights(repo: str) -> str | None:
     return None
 
 
-def head_is_pretrained(cfg: DictConfig, num_classes: int) -> bool:
-    if not cfg.model.pretrained:
-        return False
+def head_is_pretrained(cfg: Variant, num_classes: int, classes: Sequence[str] | None) -> bool:
+    """Whether timm's head is for the classes of the data: as many, and by their names."""
     known = timm.get_pretrained_cfg(cfg.model.name)
-    classes = known.num_classes if known else None
-    if classes != num_classes:
-        log.info("the pretrained head has %s classes, the data %d: a new head is trained", classes, num_classes)
-    return classes == num_classes
+    count = known.num_classes if known else None
+    if count != num_classes:
+        log.info("the pretrained head has %s classes, the data %d: a new head is trained", count, num_classes)
+        return False
+    if classes is None or cfg.data.name == "imagenet":
+        return True
+    subset = infer_imagenet_subset(known.to_dict()) if known else None
+    names = (known and known.label_names) or (subset and ImageNetInfo(subset).label_names()) or ()
+    if other := differ(names, classes):
+        log.info("the pretrained head is for other classes than the data's (%s): a new head is trained", other)
+    return not other
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -228,13 +249,36 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Mapping[str, Any]) -> bool:
+def head_classes(path: Path) -> list[str] | None:
+    """The names of the classes that a checkpoint's head is for, which run folders and our safetensors know."""
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                return json.loads((file.metadata() or {})["classes"])
+        except Exception:  # none of ours, or none at all: read_state says so
+            return None
+    folders = [path.parent, path.parent.parent] if path.is_file() else [path]
+    runs = [folder for folder in folders if (folder / "config.yaml").exists()]
+    return next((classes for folder in runs if (classes := classes_of(folder))), None)
+
+
+def without_foreign_head(
+    state: dict[str, Tensor], known: Sequence[str] | None, classes: Sequence[str] | None
+) -> dict[str, Tensor]:
+    """`state` as it is where its head is for `classes`, as far as is known."""
+    if known is None or classes is None or not (other := differ(known, classes)):
+        return state
+    log.info("the checkpoint's head is for other classes than the data's (%s)", other)
+    return {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
+
+
+def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Model) -> bool:
     """Load a state dict into `vit`; whether the head fitted.
 
     A head of other classes is left out and said so, position embeddings of another image size are resized by timm and
     said so. Any other difference is a UserError that lists the keys.
     """
-    wrong = f"model.checkpoint={model['checkpoint']}: is no checkpoint of {model['label']}"
+    wrong = f"model.checkpoint={model.checkpoint}: is no checkpoint of {model.label}"
     wanted = vit.state_dict()
     embedding = state.get("pos_embed")
     patch, wanted_patch = state.get("patch_embed.proj.weight"), wanted["patch_embed.proj.weight"]
@@ -271,14 +315,14 @@ def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Mapping[st
     return adapted
 
 
-def load_routers(model: nn.Module, state: dict[str, Tensor], source: Mapping[str, Any]) -> None:
+def load_routers(model: nn.Module, state: dict[str, Tensor], source: Model) -> None:
     """The routers' own weights from a checkpoint; what a dense checkpoint lacks starts fresh, and is said so."""
     wanted = {key: value for key, value in model.state_dict().items() if key.startswith("routers.")}
     if dropped := sorted(set(state) - set(wanted)):
         log.info("router weights of the checkpoint that this model does not use: %s", shortened(dropped))
     if odd := [key for key in wanted if key in state and state[key].shape != wanted[key].shape]:
         raise UserError(
-            f"model.checkpoint={source['checkpoint']}: {shortened(odd)} of another shape than {source['label']}'s; "
+            f"model.checkpoint={source.checkpoint}: {shortened(odd)} of another shape than {source.label}'s; "
             "choose the model= it was trained with"
         )
     if fresh := sorted(set(wanted) - set(state)):

@@ -1,0 +1,88 @@
+"""From a config of src/explain.py to its report: measure the subjects on the pictures, draw, write."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from rich.progress import Progress, TimeRemainingColumn
+
+from amod.analysis.explain_checks import folders, saved
+from amod.analysis.importance import cost
+from amod.analysis.measurement import blocks_of, grid_of, head_scores, measure
+from amod.analysis.routing_report import About, write_report
+from amod.analysis.subjects import data_pictures, own_pictures, subjects
+from amod.errors import UserError
+from amod.flops import count_flops
+from amod.training.config import ExplainConfig
+from amod.training.folder import environment
+from amod.training.record import classes_of
+from amod.training.terminal import quiet, say
+
+
+def explain(cfg: ExplainConfig, command: str) -> None:
+    """What ``src/explain.py`` does; ``command`` is named in the report."""
+    quiet()
+    runs = folders(cfg, "run")
+    first = saved(runs[0]) if runs else cfg
+    classes: int | None
+    if cfg.images is None:
+        pictures, classes = data_pictures(cfg, first, classes_of(runs[0]) if runs else None)
+    else:
+        pictures, classes = own_pictures(cfg, first), cfg.data.num_classes
+    found = subjects(cfg, classes)
+
+    dense, count = found[0].dense, len(pictures.images)
+    grid, blocks, depth = grid_of(dense, pictures.images), blocks_of(found[0].models), len(dense.blocks)
+    removed = min(grid[0] * grid[1], cfg.tokens or sys.maxsize)
+    work = len(found) * cost(depth, blocks, count, removed)
+    flops = work / depth * count_flops(dense, cast(Any, tuple(pictures.images.shape[1:]))) / 1e9
+    runs_said = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    say(
+        f"importance: {runs_said} x {count} images x {removed} patches x {len(blocks)} blocks cost as much as "
+        f"{work / depth:,.0f} images through {first.model.label} ({flops:,.0f} GFLOPs); images_max=, tokens= bound it"
+    )
+    measured = []
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn()) as progress:
+        bar = progress.add_task("leaving tokens out", total=work)
+        for subject in found:
+            measured.append(
+                measure(
+                    subject.dense,
+                    subject.models,
+                    pictures.images,
+                    pictures.labels,
+                    tokens=cfg.tokens,
+                    seed=cfg.seed,
+                    done=lambda ran: progress.advance(bar, ran),
+                )
+            )
+    config, run = found[0].config, measured[0]
+    kept, tokens = run.routing[config.router.name][0].indices.shape[1], run.prefix + grid[0] * grid[1]
+    about = About(
+        subject=f"{config.model.label}, {'own pictures' if cfg.images else f'{config.data.name}, {cfg.split} images'}",
+        amount=f"capacity {config.capacity:g} ({kept} of {tokens} tokens kept in a routed block)",
+        seeds=[subject.config.seed for subject in found],
+        dense="; ".join(dict.fromkeys(subject.origin for subject in found)),
+        labelled=pictures.labels is not None,
+        command=command,
+        provenance=provenance(),
+    )
+    output = Path(cfg.output or f"outputs/explain/{runs[0].resolve().name if runs else cfg.model.label}")
+    shown = min(cfg.shown, count)
+    heads = {}
+    for router, model in found[0].models.items():
+        with suppress(UserError):  # a block whose map cannot be read, which only attention routing needs
+            heads[router] = head_scores(model, pictures.images[:shown].to(next(dense.parameters()).device))
+    write_report(output, about, measured, pictures.shown[:shown], pictures.names(run.predicted, shown), heads)
+    say(f"{output}/report.md")
+
+
+def provenance() -> str:
+    e = environment()
+    changed = " with changes" if e["git_changed"] else ""
+    return (
+        f"Commit {(e['git_commit'] or 'unknown')[:12]}{changed}, torch {e['torch']}, timm {e['timm']}, {e['device']}."
+    )

@@ -1,0 +1,80 @@
+"""What is wrong with a config of src/explain.py, as far as it is known without reading weights or images."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+from amod.errors import UserError, shown
+from amod.training.checks import UNROUTED, check_checkpoint, check_variant
+from amod.training.compose import compose_config
+from amod.training.config import Data, ExplainConfig, TrainConfig, parse
+from amod.training.data import check_data
+from amod.training.folder import flat, read_config
+
+
+def check_explain(composed: Any) -> ExplainConfig:
+    cfg = parse(ExplainConfig, composed)
+    runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
+    for key, others in (("mod", mods), ("dense", denses)):
+        if others and len(others) != max(1, len(runs)):
+            given = shown(getattr(cfg, key))
+            raise UserError(f"{key}={given}: has {len(others)} folders for {max(1, len(runs))} of run; name as many")
+    if runs:
+        check_left_to_the_run(cfg, dense=saved(runs[0]).router.name in UNROUTED)
+    else:
+        check_variant(cfg)
+        if cfg.model.checkpoint is not None:
+            check_checkpoint(cfg.model.checkpoint)
+        elif not cfg.model.pretrained:
+            raise UserError("run: say which run folder, or model=... with model.checkpoint=... or pretrained weights")
+    if cfg.router.name in UNROUTED:
+        raise UserError(f"router={cfg.router.name}: routes nothing; choose attention, linear or random")
+    if cfg.output is not None and Path(cfg.output).is_file():
+        raise UserError(f"output={cfg.output}: is a file; name a folder")
+    if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
+        raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
+    if cfg.images is None:
+        check_data(data_config(cfg, saved(runs[0]) if runs else cfg), test_only=cfg.split == "test")
+    return cfg
+
+
+def check_left_to_the_run(cfg: ExplainConfig, dense: bool) -> None:
+    """With run=, its config decides the model and the data, and unless it is dense also the routing."""
+    free = ("data.root", *(("router", "placement", "capacity", "budget") if dense else ()))
+    plain = flat(parse(ExplainConfig, compose_config("explain", [])).model_dump())
+    for key, value in flat(cfg.model_dump()).items():
+        ours = key.startswith(("model", "data", "schedule", "router", "placement", "capacity", "budget"))
+        if ours and not key.startswith(free) and plain.get(key) != value:
+            raise UserError(f"{key}={shown(value)}: run={shown(cfg.run)} decides it; leave one of them out")
+
+
+def folders(cfg: ExplainConfig, key: str) -> list[Path]:
+    """The finished run folders that ``key`` names: one, a pattern's in order, or a list of these."""
+    given = getattr(cfg, key)
+    if given is None:
+        return []
+    found: list[Path] = []
+    for item in given if isinstance(given, list) else [given]:
+        matches = [match for match in sorted(glob.glob(os.path.expanduser(item))) if os.path.isdir(match)]
+        if not matches:
+            raise UserError(f"{key}={item}: no such folder; name the folder of a run that src/train.py made")
+        found += map(Path, matches)
+    for folder in found:
+        for file, what in (("config.yaml", "is no run"), ("weights.safetensors", "is not finished; resume it")):
+            if not (folder / file).is_file():
+                raise UserError(f"{key}={folder}: {what} (there is no {file})")
+    return found
+
+
+def saved(folder: Path) -> TrainConfig:
+    return read_config(folder / "config.yaml")
+
+
+def data_config(cfg: ExplainConfig, run: TrainConfig | ExplainConfig) -> Data:
+    """The run's data, from this command's data.root where that is not the default."""
+    if cfg.data.root == os.environ.get("AMOD_DATA", "data"):
+        return run.data
+    return run.data.model_copy(update={"root": cfg.data.root})

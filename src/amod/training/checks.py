@@ -1,0 +1,249 @@
+"""What several settings must satisfy together, and the files that they name; torch is not needed for it.
+
+``check_train`` and ``check_evaluate`` are what the commands ask before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from amod.errors import UserError, reachable, shown
+from amod.plan import make_plan, read_plan
+from amod.training.config import (
+    CONF,
+    EvaluateConfig,
+    Model,
+    TrainConfig,
+    TrainerArguments,
+    UntrainedConfig,
+    Variant,
+    choices,
+    parse,
+)
+from amod.training.data import check_data
+from amod.training.folder import check_run_dir, read_config
+
+# Of the routers: those that route nothing, and those whose cost is not set by a capacity.
+UNROUTED = ("none", "isoflop")
+WITHOUT_CAPACITY = (*UNROUTED, "tome", "evit", "plan")
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+# One fact, two names: Lightning's argument, and the setting that decides it.
+TWICE = {"max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip_grad"}
+
+
+def check_train(composed: Any) -> TrainConfig:
+    """Everything about a training config that is known without building the model or reading the data."""
+    if isinstance(composed, DictConfig):
+        check_names(composed)
+    kind = UntrainedConfig if isinstance(composed, DictConfig) and "images" in composed else TrainConfig
+    cfg = composed if isinstance(composed, TrainConfig) else parse(kind, composed)
+    check_variant(cfg)
+    check_trainer(cfg.trainer)
+    schedule = cfg.schedule
+    for theirs, ours in TWICE.items():
+        value, wanted = getattr(cfg.trainer, theirs), getattr(schedule, ours)
+        if value != wanted:
+            raise UserError(
+                f"trainer.{theirs}={shown(value)}: must be schedule.{ours}={shown(wanted)}, which other settings "
+                f"follow too; set schedule.{ours}={shown(value)} in its place"
+            )
+    if schedule.min_lr > schedule.lr:
+        raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")
+    if (schedule.mixup or schedule.cutmix) and schedule.batch_size % 2:
+        raise UserError(
+            f"schedule.batch_size={schedule.batch_size}: must be even, because mixup and cutmix pair the images; "
+            "or set schedule.mixup=0 schedule.cutmix=0"
+        )
+    if cfg.callbacks.name == "early_stopping":
+        for key, usual in (("limit_val_batches", None), ("val_check_interval", None)):
+            if (value := getattr(cfg.trainer, key)) != usual and (value == 0 or key == "val_check_interval"):
+                raise UserError(
+                    f"trainer.{key}={shown(value)}: callbacks=early_stopping needs a validation at the end of an epoch "
+                    "and none before; leave one of them out"
+                )
+    check_run_dir(cfg)
+    if cfg.model.checkpoint is not None and not any(Path(cfg.run_dir).glob("checkpoints/*.ckpt")):
+        check_checkpoint(cfg.model.checkpoint)
+    check_data(cfg.data)
+    return cfg
+
+
+def check_evaluate(composed: Any) -> EvaluateConfig:
+    cfg = parse(EvaluateConfig, composed)
+    if cfg.run is None:
+        raise UserError("run: say which run folder, as in run=runs/digits/some-run")
+    with reachable(f"run={cfg.run}"):
+        exists = (Path(cfg.run) / "config.yaml").exists()
+    if not exists:
+        raise UserError(f"run={cfg.run}: no config.yaml there; name the folder of a run that src/train.py made")
+    check_data(evaluation_config(cfg).data, test_only=cfg.split == "test")
+    if cfg.output is not None and Path(cfg.output).is_file():
+        raise UserError(f"output={cfg.output}: is a file; name a folder")
+    return cfg
+
+
+def evaluation_config(cfg: EvaluateConfig) -> TrainConfig:
+    """The run's own config with the evaluation's non-null settings over it."""
+    run = read_config(Path(cfg.run or "") / "config.yaml")
+    for group in ("data", "trainer"):
+        for key, value in getattr(cfg, group):
+            if value is not None:
+                setattr(getattr(run, group), key, value)
+    return run
+
+
+def check_names(cfg: DictConfig) -> None:
+    """A name brings its file's other settings, and no others, only where the file is chosen."""
+    for group in ("router", "data", "logger", "callbacks"):
+        settings = cfg.get(group)
+        name = settings.get("name") if isinstance(settings, DictConfig) else None
+        file = CONF / group / f"{name}.yaml"
+        if not isinstance(settings, DictConfig) or not file.is_file():
+            continue
+        known = set(settings_of(file))
+        if not known <= set(settings):
+            raise UserError(f"{group}.name={name}: has settings of its own; choose it with {group}={name}")
+        if odd := sorted(map(str, set(settings) - known)):
+            raise UserError(f"{group}.{odd[0]}={shown(settings[odd[0]])}: {group}={name} has no such setting")
+
+
+def settings_of(file: Path) -> Any:
+    """What a file of a group sets in its group; one that also chooses in another group names its own in it."""
+    found = OmegaConf.load(file)
+    assert isinstance(found, DictConfig)
+    return found.get(file.parent.name, found)
+
+
+# --- the model and its routing ------------------------------------------------------------------------------------
+
+
+def check_variant(cfg: Variant) -> None:
+    check_model(cfg.model)
+    check_placement(cfg)
+    depth, wanted = depth_of(cfg.model), cfg.router.depth
+    if wanted is not None and depth is not None and wanted > depth:
+        raise UserError(f"router.depth={wanted}: {cfg.model.label} has {depth} blocks; choose 1 to {depth}, or null")
+    if cfg.budget is not None and cfg.router.name in ("none", "plan"):
+        raise UserError(f"budget={cfg.budget}: router={cfg.router.name} always costs the same; leave budget out")
+    if cfg.budget is not None and wanted is not None:
+        raise UserError(f"budget={cfg.budget}: router.depth={wanted} says the depth; leave one of them out")
+    check_tokens(cfg)
+
+
+def check_model(model: Model) -> None:
+    channels = model.kwargs.arguments().get("in_chans", 3)
+    if channels != 3:
+        raise UserError(f"model.kwargs.in_chans={shown(channels)}: must be 3; grey images are repeated to RGB")
+    known = model.label in choices("model")
+    meant = OmegaConf.load(CONF / "model" / f"{model.label}.yaml").model.name if known else model.name
+    if model.name != meant:
+        raise UserError(
+            f"model.name={model.name}: the model.kwargs of model={model.label} would overrule it; leave model.name at "
+            f"{meant}, or start from another choice, as in model=deit_small model.name={model.name}"
+        )
+
+
+def check_placement(cfg: Variant) -> None:
+    blocks, router = cfg.placement.blocks, cfg.router
+    said = f"placement={cfg.placement.name}" if blocks is None else f"placement.blocks={shown(blocks)}"
+    if blocks is not None and (not isinstance(blocks, list) or not blocks):
+        raise UserError(f"{said}: must be a list of 0-based block indices such as [1,4,7], or null for the name's own")
+    if router.name == "plan":
+        if router.file is None:
+            raise UserError("router.file=null: router=plan needs a plan's YAML file, as in router.file=PLAN.yaml")
+        read_plan(router.file)
+        for key, value, usual in (("blocks", blocks, None), ("last", cfg.placement.last, None)):
+            if value != usual:
+                raise UserError(f"placement.{key}={shown(value)}: router=plan says it already; leave it out")
+        return
+    if router.name == "isoflop":
+        if cfg.placement.last is not None:
+            raise UserError("placement.last=class: router=isoflop has no plan; leave it out")
+        return
+    if blocks is None and router.name == "none":
+        return
+    depth = depth_of(cfg.model) or 1000  # an unknown depth is checked when the model is built
+    named = None if cfg.placement.name == "own" else cfg.placement.name
+    try:
+        make_plan(depth, router.name, placement=named if blocks is None else blocks, last=cfg.placement.last)
+    except UserError as error:
+        raise UserError(f"{said}: {str(error).partition(': ')[2]}") from None
+
+
+def check_tokens(cfg: Variant) -> None:
+    """A routed block must keep at least one token. Models whose name does not tell are checked when built."""
+    tokens = tokens_of(cfg.model)
+    if tokens is None or cfg.router.name in WITHOUT_CAPACITY or cfg.budget is not None:
+        return
+    if math.floor(round(cfg.capacity * tokens, 9)) < 1:
+        raise UserError(
+            f"capacity={cfg.capacity}: keeps none of {cfg.model.label}'s {tokens} tokens; the least is "
+            f"{math.ceil(10000 / tokens) / 10000:g} (one token)"
+        )
+
+
+def depth_of(model: Model) -> int | None:
+    """Blocks of a timm ViT as far as its settings or its name tell, else None."""
+    if model.kwargs.depth is not None:
+        return model.kwargs.depth
+    sizes = {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32}
+    found = re.search(r"_(tiny|small|base|large|huge)_patch\d+(_\d+)?(\.|$)", model.name)  # plain names only
+    return sizes[found.group(1)] if found else None
+
+
+def tokens_of(model: Model) -> int | None:
+    """Tokens of a timm ViT, class token included, as far as its settings or its name tell, else None."""
+    match = re.search(r"^(?:vit|deit|deit3)_\w+?_patch(\d+)_(\d+)(?:\.|$)", model.name)
+    patch = model.kwargs.patch_size or (match and int(match.group(1)))
+    pixels = model.kwargs.img_size or (match and int(match.group(2)))
+    if not isinstance(patch, int) or not isinstance(pixels, int) or "dist" in model.name:
+        return None
+    return (pixels // patch) ** 2 + 1
+
+
+# --- Lightning's part, and files ----------------------------------------------------------------------------------
+
+
+def check_trainer(trainer: TrainerArguments) -> None:
+    if trainer.max_steps != -1:  # Lightning would take every resume for one inside an epoch
+        raise UserError(
+            f"trainer.max_steps={shown(trainer.max_steps)}: must stay -1; say how long to train by schedule.epochs and "
+            "trainer.limit_train_batches"
+        )
+    if trainer.log_every_n_steps != 50:
+        raise UserError(
+            f"trainer.log_every_n_steps={shown(trainer.log_every_n_steps)}: has no effect, metrics are logged once an "
+            "epoch; leave it out"
+        )
+    limit = trainer.max_time
+    parts = list(limit.values()) if isinstance(limit, dict) else list(map(int, re.findall(r"\d+", str(limit))))
+    numbers = all(isinstance(part, (int, float)) and not isinstance(part, bool) and part >= 0 for part in parts)
+    if limit is not None and not (numbers and any(parts)):
+        raise UserError(f"trainer.max_time={shown(limit)}: leaves no time; write days:hours:minutes:seconds, or null")
+    if re.search("spawn|fork|notebook|fsdp|deepspeed", trainer.strategy):
+        raise UserError(
+            f"trainer.strategy={trainer.strategy}: the trained weights would not come back whole to the process that "
+            "keeps them; choose auto or ddp (trainer=ddp, trainer=ddp_cpu)"
+        )
+
+
+def check_checkpoint(path: str) -> None:
+    file = Path(path)
+    with reachable(f"model.checkpoint={path}"):
+        if file.is_dir() and ((file / "weights.safetensors").exists() or (file / "checkpoints").is_dir()):
+            return
+        found = file.exists()
+    if not found:
+        raise UserError(f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder")
+    if file.is_dir():
+        raise UserError(f"model.checkpoint={path}: this folder is no run, it has no weights.safetensors; name the file")
+    if file.suffix not in CHECKPOINT_SUFFIXES:
+        raise UserError(
+            f"model.checkpoint={path}: not a kind of checkpoint known here; give {', '.join(CHECKPOINT_SUFFIXES)} "
+            "or a run folder"
+        )
