@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from amod import ClassOnly, Merge, Prune, Route, exporting, routing
 from amod.deploy import predict
 from amod.exporting import Agreement, Exported, compare
 from amod.reduce import match, merge
+from amod.routing import RoutedLayer
 from amod.runtimes import Session, open_session
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
@@ -111,16 +113,66 @@ def test_other_logits_are_an_error_and_leave_no_file(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+class Fake:
+    """A model of two classes and one routed block, which keeps the last two of three tokens."""
+
+    def __init__(self, scores):
+        self.scores = torch.tensor([scores])
+
+    def walk(self, images):
+        kept = RoutedLayer(1, self.scores.repeat(len(images), 1), torch.tensor([[1, 2]]).repeat(len(images), 1))
+        return torch.tensor([[1.0, 2.0]]).repeat(len(images), 1), [kept]
+
+
+def file(*outputs):
+    """A file that gives these rows, those of image i for the images that are filled with i."""
+
+    def run(images):
+        at = images[:, 0].astype(int) % len(outputs)
+        return [torch.tensor([outputs[i][0] for i in at]), torch.tensor([outputs[i][1] for i in at])]
+
+    return Session(run, {}, "")
+
+
+GOOD, SWAPPED, OFF = ([1.0, 2.0], [1, 2]), ([2.5, 2.0], [0, 2]), ([1.1, 2.0], [1, 2])
+IMAGES = torch.arange(4.0).unsqueeze(1)
+
+
 def test_the_agreement_by_hand():
-    class Model(torch.nn.Module):
-        def forward(self, images):
-            return torch.tensor([[1.0, 2.0]]).repeat(len(images), 1), torch.tensor([[0, 3, 5]]).repeat(len(images), 1)
+    found = compare(Fake([0.1, 0.3, 0.6]), file(SWAPPED), IMAGES, strict=False)
+    assert found == Agreement(4, difference=1.5, scale=2.0, tokens=8, tokens_differ=4, top1=0.0)
 
-    def run(images):  # the class of every image and one token of three are others
-        return [torch.tensor([[2.5, 2.0]]).repeat(len(images), 1), torch.tensor([[0, 4, 5]]).repeat(len(images), 1)]
 
-    found = compare(Model(), Session(run, {}, ""), torch.zeros(4, 1), strict=False)
-    assert found == Agreement(4, difference=1.5, scale=2.0, tokens=12, tokens_differ=4, top1=0.0)
+@pytest.mark.parametrize(
+    ("scores", "outputs", "right"),
+    [
+        ([0.1, 0.3, 0.6], [GOOD], True),
+        ([0.3, 0.3 + 1e-6, 0.6], [GOOD, SWAPPED], True),  # a near tie, and what follows from it
+        ([0.1, 0.3, 0.6], [GOOD, SWAPPED], False),
+        ([0.3, 0.3 + 1e-6, 0.6], [OFF, SWAPPED], False),  # the tie of one image is no excuse for another
+        ([0.3, 0.3 + 1e-6, 0.6], [SWAPPED], False),  # nothing is left to compare
+        ([0.1, 0.3, 0.6], [GOOD, ([float("nan"), 2.0], [1, 2])], False),
+        ([float("nan")] * 3, [GOOD, SWAPPED], False),
+        ([0.1, 0.3, 0.6], [([1.0], [1, 2])], False),
+    ],
+)
+def test_only_near_ties_are_forgiven(scores, outputs, right):
+    with contextlib.nullcontext() if right else pytest.raises(amod.UserError, match="the exported file"):
+        compare(Fake(scores), file(*outputs), IMAGES, strict=True)
+
+
+def test_a_file_that_keeps_the_wrong_tokens_is_refused(tmp_path, monkeypatch):
+    def write(program, path, names, facts):
+        with monkeypatch.context() as patch:
+            patch.setattr("amod.walk.top_k", lambda scores, k, prefix: routing.top_k(-scores, k))
+            wrong = exporting.traced(Exported(routed), (3, 32, 32), False)
+        torch.export.save(wrong, path, extra_files={"amod.json": "{}"})
+
+    routed = model(PLANS["attention"])
+    monkeypatch.setitem(exporting.WRITERS, "torch", write)
+    with pytest.raises(amod.UserError, match=r"does not give what the model gives .* kept tokens differ"):
+        amod.export(routed, tmp_path / "model.pt2")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
