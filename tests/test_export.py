@@ -24,8 +24,7 @@ from amod.runtimes import Session, open_session
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 PLANS = {
-    "attention": {1: Route(0.5), 3: Route(0.25, keep_prefix=True)},
-    "linear": {1: Route(0.5, "linear"), 2: Route(0.5, "linear")},
+    "routed": {1: Route(0.5), 2: Route(0.25, keep_prefix=True), 3: Route(0.5, "linear")},
     "reduced": {0: Merge(3), 1: Prune(0.5), 2: Route(0.5), 3: ClassOnly()},
 }
 SRC = Path(__file__).parents[1] / "src"
@@ -64,7 +63,7 @@ def test_a_trace_is_right_at_every_batch_size(plan):
 
 def test_a_trace_that_would_bake_in_the_image_size_is_refused():
     with pytest.raises(amod.UserError, match=r"torch.jit.trace.*amod.export"):
-        torch.jit.trace(model(PLANS["attention"], dynamic_img_size=True), torch.randn(2, 3, 32, 32))
+        torch.jit.trace(model(PLANS["routed"], dynamic_img_size=True), torch.randn(2, 3, 32, 32))
 
 
 # --- files
@@ -97,7 +96,7 @@ def test_a_rotary_model(tmp_path):
 def test_int8_is_near_the_model(tmp_path, form):
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "nncf"}[form])
     suffix = {"onnx": ".onnx", "openvino": ".xml"}[form]
-    routed, images = model(PLANS["attention"]), torch.randn(8, 3, 32, 32)
+    routed, images = model(PLANS["routed"]), torch.randn(8, 3, 32, 32)
     found = amod.export(routed, tmp_path / f"model{suffix}", images=images, int8=True)
     assert 0 < found.difference < 0.5 * found.scale
     assert open_session(tmp_path / f"model{suffix}").facts["input_size"] == [3, 32, 32]
@@ -165,10 +164,10 @@ def test_a_file_that_keeps_the_wrong_tokens_is_refused(tmp_path, monkeypatch):
     def write(program, path, names, facts):
         with monkeypatch.context() as patch:
             patch.setattr("amod.walk.top_k", lambda scores, k, prefix: routing.top_k(-scores, k))
-            wrong = exporting.traced(Exported(routed), (3, 32, 32), False)
+            wrong = exporting.traced(Exported(routed), (3, 32, 32))
         torch.export.save(wrong, path, extra_files={"amod.json": "{}"})
 
-    routed = model(PLANS["attention"])
+    routed = model(PLANS["routed"])
     monkeypatch.setitem(exporting.WRITERS, "torch", write)
     with pytest.raises(amod.UserError, match=r"does not give what the model gives .* kept tokens differ"):
         amod.export(routed, tmp_path / "model.pt2")
@@ -207,7 +206,7 @@ def test_the_exported_module_names_what_it_gives():
 
 
 def test_the_command_exports_times_and_reads_a_picture(tmp_path):
-    folder = amod.save_pretrained(model(PLANS["attention"]), tmp_path / "saved", class_names=list("abcdefg"))
+    folder = amod.save_pretrained(model(PLANS["routed"]), tmp_path / "saved", class_names=list("abcdefg"))
     photo = tmp_path / "photo.png"
     Image.new("RGB", (50, 40), "red").save(photo)
     command = [sys.executable, str(SRC / "export.py"), f"run={folder}", "format=torch", f"example={photo}", "rounds=1"]
@@ -229,5 +228,5 @@ def test_a_mistake_in_the_command_is_one_line(tmp_path):
 
 
 def test_metadata_is_json():
-    facts = exporting.metadata(model(PLANS["reduced"]), (3, 32, 32), False)
+    facts = exporting.metadata(model(PLANS["reduced"]), (3, 32, 32))
     assert json.loads(json.dumps(facts))["crop_pct"] == 0.9

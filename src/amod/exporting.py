@@ -1,13 +1,12 @@
 """``amod.export``: a model as a file for onnxruntime, OpenVINO or torch, and proof that it gives what the model gives.
 
-The file takes ``images`` (any batch) and gives ``logits`` (B, classes)
-and, for every block that routes, ``kept_<block>`` (B, K), the tokens that it kept. How images are to be prepared, the
-class names and the plan are in the file's metadata, so the file is all that a program needs.
+The file takes ``images`` (B, C, H, W), any B of one image size, and gives ``logits`` (B, classes) and, for every block
+that routes, ``kept_<block>`` (B, K), the tokens that it kept. How images are to be prepared, the class names and the
+plan are in the file's metadata, so the file is all that a program needs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import tempfile
@@ -94,7 +93,7 @@ def export(
 ) -> Agreement:
     """Write the model to ``path`` for another runtime, check it there, and only then call it done.
 
-    The batch is dynamic; height and width are ``input_size``'s.
+    The batch is dynamic; the image size is fixed, it is ``input_size``'s.
 
     Args:
         model: of :func:`amod.convert`, or a timm model; it is left as it is.
@@ -110,10 +109,9 @@ def export(
     """
     path = Path(path)
     form = format_of(path, format)
-    size = tuple(input_size or default_input_size(model))
+    size = input_size or default_input_size(model)
     check(model, path, form, int8, images)
     needed(form, int8)
-    free = any_size(model, form)
     path.parent.mkdir(parents=True, exist_ok=True)
     training, device = model.training, next(model.parameters()).device
     exported = Exported(model).eval().cpu()
@@ -123,9 +121,9 @@ def export(
             images = torch.randn(sum(CHECKED), *size, generator=generator)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".amod-") as folder:
             new = Path(folder) / path.with_suffix(SUFFIXES[form]).name
-            program = traced(exported, size, free)
+            program = traced(exported, size)
             try:
-                WRITERS[form](program, new, exported.names, metadata(model, size, free))
+                WRITERS[form](program, new, exported.names, metadata(model, size))
             except Exception as error:  # an operator that the format does not have
                 raise UserError(f"format={form}: cannot express this model ({one_line(error)})") from error
             if int8:
@@ -134,11 +132,6 @@ def export(
                 quantise(new, form, images)
             session = open_session(new, form)
             agreement = compare(exported, session, images.float(), strict=not int8)
-            if free:
-                smaller = (
-                    max(2, side // p // 2) * p for side, p in zip(size[1:], model.patch_embed.patch_size, strict=True)
-                )
-                compare(exported, session, torch.randn(sum(CHECKED), size[0], *smaller, generator=generator), not int8)
             del session
             for file in Path(folder).iterdir():  # OpenVINO's are two
                 shutil.move(file, path.parent / file.name)
@@ -180,48 +173,26 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
         raise UserError(f"images: {len(images)} are too few for the check; give at least {sum(CHECKED)}")
 
 
-def any_size(model: Any, form: str) -> bool:
-    """Whether height and width are the file's to choose. Not yet: a .pt2 cannot hold K of a symbolic size, and OpenVINO
-    not the resizing of position embeddings; a file has the image size that it was exported at."""
-    return False
-
-
-def traced(exported: Exported, size: Size, free: bool) -> Any:
+def traced(exported: Exported, size: Size) -> Any:
     """The graph of torch.export, whose operators every runtime here knows."""
-    batch = torch.export.Dim("batch")
-    dynamic: dict[int, Any] = {0: batch}
-    if free:
-        patch: Any = exported.model.patch_embed.patch_size  # type: ignore[union-attr]
-        least = smallest_grid(exported.model)
-        size = (size[0], size[1] + patch[0], size[2] + 2 * patch[1])  # at its own size the model would not resize
-        dynamic |= {2 + i: patch[i] * torch.export.Dim("hw"[i], min=least, max=4096 // patch[i]) for i in (0, 1)}
     try:
         with torch.no_grad():
-            return torch.export.export(exported, (torch.randn(TRACED, *size),), dynamic_shapes=(dynamic,))
+            return torch.export.export(
+                exported, (torch.randn(TRACED, *size),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            )
     except Exception as error:  # whatever in the model torch.export cannot follow
         raise UserError(
             f"{type(exported.model).__name__}: torch.export cannot follow it ({one_line(error)})"
         ) from error
 
 
-def smallest_grid(model: Any) -> int:
-    """Patches along a side of the smallest image of which every block can keep what it must."""
-    for side in range(2, default_input_size(model)[1]):
-        with contextlib.suppress(UserError):
-            for entry in plan_of(model).values():
-                entry.kept(side * side + model.num_prefix_tokens, model.num_prefix_tokens)  # type: ignore[union-attr]
-            return side
-    return 2
-
-
-def metadata(model: Any, size: Size, free: bool) -> dict[str, Any]:
+def metadata(model: Any, size: Size) -> dict[str, Any]:
     """What a program must know to use the file."""
     data = resolve_model_data_config(model)
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return {
         "input_size": list(size),
         **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
-        "any_size": free,
         "class_names": [*names] if names else None,
         "plan": as_data(plan_of(model)),
     }
@@ -235,14 +206,13 @@ def _write_torch(program: Any, path: Path, names: Sequence[str], facts: Mapping[
 
 
 def _write_onnx(program: Any, path: Path, names: Sequence[str], facts: Mapping[str, Any]) -> None:
-    shapes = {at: name for at, name in enumerate(("batch", "channels", "height", "width"))}
     made = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=[*names], verbose=False)
     assert made is not None
-    graph = made.model.graph
     import onnx_ir
 
-    dims = graph.inputs[0].shape
-    graph.inputs[0].shape = onnx_ir.Shape([d if isinstance(d, int) else shapes[i] for i, d in enumerate(dims)])
+    images = made.model.graph.inputs[0]
+    assert images.shape is not None
+    images.shape = onnx_ir.Shape(["batch", *images.shape.dims[1:]])
     made.model.metadata_props["amod"] = json.dumps(facts)
     made.save(path, external_data=False)
 
@@ -276,10 +246,10 @@ def compare(exported: Exported, session: Session, images: Tensor, strict: bool) 
     The blocks must keep the same tokens, and the logits be the same. Where a tie went the other way, nothing is asked
     of the image's later blocks and logits; but not every image may be such a one.
     """
-    gaps, scales, same, tied, wrong = [], [], [], [], []
+    found: list[tuple[Tensor, ...]] = []
     tokens = differ = at = 0
     while at < len(images):
-        batch = images[at : at + CHECKED[len(gaps) % 2]]
+        batch = images[at : at + CHECKED[len(found) % 2]]
         at += len(batch)
         (logits, routing), out = exported.walk(batch), [torch.as_tensor(one) for one in session(batch.numpy())]
         if [one.shape for one in out] != [logits.shape, *(layer.indices.shape for layer in routing)]:
@@ -294,15 +264,13 @@ def compare(exported: Exported, session: Session, images: Tensor, strict: bool) 
             swapped = swapped | odd.any(dim=1)
             tokens += layer.indices.numel()
             differ += int((ours & ~theirs).sum())
-        gaps.append((logits - out[0]).abs().amax(dim=1))
-        scales.append(logits.abs().amax(dim=1))
-        same.append(logits.argmax(dim=1) == out[0].argmax(dim=1))
-        tied.append(swapped)
-        wrong.append(unlike)
-    gap, scale, free = torch.cat(gaps), torch.cat(scales).max().item(), torch.cat(tied)
-    top1 = torch.cat(same).double().mean().item()
-    found = Agreement(len(images), gap.max().item(), scale, tokens, differ, top1)
+        gap = (logits - out[0]).abs().amax(dim=1)
+        same = logits.argmax(dim=1) == out[0].argmax(dim=1)
+        found.append((gap, logits.abs().amax(dim=1), same, swapped, unlike))
+    gap, top, same, swapped, unlike = (torch.cat(column) for column in zip(*found, strict=True))
+    scale = top.max().item()
+    agreement = Agreement(len(images), gap.max().item(), scale, tokens, differ, same.double().mean().item())
     close = gap <= TOLERANCE * max(scale, 1.0)  # not of NaN
-    if strict and (torch.cat(wrong).any() or free.all() or not (close | free).all()):
-        raise UserError(f"the exported file does not give what the model gives ({found}): no file was left")
-    return found
+    if strict and (unlike.any() or swapped.all() or not (close | swapped).all()):
+        raise UserError(f"the exported file does not give what the model gives ({agreement}): no file was left")
+    return agreement

@@ -57,7 +57,8 @@ def save_pretrained(
             f"class_names: {len(names)} names for a model of {model.num_classes} classes; give one for each"
         )
     plan = model.plan if isinstance(model, RoutedViT) else {}
-    ours = {"format": FORMAT, "version": _version(), "plan": as_data(plan), "training": dict(training or {})}
+    learned = dict(training or {})
+    ours = {"format": FORMAT, "version": _version(), "plan": as_data(plan), "training": learned}
     dense: Any = _dense(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".amod-") as made:
@@ -72,7 +73,7 @@ def save_pretrained(
         routers = _routers(model)
         if routers:
             save_file(routers, new / ROUTERS)
-        (new / CARD).write_text(model_card(dense, plan, ours["training"], folder.name), encoding="utf-8")
+        (new / CARD).write_text(model_card(dense, plan, learned, folder.name), encoding="utf-8")
         from_pretrained(new)  # what cannot be read again is not called saved
         folder.mkdir(exist_ok=True)
         (folder / ROUTERS).unlink(missing_ok=True)

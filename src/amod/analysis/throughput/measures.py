@@ -60,14 +60,15 @@ def _measure_files(cell: Mapping[str, Any], variants: Mapping[str, Variant]) -> 
     """The same of exported files in another runtime, on the processor."""
     size = default_input_size(variants["dense"].model)
     images = torch.randn(cell["batch"], *size, generator=torch.Generator().manual_seed(0)).numpy()
-    form, steps, precisions = FORMATS[cell["runtime"]], {}, set()
+    form, precisions = FORMATS[cell["runtime"]], set()
+    steps: dict[str, Step] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, variant in variants.items():
             path = Path(folder) / f"{name}{SUFFIXES[form]}"
             export(variant.model, path, form)
             session = open_session(path, form, cell["threads"], cell["precision"] == "default")
             precisions.add(session.precision)
-            steps[name] = partial(session, images)
+            steps[name] = partial(session.run, images)
         seconds, repeats = alternate(
             steps, cell["rounds"], min_rounds=cell["min_rounds"], seconds=cell["seconds"], fill=cell["fill"]
         )
