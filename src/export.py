@@ -21,8 +21,6 @@ def check(composed: DictConfig) -> ExportConfig:
         check_variant(cfg)
         if cfg.model.checkpoint is not None:
             check_checkpoint(cfg.model.checkpoint)
-        elif not cfg.model.pretrained:
-            raise UserError("run: say which run folder, or model=... with model.checkpoint=FILE or pretrained weights")
     if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     if cfg.int8 and cfg.images is None:
@@ -35,11 +33,13 @@ def check(composed: DictConfig) -> ExportConfig:
 
 
 def job(cfg: ExportConfig) -> None:
-    from amod.deploy import calibration_images, latency, predict
+    from amod.deploy import calibration_images, latency, picture, predict
     from amod.exporting import export
     from amod.runtimes import needed, open_session
 
     needed(cfg.format, cfg.int8)
+    if cfg.example is not None:
+        picture(Path(cfg.example).expanduser(), lambda image: image)  # it can be read
     model = model_of(cfg)
     images = None if cfg.images is None else calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
     path = output_of(cfg)
@@ -57,17 +57,23 @@ def job(cfg: ExportConfig) -> None:
 
 
 def model_of(cfg: ExportConfig) -> Any:
-    from amod.hub import from_pretrained, head_classes
+    from amod.hub import from_pretrained, head_size
 
     if cfg.run is not None:
         return from_pretrained(cfg.run)
+    import torch
+
     from amod.training.weights import build, read_state
 
     classes = cfg.data.num_classes
     if cfg.model.checkpoint is not None:
-        classes = head_classes(read_state(Path(cfg.model.checkpoint)), cfg.model.checkpoint)
+        classes = head_size(read_state(Path(cfg.model.checkpoint)), cfg.model.checkpoint)
+    random = cfg.model.checkpoint is None and not cfg.model.pretrained
+    if random:
+        print("model.pretrained=false: the weights are random; the file is good for timing alone")
+    torch.manual_seed(cfg.seed)
     built = build(cfg, classes or 1000)
-    if not built.adapted:
+    if not (random or built.adapted):
         raise UserError(f"model={cfg.model.label}: its weights have no trained head; name a run, or weights with one")
     return built.model.eval()
 

@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 
 import amod
+import export
 from amod import ClassOnly, Merge, Prune, Route, exporting, routing
 from amod.deploy import predict
 from amod.exporting import Agreement, Exported, compare
 from amod.reduce import match, merge
 from amod.routing import RoutedLayer
 from amod.runtimes import Session, open_session
+from amod.training.compose import compose_config
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 PLANS = {
@@ -88,15 +90,15 @@ def test_a_file_gives_what_the_model_gives(tmp_path, plan, suffix):
 
 
 def test_a_rotary_model(tmp_path):
-    name = {"name": "vit_small_patch16_dinov3", "patch_size": 16, "img_size": 64}
-    amod.export(model({1: Route(0.5), 3: Route(0.25)}, **name), tmp_path / "model.pt2")
+    name = {"name": "vit_small_patch16_dinov3", "patch_size": 16, "img_size": 64, "depth": 2}
+    amod.export(model({1: Route(0.5)}, **name), tmp_path / "model.pt2")
 
 
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_int8_is_near_the_model(tmp_path, form):
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "nncf"}[form])
     suffix = {"onnx": ".onnx", "openvino": ".xml"}[form]
-    routed, images = model(PLANS["routed"]), torch.randn(8, 3, 32, 32)
+    routed, images = model({1: Route(0.5)}, depth=2), torch.randn(8, 3, 32, 32)
     found = amod.export(routed, tmp_path / f"model{suffix}", images=images, int8=True)
     assert 0 < found.difference < 0.5 * found.scale
     assert open_session(tmp_path / f"model{suffix}").facts["input_size"] == [3, 32, 32]
@@ -167,7 +169,7 @@ def test_a_file_that_keeps_the_wrong_tokens_is_refused(tmp_path, monkeypatch):
             wrong = exporting.traced(Exported(routed), (3, 32, 32))
         torch.export.save(wrong, path, extra_files={"amod.json": "{}"})
 
-    routed = model(PLANS["routed"])
+    routed = model({1: Route(0.5)}, depth=2)
     monkeypatch.setitem(exporting.WRITERS, "torch", write)
     with pytest.raises(amod.UserError, match=r"does not give what the model gives .* kept tokens differ"):
         amod.export(routed, tmp_path / "model.pt2")
@@ -205,18 +207,31 @@ def test_the_exported_module_names_what_it_gives():
 # --- the command
 
 
-def test_the_command_exports_times_and_reads_a_picture(tmp_path):
-    folder = amod.save_pretrained(model(PLANS["routed"]), tmp_path / "saved", class_names=list("abcdefg"))
+def test_the_command_exports_times_and_reads_a_picture(tmp_path, capsys):
+    saved = amod.save_pretrained(model({1: Route(0.5)}, depth=2), tmp_path / "saved", class_names=list("abcdefg"))
     photo = tmp_path / "photo.png"
     Image.new("RGB", (50, 40), "red").save(photo)
-    command = [sys.executable, str(SRC / "export.py"), f"run={folder}", "format=torch", f"example={photo}", "rounds=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "4 images: logits differ by at most" in done.stdout
-    assert "one image, torch" in done.stdout
-    names = [name for name, _ in predict(open_session(folder / "model.pt2"), photo)]
-    assert [line.split()[-1] for line in done.stdout.splitlines()[-5:]] == names
+    settings = [f"run={saved}", "format=torch", f"example={photo}", "rounds=1"]
+    export.job(export.check(compose_config("export", settings)))
+    printed = capsys.readouterr().out
+    assert "4 images: logits differ by at most" in printed
+    assert "one image, torch" in printed
+    names = [name for name, _ in predict(open_session(saved / "model.pt2"), photo)]
+    assert [line.split()[-1] for line in printed.splitlines()[-5:]] == names
     assert set(names) <= set("abcdefg")
+
+
+def test_a_text_as_example_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "text.txt").write_text("no picture")
+    settings = [
+        "model=vit_pico",
+        "model.pretrained=false",
+        f"example={tmp_path / 'text.txt'}",
+        f"output={tmp_path}/a.onnx",
+    ]
+    with pytest.raises(amod.UserError, match="cannot be read as a picture"):
+        export.job(export.check(compose_config("export", settings)))
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_a_mistake_in_the_command_is_one_line(tmp_path):

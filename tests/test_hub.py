@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import amod
+import tiny
 from amod import ClassOnly, Merge, Prune, Route
+from amod.training.evaluation import load_run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 PLANS = {
@@ -110,6 +112,21 @@ def test_pushing_sends_the_folder(monkeypatch):
     monkeypatch.setattr("amod.hub.HfApi", Api)
     amod.push_to_hub(model(PLANS["linear"]), "somebody/routed")
     assert sent == {"somebody/routed": ["README.md", "config.json", "model.safetensors", "routers.safetensors"]}
+
+
+def test_a_finished_run(tmp_path):
+    tiny.run(tmp_path / "run", "router=attention", "capacity=0.5", "schedule.epochs=1")
+    _, trained, data = load_run(tmp_path / "run")
+    loaded = amod.from_pretrained(tmp_path / "run")
+    images = torch.randn(3, 3, 10, 10)
+    assert torch.equal(loaded(images), trained(images))
+    assert loaded.plan == trained.plan
+    assert loaded.pretrained_cfg["label_names"] == [*data.class_names]
+    saved = amod.from_pretrained(amod.save_pretrained(loaded, tmp_path / "saved"))
+    assert torch.equal(saved(images), trained(images))
+    assert saved.pretrained_cfg["label_names"] == [*data.class_names]
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    _refused(tmp_path / "run", "is not finished")
 
 
 def edit(saved, change):

@@ -192,20 +192,17 @@ def _fetched(repo: str) -> Path:
 
 
 def _from_run(folder: Path) -> Any:
+    from amod.training.evaluation import classes_in, load_model, weights_of
     from amod.training.folder import read_config
-    from amod.training.weights import build, read_state
+    from amod.training.record import classes_of
 
-    if not (folder / "weights.safetensors").is_file():
-        raise UserError(f"{folder}: this run is not finished, it has no weights.safetensors; resume it")
-    cfg = read_config(folder / "config.yaml")
-    cfg.model.checkpoint, cfg.model.pretrained = str(folder), False
-    state = read_state(folder)
-    model = build(cfg, head_classes(state, folder)).model
-    load_exactly(model, state, f"{folder}: its weights are not of the model in its config.yaml")
-    return model.eval()
+    model: Any = load_model(folder, read_config(folder / "config.yaml"), classes_in(weights_of(folder)))
+    if names := classes_of(folder):
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+    return model
 
 
-def head_classes(state: Mapping[str, Tensor], source: Any) -> int:
+def head_size(state: Mapping[str, Tensor], source: Any) -> int:
     """How many classes the head of a state dict has."""
     heads = [value for key, value in state.items() if key in ("head.weight", "head.fc.weight")]
     if not heads:
