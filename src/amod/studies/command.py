@@ -31,6 +31,9 @@ def check_reproduce(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]}: must be true or false")
     how_to_run(cfg.launcher, cfg.extra)
+    weights = cfg.scale.get("weights")
+    if not (weights is None or isinstance(weights, str)):
+        raise UserError(f"scale.weights={weights}: must be a file of the model's weights, or null for the hub's")
     seeds = cfg.scale.seeds
     if not OmegaConf.is_list(seeds) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"scale.seeds={seeds}: must be a list of whole numbers such as [0,1,2]")
@@ -56,7 +59,7 @@ def reproduce(cfg: DictConfig) -> None:
     if cfg.report_only:
         from amod.studies.rows import reported
 
-        found = {name: reported(plan, results / name / scale["name"]) for name, plan in plans.items()}
+        found = {name: reported(plan, root, results / name / scale["name"]) for name, plan in plans.items()}
         found = {name: tables for name, tables in found.items() if (tables[0]["status"] == "finished").any()}
         report(studies, scale, found, results)
         return
