@@ -60,8 +60,7 @@ def reproduce(cfg: DictConfig) -> None:
         from amod.studies.rows import reported
 
         found = {name: reported(plan, root, results / name / scale["name"]) for name, plan in plans.items()}
-        found = {name: tables for name, tables in found.items() if (tables[0]["status"] == "finished").any()}
-        report(studies, scale, found, results)
+        report([study for study in studies if any_finished(study, scale, found)], scale, found, results)
         return
 
     runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
@@ -87,6 +86,14 @@ def reproduce(cfg: DictConfig) -> None:
         raise UserError(
             f"{len(failed)} runs failed, see the reports and {root}/*.log; the same command tries them again"
         )
+
+
+def any_finished(study: Mapping[str, Any], scale: Mapping[str, Any], found: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether the study has a row of its own, not only of the dense model."""
+    if study["name"] not in found:
+        return False
+    rows, _ = found[study["name"]]
+    return bool(((rows["status"] == "finished") & (rows["stage"] == study["stage"])).any())
 
 
 def report(

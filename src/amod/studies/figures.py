@@ -26,8 +26,9 @@ def look(router: str) -> dict[str, Any]:
 def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
     """Each metric's cells as a mean with its 95 % interval, the seeds as small points."""
     metrics = study.get("metrics") or [study["metric"]]
-    groups = sorted(set(rows.apply(_group, axis=1)))
-    size = (2.2 + 3.6 * len(metrics), 1.4 + 0.62 * len(groups))
+    groups = sorted(set(rows[rows["status"] == "finished"].apply(_group, axis=1)))
+    margin = max(2.2, 0.085 * max(map(len, groups)))
+    size = (margin + 3.6 * len(metrics), 1.4 + 0.62 * len(groups))
     figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         found = measured(rows, metric)
