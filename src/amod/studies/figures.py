@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def training_curves(
             axis.plot(by_epoch.index, by_epoch["mean"], markevery=[reached], **style)
             axis.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=style["color"], alpha=0.12)
         axis.set_title(group)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("epochs of the recipe (0: untrained)")
         axis.set_ylabel(METRICS["val_top1"])
         axis.grid(alpha=0.3)
@@ -109,7 +111,7 @@ def _finish(figure: Any, axis: Any, study: Mapping[str, Any], caption: str, path
     by_label = dict(zip(labels, handles, strict=True))
     figure.legend(by_label.values(), by_label.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(study["title"], fontsize=11)
-    figure.supxlabel(caption, fontsize=8)
+    figure.supxlabel(textwrap.fill(caption, int(16 * figure.get_figwidth())), fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
