@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -59,16 +58,17 @@ def test_rows_are_read_as_they_were_written_and_written_the_same(tmp_path):
 def test_a_report_is_read_again_without_its_run_folders(tmp_path):
     runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
     found, curves = rows_of(runs, tmp_path / "runs", {})
-    write(found, tmp_path / "runs.csv")
-    write(curves, tmp_path / "curves.csv")
-    rows_again, curves_again = reported(runs, tmp_path)
+    write(found[:3], tmp_path / "runs.csv")
+    write(curves[:6], tmp_path / "curves.csv")
+    rows_again, curves_again = reported(runs[:3], tmp_path / "nowhere", tmp_path)
+    assert_frame_equal(rows_again, found[:3])
+    assert_frame_equal(curves_again, curves[:6])
+    rows_again, curves_again = reported(runs, tmp_path / "runs", tmp_path)  # what is in folders, and one run more
     assert_frame_equal(rows_again, found)
     assert_frame_equal(curves_again, curves)
-    other = replace(runs[0], settings={**runs[0].settings, "seed": "7"})
-    rows_again, _ = reported([runs[0], other], tmp_path)
-    assert list(rows_again["status"]) == ["finished", "not run"]
-    assert list(rows_again["seed"]) == [0, 7]
-    assert reported(runs, tmp_path / "nowhere")[0]["status"].unique().tolist() == ["not run"]
+    rows_again, _ = reported(runs, tmp_path / "nowhere", tmp_path)
+    assert list(rows_again["status"]) == ["finished"] * 3 + ["not run"]
+    assert list(rows_again["seed"]) == [0, 0, 1, 1]
 
 
 def test_what_failed_is_not_measured():

@@ -33,6 +33,9 @@ def check_reproduce(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]}: must be true or false")
     how_to_run(cfg.launcher, cfg.extra)
+    weights = cfg.scale.get("weights")
+    if not (weights is None or isinstance(weights, str)):
+        raise UserError(f"scale.weights={weights}: must be a file of the model's weights, or null for the hub's")
     seeds = cfg.scale.seeds
     if not OmegaConf.is_list(seeds) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"scale.seeds={seeds}: must be a list of whole numbers such as [0,1,2]")
@@ -58,9 +61,8 @@ def reproduce(cfg: DictConfig) -> None:
     if cfg.report_only:
         from amod.studies.rows import reported
 
-        found = {name: reported(plan, results / name / scale["name"]) for name, plan in plans.items()}
-        found = {name: tables for name, tables in found.items() if (tables[0]["status"] == "finished").any()}
-        report(studies, scale, found, results)
+        found = {name: reported(plan, root, results / name / scale["name"]) for name, plan in plans.items()}
+        report([study for study in studies if any_finished(study, scale, found)], scale, found, results)
         return
 
     runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
@@ -86,6 +88,14 @@ def reproduce(cfg: DictConfig) -> None:
         raise UserError(
             f"{len(failed)} runs failed, see the reports and {root}/*.log; the same command tries them again"
         )
+
+
+def any_finished(study: Mapping[str, Any], scale: Mapping[str, Any], found: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether the study has a row of its own, not only of the dense model."""
+    if study["name"] not in found:
+        return False
+    rows, _ = found[study["name"]]
+    return bool(((rows["status"] == "finished") & (rows["stage"] == study["stage"])).any())
 
 
 def report(

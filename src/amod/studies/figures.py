@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ def look(router: str) -> dict[str, Any]:
 def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
     """Each metric's cells as a mean with its 95 % interval, the seeds as small points."""
     metrics = study.get("metrics") or [study["metric"]]
-    groups = sorted(set(rows.apply(_group, axis=1)))
-    size = (2.2 + 3.6 * len(metrics), 1.4 + 0.62 * len(groups))
+    groups = sorted(set(rows[rows["status"] == "finished"].apply(_group, axis=1)))
+    margin = max(2.2, 0.085 * max(map(len, groups)))
+    size = (margin + 3.6 * len(metrics), 1.4 + 0.62 * len(groups))
     figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         found = measured(rows, metric)
@@ -81,6 +83,7 @@ def training_curves(
             axis.plot(by_epoch.index, by_epoch["mean"], markevery=[reached], **style)
             axis.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=style["color"], alpha=0.12)
         axis.set_title(group)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("epochs of the recipe (0: untrained)")
         axis.set_ylabel(METRICS["val_top1"])
         axis.grid(alpha=0.3)
@@ -108,7 +111,7 @@ def _finish(figure: Any, axis: Any, study: Mapping[str, Any], caption: str, path
     by_label = dict(zip(labels, handles, strict=True))
     figure.legend(by_label.values(), by_label.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(study["title"], fontsize=11)
-    figure.supxlabel(caption, fontsize=8)
+    figure.supxlabel(textwrap.fill(caption, int(16 * figure.get_figwidth())), fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

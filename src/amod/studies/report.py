@@ -68,7 +68,7 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     if scale.get("settings"):
         recipes = {"all": scale["settings"], **recipes}
     weights = f" scale.weights={Path(scale['weights']).name}" if scale.get("weights") else ""
-    said = "\n".join(f"- {name}: `{' '.join(map(str, settings))}`" for name, settings in recipes.items())
+    said = "\n".join(f"- {name}: `{' '.join(map(str, settings))}`" for name, settings in recipes.items() if settings)
     return (
         f"# {study['title']} ({scale['name']} scale)\n\n"
         f"`python src/reproduce.py study={study['name']} scale={scale['name']}{weights}`, run at commit "
@@ -119,7 +119,10 @@ def table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
 def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """Dense first, then by every axis, the routers in their usual order."""
     labels = dict(zip(AXES, key, strict=True))
-    values = [float(v or 0) if axis == "lr" else v for axis, v in labels.items() if axis not in ("router", "capacity")]
+    ranks = {"lr": lambda rate: float(rate or 0), "placement": lambda name: (name != "alternate", name)}
+    values = [
+        ranks[axis](v) if axis in ranks else v for axis, v in labels.items() if axis not in ("router", "capacity")
+    ]
     return (labels["router"] != "none", *values, labels["capacity"], list(NAMES).index(labels["router"]))
 
 

@@ -43,7 +43,7 @@ COLUMNS = (
     *("run", "status", "stage", *AXES, "seed", "gflops", "params", "depth", *METRICS),
     *("best_epoch", "epochs", "seconds", "threads", "git_commit", "git_changed", "note"),
 )
-CURVES = ("run", "epoch", "val_top1")
+CURVES = {"run": "str", "epoch": "int64", "val_top1": "float64"}
 
 
 def table_of(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
@@ -83,7 +83,7 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
         elif row["status"] == "not run":
             row["note"] = last_line(run, root)
         rows.append(row)
-    return table_of(rows), pd.DataFrame(curves, columns=list(CURVES))
+    return table_of(rows), pd.DataFrame(curves, columns=list(CURVES)).astype(CURVES)
 
 
 def row_of(run: Run) -> dict[str, Any]:
@@ -104,16 +104,25 @@ def row_of(run: Run) -> dict[str, Any]:
     }
 
 
-def reported(runs: Sequence[Run], folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As ``rows_of``, from the report that lies in ``folder``, for runs whose own folders are not at hand."""
-    known = {row["run"]: row for row in read(folder / "runs.csv").to_dict("records")}
-    rows = table_of([known.get(run.name, row_of(run) | {"status": "not run"}) for run in runs])
-    return rows, curves_of(folder / "curves.csv")
+def reported(runs: Sequence[Run], root: Path, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As ``rows_of``, and what the report in ``folder`` knows of runs whose own folders are gone."""
+    rows, curves = rows_of(runs, root, {})
+    known = {row["run"]: row for row in _records(read(folder / "runs.csv"))}
+    gone = [status != "finished" and name in known for name, status in zip(rows["run"], rows["status"], strict=True)]
+    here = rows[[not lost for lost in gone]]
+    before = curves_of(folder / "curves.csv")
+    curves = pd.concat([before[~before["run"].isin(here["run"])], curves], ignore_index=True).astype(CURVES)
+    rows = table_of([known[row["run"]] if lost else row for row, lost in zip(_records(rows), gone, strict=True)])
+    return rows, curves
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
 
 
 def curves_of(path: Path) -> pd.DataFrame:
     """The rows of a curves.csv; none where there is no such file."""
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(CURVES))
+    return (pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(CURVES))).astype(CURVES)
 
 
 def curve_of(folder: Path, untrained: float | None) -> list[tuple[int, float]]:
