@@ -24,6 +24,7 @@ from amod.training.compose import compose_config
 from tiny import DIGITS
 
 FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+A = "command: ['${args_no_hyphens}']\n"
 MISTAKES = [
     ("parameters: []", "has no parameters"),
     ("command: [a]\nparameters: {seed: {value: 1}}", "needs ${args_no_hyphens}"),
@@ -35,6 +36,39 @@ MISTAKES = [
     (
         "command: ['${args_no_hyphens}']\nmethod: random\nrun_cap: 1\nparameters: {schedule.lr: {min: 1e-5, max: 1}}",
         "in YAML 1e-5 is a word",
+    ),
+    (f"{A}method: random\nrun_cap: 1\nparametrs: 1\nparameters: {{seed: {{value: 1}}}}", "did you mean parameters?"),
+    (
+        f"{A}method: grid\nearly_terminate: {{type: hyperband}}\nparameters: {{seed: {{value: 1}}}}",
+        "without W&B a file has",
+    ),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{vals: [1]}}}}",
+        "seed: vals: is not known here; did you mean va",
+    ),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{schedule.lr: {{mu: 1, sigma: 2}}}}",
+        "schedule.lr: mu: is not known here",
+    ),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{values: [1, 2], distribution: normal}}}}",
+        "distribution=normal needs W&B; here: uniform",
+    ),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{distribution: categorical, min: 1, max: 2}}}}",
+        "distribution=categorical needs values",
+    ),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{values: [1, 2], probabilities: [0.5]}}}}",
+        "probabilities=[0.5]: must be one number for each of values, 1 together",
+    ),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{values: [1, 2], probabilities: [0.5, 0.1]}}}}",
+        "1 together",
+    ),
+    (
+        f"{A}method: grid\nparameters: {{seed: {{values: [1, 2], probabilities: [0.5, 0.5]}}}}",
+        "a grid takes every value once",
     ),
 ]
 
@@ -98,6 +132,19 @@ def test_a_mistake_in_a_file_is_named(tmp_path, text, said):
     with pytest.raises(UserError) as error:
         runs_of(file, {})
     assert said in str(error.value)
+
+
+def test_probabilities_are_those_of_the_draws(tmp_path):
+    """W&B draws 38 of 40 for 0.95; an even draw 20."""
+    parameters = {
+        "router": {"values": ["linear", "attention"], "probabilities": [0.95, 0.05]},
+        "seed": {"min": 0, "max": 10**6},
+    }
+    sweep = {"command": ["${args_no_hyphens}"], "method": "random", "run_cap": 200, "parameters": parameters}
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(sweep))
+    drawn = [run.values["router"] for run in runs_of(file, {"data": "digits"})]
+    assert 180 <= drawn.count("linear") <= 198
 
 
 def test_random_draws_are_the_same_every_time(tmp_path):

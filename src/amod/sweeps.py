@@ -20,12 +20,23 @@ from typing import Any
 
 import yaml
 
-from amod.errors import UserError
+from amod.errors import UserError, did_you_mean
 from amod.studies.plan import Run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
 
 METHODS = ("grid", "random")
+# W&B's keys that mean something here, or nothing to a run; others are refused.
+KEYS = ("project", "entity", "name", "description", "program", "method", "run_cap", "metric", "command", "parameters")
+PARAMETER_KEYS = ("value", "values", "probabilities", "distribution", "min", "max")
+DISTRIBUTIONS = (
+    "uniform",
+    "int_uniform",
+    "log_uniform_values",
+    "categorical",
+    "categorical_w_probabilities",
+    "constant",
+)
 RESULTS = ("gflops", "val_top1", "test_top1", "epochs", "seconds")  # of summary.json
 
 
@@ -60,12 +71,34 @@ def read_sweep(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: has no parameters; write it like sweeps/lr.yaml")
     if "${args_no_hyphens}" not in sweep.get("command", []):
         raise UserError(f"{file}: the command needs ${{args_no_hyphens}}: Hydra reads key=value, not --key=value")
+    refuse_unknown(sweep, KEYS, str(file))
     for key, parameter in sweep["parameters"].items():
         if not isinstance(parameter, dict) or "parameters" in parameter:
             raise UserError(f"{file}: {key}: nested keys arrive as one dictionary; write them flat, as in schedule.lr")
+        refuse_unknown(parameter, PARAMETER_KEYS, f"{file}: {key}")
+        check_probabilities(parameter, sweep.get("method"), f"{file}: {key}")
         if any(value is None for value in (*parameter.get("values", []), parameter.get("value", 0))):
             raise UserError(f"{file}: {key}: null arrives as the word None; write 'null', with its quotes")
     return sweep
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """What would be ignored here is not passed over in silence."""
+    for key in map(str, given):
+        if key not in known:
+            hint = did_you_mean(key, known) or f"; without W&B a file has {', '.join(known)}"
+            raise UserError(f"{where}: {key}: is not known here{hint}")
+
+
+def check_probabilities(parameter: Mapping[str, Any], method: Any, where: str) -> None:
+    shares = parameter.get("probabilities")
+    if shares is None:
+        return
+    if method == "grid":
+        raise UserError(f"{where}: probabilities: a grid takes every value once; leave them out, or say method: random")
+    numbers = isinstance(shares, list) and all(isinstance(s, (int, float)) and s >= 0 for s in shares)
+    if not numbers or len(shares) != len(parameter.get("values") or []) or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"{where}: probabilities={shares}: must be one number for each of values, 1 together")
 
 
 def arguments(values: Mapping[str, Any]) -> dict[str, str]:
@@ -103,6 +136,10 @@ def sample(parameter: Mapping[str, Any], draw: random.Random, where: str) -> Any
     """One value, by W&B's names of the distributions."""
     if "value" in parameter:
         return parameter["value"]
+    if (other := parameter.get("distribution", "uniform")) not in DISTRIBUTIONS:
+        raise UserError(f"{where}: distribution={other} needs W&B; here: {', '.join(DISTRIBUTIONS)}")
+    if parameter.get("probabilities"):
+        return draw.choices(parameter["values"], parameter["probabilities"])[0]
     if parameter.get("values"):
         return draw.choice(parameter["values"])
     low, high = parameter.get("min"), parameter.get("max")
@@ -116,8 +153,7 @@ def sample(parameter: Mapping[str, Any], draw: random.Random, where: str) -> Any
             return draw.uniform(low, high)
         case "log_uniform_values":
             return math.exp(draw.uniform(math.log(low), math.log(high)))
-        case other:
-            raise UserError(f"{where}: distribution={other} needs W&B; here: uniform, int_uniform, log_uniform_values")
+    raise UserError(f"{where}: distribution={parameter['distribution']} needs values")
 
 
 def runs_of(file: Path, extra: Mapping[str, str]) -> list[SweepRun]:
