@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from amod.training.settings import CONF, compose_config
 from omegaconf import OmegaConf
 
 from amod.errors import UserError
 from amod.studies.command import check_reproduce, reproduce
 from amod.studies.plan import runs_of
 from amod.studies.rows import read, row_of, table_of, write
+from amod.training.compose import compose_config
+from amod.training.config import CONF
 
 
 def command(*overrides):
