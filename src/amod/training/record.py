@@ -54,7 +54,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / "data.json").read_text())
         assert all(isinstance(record[key], kind) for key, kind in (("classes", list), ("splits", dict)))
         return record
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception:  # whatever the bytes make the reader raise
         raise UserError(f"{folder / 'data.json'}: is no record of a run's data; put the run's own file back") from None
