@@ -88,7 +88,7 @@ SETS = {
         (24, 6, 6),
         3,
     ),
-    "folder": (fakes.image_folder, {"val_fraction": 0.5}, (14, 9, 7), 3),
+    "folder": (lambda root: fakes.image_folder(root, per_class=20), {"val_fraction": 0.3}, (39, 8, 13), 3),
     "digits": (lambda root: root, {}, (1294, 144, 359), 10),
 }
 
