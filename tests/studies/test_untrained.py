@@ -62,7 +62,7 @@ def test_some_of_the_images_of_each_class(dense, tmp_path, capsys):
 def test_weights_without_a_head_are_refused(dense, tmp_path):
     cfg = compose_config("untrained", [*DIGITS, "router=random", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UserError, match="no head for the 10 classes"):
-        measure(cfg)
+        measure(check_train(cfg))
     assert not (tmp_path / "run").exists()
 
 

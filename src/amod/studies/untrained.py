@@ -46,7 +46,7 @@ def measure(cfg: UntrainedConfig) -> None:
     write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
     write_atomically(
         folder / "config.yaml",
-        OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in saved_config(cfg).items() if k != "images"})).encode(),
+        OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode(),
     )
     (found,) = trainer.test(module, datamodule=data, verbose=False)
     summary = {
