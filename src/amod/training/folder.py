@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, one_line, reachable, shown
 from amod.training.compose import FREE_TO_CHANGE, expand_paths
-from amod.training.config import CONF, TrainConfig, parse, UntrainedConfig
+from amod.training.config import CONF, TrainConfig, UntrainedConfig, parse
 
 log = logging.getLogger(__name__)
 
