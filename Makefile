@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 STUDIES := $(patsubst conf/study/%.yaml,reproduce-%,$(wildcard conf/study/*.yaml))
 SCALE ?= small
-.PHONY: help setup demo test test-slow lint benchmark benchmark-ddp sweep clean $(STUDIES)
+.PHONY: help setup demo test test-slow test-oldest lint benchmark benchmark-ddp sweep clean $(STUDIES)
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 15
@@ -30,7 +30,7 @@ benchmark: $(VENV)/.ready ## time the variants against dense timm and ToMe; tabl
 benchmark-ddp: $(VENV)/.ready ## time training in two processes against one, one thread each, on an idle machine
 	$(RUN) tools/benchmark_ddp.py --out results/benchmark/ddp.json
 
-reproduce-all: ## every table and figure; SCALE=small or paper, DRY=1 lists the commands, ARGS="'scale.seeds=[0]'"
+reproduce-all: ## every table and figure; SCALE=small, medium or paper, DRY=1 lists the commands, ARGS="'scale.seeds=[0]'"
 $(STUDIES): reproduce-%: $(VENV)/.ready
 	$(RUN) src/reproduce.py study=$* scale=$(SCALE) dry=$(if $(filter 1 true yes,$(DRY)),true,false) $(ARGS)
 
@@ -43,11 +43,17 @@ test: lint ## lint, types and tests (under 15 minutes on 2 cores)
 test-slow: $(VENV)/.ready ## the tests that take long
 	$(VENV)/bin/pytest -m slow
 
+test-oldest: ## the tests with the lowest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tools/lowest.py > .venv-oldest/lowest.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/lowest.txt --editable '.[dev]'
+	.venv-oldest/bin/pytest -m "not slow"
+
 lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
 clean: ## remove what tools left behind; runs, results and data stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,13 +19,14 @@ from amod.training.command import launch
 from amod.training.config import CONF, Count, NotNegative, Share, Text, allows, in_words, one_of
 
 MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
-VARIANTS = ("dense", "isoflop", "linear", "attention", "attention_weighted", "random", "tome")
+VARIANTS = ("dense", "isoflop", "linear", "attention", "attention_weighted", "random", "tome", "few_merges")
 CHOICES: dict[str, tuple[str, ...]] = {
     "measures": ("speed", "parts", "memory"),
     "models": MODELS,
     "variants": VARIANTS,
     "modes": ("forward", "train"),
-    "precision": ("32-true", "bf16-mixed"),
+    "precision": ("32-true", "bf16-mixed", "default"),
+    "runtimes": ("torch", "onnxruntime", "openvino"),
 }
 # What an item of a list, and a single value, may be.
 LISTS: dict[str, Any] = {
@@ -37,6 +38,7 @@ LISTS: dict[str, Any] = {
     "modes": one_of(*CHOICES["modes"]),
     "compile": bool,
     "precision": one_of(*CHOICES["precision"]),
+    "runtimes": one_of(*CHOICES["runtimes"]),
 }
 VALUES: dict[str, Any] = {
     "image_size": Count | None,
@@ -100,8 +102,10 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
     for part in presets[cfg.preset].values():
         s = {**presets["base"], **part, **asked}
         s["measures"] = [m for m in {**presets["base"], **part}["measures"] if m in asked.get("measures", (m,))]
-        axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"])
-        for measure, model, batch, mode, compiled, precision in itertools.product(*axes):
+        axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"], s["runtimes"])
+        for measure, model, batch, mode, compiled, precision, runtime in itertools.product(*axes):
+            if not _runs(measure, mode, compiled, precision, runtime):
+                continue
             cell = {
                 "measure": measure,
                 "model": model,
@@ -110,6 +114,7 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
                 "mode": "forward" if measure == "parts" else mode,
                 "compile": compiled and measure == "speed",
                 "precision": precision,
+                "runtime": runtime,
                 "variants": _variants(s["variants"], s["capacities"]),
                 "rounds": s["rounds"],
                 "min_rounds": s["min_rounds"],
@@ -119,6 +124,14 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
             if cell not in seen:
                 seen.append(cell)
                 yield cell
+
+
+def _runs(measure: str, mode: str, compiled: bool, precision: str, runtime: str) -> bool:
+    """Whether there is such a cell: other runtimes run forward passes alone, and only OpenVINO chooses a precision."""
+    if runtime == "torch":
+        return precision != "default"
+    plain = (measure, mode, compiled) == ("speed", "forward", False)
+    return plain and (precision == "32-true" or (precision == "default" and runtime == "openvino"))
 
 
 def _plain(value: Any) -> Any:
@@ -133,7 +146,7 @@ def _timm(model: str, image_size: int | None) -> dict[str, Any]:
 
 
 def _variants(names: list[str], capacities: list[float]) -> list[str]:
-    alone = [name for name in names if name.startswith("tome_r")]
+    alone = [name for name in names if name.startswith(("tome_r", "few_merges"))]
     routed = [name for name in names if name not in ("dense", *alone)]
     return ["dense", *(f"{name}@{c:g}" for c in capacities for name in routed), *alone]
 
@@ -144,19 +157,19 @@ def _variants(names: list[str], capacities: list[float]) -> list[str]:
 def job(cfg: DictConfig) -> None:
     import torch  # seconds: only once the config is checked
 
-    from amod.analysis import throughput, throughput_report
+    from amod.analysis.throughput import figures, machine, measures, report
 
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or auto")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    machine = throughput.describe(device)
-    where = {key: machine[key] for key in ("kind", "threads", "torch")}
+    here = machine.describe(device)
+    where = {key: here[key] for key in ("kind", "threads", "torch")}
     cells = [{**cell, **where} for cell in cells_of(cfg)]
     if not cells:
         raise UserError(f"measures={_shown(cfg.measures)}: preset={cfg.preset} has none of these; try preset=full")
-    macs = [throughput.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
+    macs = [measures.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -164,17 +177,17 @@ def job(cfg: DictConfig) -> None:
     if cfg.fresh:
         store.unlink(missing_ok=True)
     finished = read(store)
-    head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **machine}
-    missing = throughput.no_compiler(device)
+    head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **here}
+    missing = machine.no_compiler(device)
     failed: list[dict[str, Any]] = []
 
     def write() -> str:
         records = [finished[identity(cell)] for cell in cells if identity(cell) in finished]
-        return throughput_report.write(output, head, records, failed)
+        return report.write(output, head, records, failed)
 
-    print(f"{len(cells)} cells on {machine['kind']}; threads: {machine['threads']}", flush=True)
+    print(f"{len(cells)} cells on {here['kind']}; threads: {here['threads']}", flush=True)
     for number, cell in enumerate(cells, 1):
-        name = throughput_report.title(cell)
+        name = figures.title(cell)
         done = finished.get(identity(cell))
         if done is None and cell["compile"] and missing:
             failed.append({"cell": cell, "not_run": missing})
@@ -182,12 +195,12 @@ def job(cfg: DictConfig) -> None:
             continue
         if done is None:
             todo = [i for i in range(number - 1, len(cells)) if identity(cells[i]) not in finished]
-            left = sum(throughput.expected_seconds(cells[i], macs[i], finished.values()) for i in todo)
+            left = sum(measures.expected_seconds(cells[i], macs[i], finished.values()) for i in todo)
             end = time.strftime("%H:%M", time.localtime(time.time() + left))
             print(f"[{number}/{len(cells)}] {name} ... ({len(todo)} left, expected end {end})", flush=True)
             begin = time.time()
             try:
-                result = throughput.MEASURES[cell["measure"]](cell, device)
+                result = measures.MEASURES[cell["measure"]](cell, device)
             except (UserError, KeyboardInterrupt):
                 raise
             except Exception as error:  # one cell (too little memory, a compiler's fault) must not cost the others
@@ -200,7 +213,7 @@ def job(cfg: DictConfig) -> None:
             with store.open("a") as file:
                 file.write(json.dumps(done) + "\n")
             write()  # a run that is stopped leaves the report of what it measured
-        print(f"    {throughput_report.summary(done)}", flush=True)
+        print(f"    {figures.summary(done)}", flush=True)
     print(write())
 
 

@@ -85,10 +85,10 @@ def draw(cfg, model, data) -> None:
     mean, std = (torch.tensor(input_config(cfg.model)[key]).view(3, 1, 1) for key in ("mean", "std"))
     names = [f"{labels[i]}, read as {int(row.argmax())}" for i, row in zip(chosen, logits, strict=True)]
     title = (
-        f"Patches kept by A-MoD at a capacity of {cfg.capacity:.1%}: {model.tokens_kept(50)} of 50 tokens a block\n"
+        f"Patches kept by A-MoD at a capacity of {cfg.capacity:.1%}: {model.tokens_kept(50)[1]} of 50 tokens a block\n"
         f"{cfg.model.label}, handwritten digits, seed {cfg.seed}"
     )
-    grid = model.vit.patch_embed.grid_size
+    grid = model.patch_embed.grid_size
     draw_kept_patches(images * std + mean, {"A-MoD": routing}, grid, FOLDER / "kept.png", title, names)
 
 

@@ -172,3 +172,15 @@ def imagenet(root: Path, classes: int = 4, train: int = 10, val: int = 2) -> Pat
     names = {synset: (f"animal {label}", f"beast {label}") for label, synset in enumerate(synsets)}
     torch.save((names, [synset for synset in synsets for _ in range(val)]), folder / "meta.bin")
     return root
+
+
+SYNSETS = {"n01440764": "tench", "n02102040": "English springer", "n03445777": "golf ball"}
+
+
+def imagenette(folder: Path, train: int = 10, val: int = 2, synsets: tuple[str, ...] = tuple(SYNSETS)) -> Path:
+    """Imagenette's layout: synset folders in train/ and val/ of ``folder``, which is returned."""
+    for part, count in (("train", train), ("val", val)):
+        for label, synset in enumerate(synsets):
+            for number in range(count):
+                image(folder / part / synset / f"{synset}_{number}.JPEG", seed=label * 100 + number)
+    return folder

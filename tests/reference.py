@@ -1,47 +1,17 @@
-"""The obvious implementation: one image at a time, every map in memory, loops and masks. Slow and plain on purpose.
+"""The obvious implementation: timm's own dense forward, every map in memory, tokens hidden by masks. Slow and plain.
 
-It reads the weights of a timm model and nothing else of this package; the tests compare the package with it.
+It uses a timm model and nothing of this package. A routed block's update of its kept tokens is what the whole block
+computes for them when nobody can see the others: -inf is added to the others' columns, and the others' rows are thrown
+away. So nothing is gathered here, neither tokens nor rotary rows nor relative positions.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 
 import torch
 
-
-def attention_map(attn, x):
-    """(N, D) -> the map A (H, N, N) and the values (H, N, d). Eq. 3."""
-    n = x.shape[0]
-    q, k, v = attn.qkv(x).reshape(n, 3, attn.num_heads, attn.head_dim).unbind(1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    maps, values = [], []
-    for h in range(attn.num_heads):
-        logits = q[:, h] @ k[:, h].T / math.sqrt(attn.head_dim)
-        maps.append(torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True))
-        values.append(v[:, h])
-    return torch.stack(maps), torch.stack(values)
-
-
-def block_update(block, x):
-    """f(x) of Eq. 2 for (N, D): the block's output less its input, and the map it used."""
-    post = hasattr(block, "norm1") and not hasattr(block, "ls1")  # norm after the layer, as in ResPostBlock
-    a, v = attention_map(block.attn, x if post else block.norm1(x))
-    y = torch.cat([a[h] @ v[h] for h in range(len(a))], dim=1)
-    y = block.attn.norm(y)
-    if getattr(block.attn, "gate", None) is not None:
-        y = y * torch.sigmoid(block.attn.gate(x if post else block.norm1(x)))
-    y = block.attn.proj(y)
-    x1 = x + (block.norm1(y) if post else block.ls1(y))
-    y = block.mlp(x1 if post else block.norm2(x1))
-    x2 = x1 + (block.norm2(y) if post else block.ls2(y))
-    return x2 - x, a
-
-
-def column_mean(a):
-    """R_j = 1/(H N) sum_h sum_i A_h[i, j]. Eq. 4."""
-    h, n, _ = a.shape
-    return torch.tensor([sum(a[g, i, j] for g in range(h) for i in range(n)) / (h * n) for j in range(n)])
+MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 
 
 def keep(scores, k, prefix=0):
@@ -50,39 +20,97 @@ def keep(scores, k, prefix=0):
     return sorted(order[:k])
 
 
+@torch.no_grad()
 def forward(vit, images, router, blocks, k, keep_prefix=False, weights=None, sigmoid=False):
     """Logits (B, classes) and, per routed block, the kept positions of each image and their scores."""
+    vit = copy.deepcopy(vit)
+    for module in vit.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
     prefix = vit.num_prefix_tokens if keep_prefix else 0
-    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-    outputs, decisions = [], {i: [] for i in blocks}
-    for x in tokens:
-        left = None
-        for i, block in enumerate(vit.blocks):
+    state = {"left": None}
+    decisions = {i: [] for i in blocks}
+
+    def see_map(module, args, maps):  # (B, H, N, N), as it goes into timm's attention dropout
+        state["maps"] = maps
+
+    def hide(module, args, biased):  # a block with relative positions of its own ignores a mask
+        return biased + state["mask"] if state["mask"] is not None else biased
+
+    def before(i):
+        def choose(block, args, kwargs):
+            state["mask"] = None
             if i not in blocks:
-                update, a = block_update(block, x)
-                left = column_mean_fast(a)
-                x = x + update
-                continue
+                return None
+            x = args[0]
             if router == "linear":
-                scores = torch.stack([weights[i] @ token for token in x])
+                scores = torch.stack([torch.stack([weights[i] @ token for token in image]) for image in x])
                 scores = torch.sigmoid(scores) if sigmoid else scores
             else:
-                scores = left
-            kept = keep(scores, k, prefix)
-            update, a = block_update(block, x[kept])
-            new = x.clone()
-            for row, j in enumerate(kept):
-                r = scores[j] if router in ("linear", "attention_weighted") else 1.0
-                new[j] = x[j] + r * update[row]
-            x = new
-            if left is not None:
-                share, inner, left = sum(left[j] for j in kept), column_mean_fast(a), left.clone()
-                for row, j in enumerate(kept):
-                    left[j] = share * inner[row]
-            decisions[i].append((kept, scores))
-        outputs.append(vit.norm(x))
-    return vit.forward_head(torch.stack(outputs)), decisions
+                scores = state["left"]
+            kept = [keep(row, k, prefix) for row in scores]
+            decisions[i] += list(zip(kept, scores, strict=True))
+            seen = torch.zeros(x.shape[:2], dtype=torch.bool)
+            for image, positions in enumerate(kept):
+                seen[image, positions] = True
+            state["seen"], state["scores"] = seen, scores
+            mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None, :]
+            name = next(n for n in MASKS if n in type(block).forward.__code__.co_varnames)
+            if getattr(block.attn, "rel_pos", None) is not None:
+                state["mask"] = mask
+            else:
+                given = kwargs.get(name)
+                kwargs[name] = mask if given is None else given + mask
+            return args, kwargs
+
+        return choose
+
+    def after(i):
+        def mix(block, args, kwargs, out):
+            maps = state["maps"]
+            if i not in blocks:
+                state["left"] = maps.mean(dim=(1, 2))
+                return None
+            seen, scores = state["seen"], state["scores"]
+            if state["left"] is not None:
+                left = state["left"].clone()
+                for image in range(len(seen)):
+                    rows = seen[image]
+                    share = sum(left[image, j] for j in rows.nonzero().flatten())
+                    left[image, rows] = share * maps[image][:, rows][:, :, rows].mean(dim=(0, 1))
+                state["left"] = left
+            x, r = args[0], 1.0
+            if router in ("linear", "attention_weighted"):
+                r = scores.unsqueeze(-1)
+            return torch.where(seen.unsqueeze(-1), x + r * (out - x), x)
+
+        return mix
+
+    for i, block in enumerate(vit.blocks):
+        block.attn.attn_drop.register_forward_hook(see_map)
+        if getattr(block.attn, "rel_pos", None) is not None:
+            block.attn.rel_pos.register_forward_hook(hide)
+        block.register_forward_pre_hook(before(i), with_kwargs=True)
+        block.register_forward_hook(after(i), with_kwargs=True)
+    return vit(images), decisions
 
 
-def column_mean_fast(a):
-    return a.mean(dim=(0, 1))
+def hiding(vit, seen, later_than):
+    """A copy of ``vit`` in which nobody sees the tokens that are not ``seen`` (B, N) in the blocks behind one."""
+    vit = copy.deepcopy(vit)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None, :]
+
+    def hide(block, args, kwargs):
+        name = next(n for n in MASKS if n in type(block).forward.__code__.co_varnames)
+        given = kwargs.get(name)
+        return args, {**kwargs, name: mask if given is None else given + mask}
+
+    for block in vit.blocks:
+        if hasattr(block.attn, "fused_attn"):
+            block.attn.fused_attn = False
+    for block in vit.blocks[later_than + 1 :]:
+        if getattr(block.attn, "rel_pos", None) is not None:
+            block.attn.rel_pos.register_forward_hook(lambda module, args, biased: biased + mask)
+        else:
+            block.register_forward_pre_hook(hide, with_kwargs=True)
+    return vit

@@ -13,8 +13,9 @@ import torch
 
 import amod
 import benchmark
-from amod.analysis import throughput, throughput_report
-from amod.analysis.throughput import Quartiles, alternate, paired, quartiles
+from amod import walk
+from amod.analysis.throughput import goals, measures, memory, parts, report, variants
+from amod.analysis.throughput.timing import Quartiles, alternate, paired, quartiles
 from amod.training.compose import compose_config
 
 SRC = Path(__file__).parents[1] / "src"
@@ -81,39 +82,39 @@ def test_short_steps_are_repeated_and_long_cells_end_early():
 
 @pytest.fixture(scope="module")
 def vit():
-    return throughput.dense("vit_tiny_patch16_224", TINY)
+    return variants.dense("vit_tiny_patch16_224", TINY)
 
 
 @pytest.mark.parametrize("name", ["dense", "linear@0.5", "attention@0.5", "attention_weighted@0.5", "random@0.5"])
 def test_build_gives_the_named_model_and_its_flops(vit, name):
-    variant = throughput.build(vit, name)
+    variant = variants.build(vit, name)
     assert variant.flops == amod.count_flops(variant.model, (3, 16, 16))
     if name != "dense":
         assert variant.note == "K = 8"
 
 
 def test_build_takes_the_papers_depths_and_equal_cost_for_tome(vit):
-    assert throughput.build(vit, "tome_r3").model.r == 3
+    assert variants.build(vit, "tome_r3").model.plan == dict.fromkeys(range(4), amod.Merge(3))
     with torch.device("meta"):
         small = timm.create_model("deit_small_patch16_224")
-        assert throughput.build(small, "isoflop@0.125").note == "6 blocks"
-        assert throughput.build(small, "tome@0.5").note == "r = 8"
+        assert variants.build(small, "isoflop@0.125").note == "6 blocks"
+        assert variants.build(small, "tome@0.5").note == "r = 8"
 
 
 def test_fused_attention_must_be_on(monkeypatch):
     monkeypatch.setattr(timm.layers.attention, "use_fused_attn", lambda: False)
     with pytest.raises(amod.UserError, match="TIMM_FUSED_ATTN"):
-        throughput.dense("vit_tiny_patch16_224", TINY)
+        variants.dense("vit_tiny_patch16_224", TINY)
 
 
 @pytest.mark.parametrize("name", ["dense", "linear@0.5", "attention@0.5", "tome_r3"])
 def test_parts_are_timed_without_changing_the_model(vit, name):
-    model = throughput.build(vit, name).model.eval()
+    model = variants.build(vit, name).model.eval()
     images = torch.randn(2, 3, 16, 16)
     before = model(images)
-    functions = [getattr(home, function) for home, function, _ in throughput._FUNCTIONS]
-    watch = throughput.Stopwatch(torch.device("cpu"))
-    with throughput.watching(model, watch):
+    functions = [getattr(walk, function) for function in parts.FUNCTIONS]
+    watch = parts.Stopwatch(torch.device("cpu"))
+    with parts.watching(model, watch):
         assert torch.equal(model(images), before)
     spent = watch.read()
     assert {part for part in spent if spent[part] > 0} == {
@@ -121,21 +122,21 @@ def test_parts_are_timed_without_changing_the_model(vit, name):
         "mlp",
         *(() if name == "dense" else ("routing", "movement")),
     }
-    assert functions == [getattr(home, function) for home, function, _ in throughput._FUNCTIONS]
+    assert functions == [getattr(walk, function) for function in parts.FUNCTIONS]
     assert all("forward" not in vars(module) for module in model.modules())
     model(images)
     assert not any(watch.read().values())
 
 
 def test_every_attention_and_mlp_counts_once(vit):
-    model = throughput.build(vit, "attention@0.5").model.eval()
-    watch = throughput.Stopwatch(torch.device("cpu"))
-    with throughput.watching(model, watch):
+    model = variants.build(vit, "attention@0.5").model.eval()
+    watch = parts.Stopwatch(torch.device("cpu"))
+    with parts.watching(model, watch):
         model(torch.randn(2, 3, 16, 16))
-    parts = [part for part, _, _ in watch.marks]
-    assert parts.count("attention") == parts.count("mlp") == 4
-    assert parts.count("movement") == 4  # take and put of two routed blocks
-    assert parts.count("routing") == 4  # router and top-k of two routed blocks
+    marked = [part for part, _, _ in watch.marks]
+    assert marked.count("attention") == marked.count("mlp") == 4
+    assert marked.count("movement") == 4  # take and put of two routed blocks
+    assert marked.count("routing") == 4  # router and top-k of two routed blocks
 
 
 def test_allocated_peak_by_hand():
@@ -146,7 +147,7 @@ def test_allocated_peak_by_hand():
         return b + torch.empty(500)  # 2,000 + 2,000 + 2,000
 
     with torch.inference_mode():
-        assert throughput.allocated_peak(step) == 6000
+        assert memory.allocated_peak(step) == 6000
 
 
 # --- the plan
@@ -165,9 +166,10 @@ def test_the_goals_preset_holds_every_goal():
         if cell["measure"] == "memory":
             record["memory"] = {name: {"tensors": 30, "weights": 10, "process": 50} for name in names}
         records.append(record)
-    rows = throughput_report.goals(records)
+    rows = goals.goals(records)
     assert all(row.measured is not None for row in rows)
-    assert len(rows) == 6 * 5 + 3 + 1 + 2  # three models at two capacities for five goals; ToMe, batch 1, memory
+    # three models at two capacities for five goals; ToMe, batch 1, memory; runtimes at two batches, and there ToMe
+    assert len(rows) == 6 * 5 + 3 + 1 + 2 + 2 * 4 + 4
     by_goal = {row.goal: row for row in rows}
     assert by_goal["efficiency, forward, compiled"].measured.median == 1.0  # twice as fast at half the FLOPs
     assert by_goal["efficiency, forward, compiled"].reached
@@ -178,9 +180,9 @@ def test_the_goals_preset_holds_every_goal():
 
 
 def test_goals_that_were_not_run_say_so():
-    rows = throughput_report.goals([])
+    rows = goals.goals([])
     assert {row.reached for row in rows} == {None}
-    assert all("not run" in line for line in list(throughput_report._goal_table(rows))[2:])
+    assert all("not run" in line for line in list(report.goal_table(rows))[2:])
 
 
 def test_a_setting_replaces_the_presets_in_all_its_parts():
@@ -228,7 +230,29 @@ def test_a_capacity_too_small_for_a_model_is_refused_before_anything_is_timed(tm
     assert not (tmp_path / "new").exists()
 
 
+def test_exported_files_are_cells_of_their_own():
+    cells = [cell for cell in benchmark.cells_of(config()) if cell["runtime"] != "torch"]
+    found = {(cell["runtime"], cell["batch"], cell["precision"]) for cell in cells}
+    assert len(found) == len(cells) == 6
+    assert ("onnxruntime", 1, "default") not in found
+    asked = config("runtimes=[openvino]", "modes=[forward,train]", "compile=[false,true]", "measures=[speed]")
+    assert {(cell["mode"], cell["compile"]) for cell in benchmark.cells_of(asked)} == {("forward", False)}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_an_exported_file_is_timed(runtime):
+    pytest.importorskip(runtime)
+    kwargs = {**TINY, "depth": 2}
+    cell = {"timm_name": "vit_tiny_patch16_224", "kwargs": kwargs, "variants": ["dense", "attention@0.5"], "batch": 2}
+    cell |= {"runtime": runtime, "precision": "32-true", "threads": 1, "rounds": 2, "min_rounds": 2, "seconds": 9}
+    record = measures.measure_speed({**cell, "fill": 0.0}, torch.device("cpu"))
+    assert {name: len(seconds) for name, seconds in record["seconds"].items()} == {"dense": 2, "attention@0.5": 2}
+    assert record["computed_in"] == ["float32"]
+
+
 # --- end to end
+
+QUICK = ["preset=quick", "capacities=[0.5]", "variants=[attention,tome]", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -236,24 +260,24 @@ def quick(tmp_path_factory):
     """A run of preset=quick, and what it printed."""
     folder = tmp_path_factory.mktemp("benchmark")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        benchmark.job(config("preset=quick", "device=cpu", f"output={folder}"))
+        benchmark.job(config(*QUICK, f"output={folder}"))
     return folder, printed.getvalue()
 
 
 def test_quick_writes_tables_data_and_pictures(quick):
     folder, printed = quick
-    report = (folder / "report.md").read_text()
+    written = (folder / "report.md").read_text()
     results = json.loads((folder / "results.json").read_text())
     assert "[4/4]" in printed
     assert str(folder / "report.md") in printed
-    for word in ("A-MoD, C = 0.125", "ToMe, C = 0.5, r = 2", "## Peak memory", "Where the time", "not run"):
-        assert word in report
+    for word in ("A-MoD, C = 0.5", "ToMe, C = 0.5, r = 2", "## Peak memory", "Where the time", "not run"):
+        assert word in written
     assert {"command", "commit", "kind", "threads", "torch", "cells", "goals"} <= results.keys()
     for record in results["cells"]:
         for variant in record.get("seconds", []):
             assert len(record["seconds"][variant]) == 3
-    memory = next(record["memory"] for record in results["cells"] if "memory" in record)
-    assert all(used["process"] > used["tensors"] > used["weights"] > 2e6 for used in memory.values())
+    peaks = next(record["memory"] for record in results["cells"] if "memory" in record)
+    assert all(used["process"] > used["tensors"] > used["weights"] > 2e6 for used in peaks.values())
     for name in ("efficiency.png", "parts.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
@@ -269,8 +293,9 @@ def test_finished_cells_are_skipped_and_a_torn_line_is_measured_again(quick, mon
         run.append(cell["measure"])
         return {key: value for key, value in json.loads(lines[-1]).items() if key not in ("cell", "commit", "took")}
 
-    monkeypatch.setattr(throughput, "MEASURES", dict.fromkeys(throughput.MEASURES, measure))
-    settings = ["preset=quick", "device=cpu", f"output={folder}"]
+    monkeypatch.setattr(measures, "MEASURES", dict.fromkeys(measures.MEASURES, measure))
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    settings = [*QUICK, f"output={folder}"]
     benchmark.job(config(*settings))
     assert run == ["memory"]
     assert len(store.read_text().splitlines()) == len(lines)
@@ -292,7 +317,7 @@ def test_a_cell_that_fails_does_not_cost_the_others(tmp_path, monkeypatch, capsy
     def fail(cell, device):
         raise RuntimeError("too little memory\nand more")
 
-    monkeypatch.setitem(throughput.MEASURES, "speed", fail)
+    monkeypatch.setitem(measures.MEASURES, "speed", fail)
     settings = ["preset=quick", "measures=[speed,parts]", "variants=[attention]", "modes=[forward]", "device=cpu"]
     benchmark.job(config(*settings, f"output={tmp_path}"))
     assert "not run: RuntimeError: too little memory" in capsys.readouterr().out

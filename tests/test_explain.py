@@ -72,6 +72,10 @@ def test_two_seeds_of_both_routers(runs, tmp_path, capsys):
     assert f"dense-0; {runs}/dense-1" in report
     assert "seeds 0, 1, 6 images" in report
     assert "over 2 runs" in report
+    found, _, rest = report.partition("## What was measured")
+    assert found.count("| scores |") == 1  # what was found first, in one table
+    assert "\nA-MoD: the patches that it keeps have " in found
+    assert rest.count("| scores |") == 8
     assert "MoD as routed" in report
     found = rows(tmp_path, "correlation.csv")
     assert {row["scores"] for row in found} == {"dense maps", "attention", "linear", "random", "contrast"}
@@ -136,6 +140,21 @@ def test_prefix_tokens_are_squares_below(family, tmp_path, monkeypatch):
         draw(images, {"A-MoD": routing}, grid, tmp_path / "picture.png", "title")
     pictures.draw_kept_often({"A-MoD": routing}, grid, tmp_path / "picture.png", "title")
     assert seen == [vit.num_prefix_tokens] * (3 * len(routing))
+
+
+def test_what_was_skipped_is_pale_and_without_colour_and_what_was_kept_as_it_was(tmp_path, monkeypatch):
+    image = torch.rand(1, 3, 8, 8)
+    routing = [amod.RoutedLayer(1, torch.rand(1, 5), torch.tensor([[0, 2]]))]  # the class token and the second patch
+    drawn = []
+    monkeypatch.setattr(pictures, "_squares", lambda axis, colours: drawn.append((axis.get_images()[0], colours)))
+    pictures.draw_kept_patches(image, {"A-MoD": routing}, (2, 2), tmp_path / "kept.png", "title")
+    ((shown, colours),) = drawn
+    pixels, before = np.asarray(shown.get_array()), image[0].permute(1, 2, 0).numpy()
+    assert np.allclose(pixels[:4, 4:], before[:4, 4:])
+    skipped = np.concatenate([pixels[:4, :4].reshape(-1, 3), pixels[4:].reshape(-1, 3)])
+    assert np.ptp(skipped, axis=1).max() < 1e-6
+    assert 0.5 < skipped.min() < skipped.max() < 1
+    assert colours == ["black"]
 
 
 WRONG = {

@@ -7,31 +7,33 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from omegaconf import OmegaConf
 
-from amod.studies import report
 from amod.studies.plan import runs_of
+from amod.studies.rows import rows_of, table_of, write
 from amod.training.config import CONF
 
 ROOT = CONF.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def study_rows() -> tuple[list[report.Row], list[report.Row]]:
+def study_rows() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows like those of Table 1 at the small scale, made up; one run failed."""
     study, scale = (OmegaConf.to_container(OmegaConf.load(CONF / f)) for f in ("study/table1.yaml", "scale/small.yaml"))
-    rows, curves = report.rows_of(runs_of(study, scale), Path("nowhere"), {})  # type: ignore[arg-type]
-    for place, row in enumerate(rows):
-        if place == 3:
-            row |= {"status": "failed", "note": "stopped"}
-            continue
-        top1 = 80.0 + 10 * row["capacity"] + row["seed"]
-        row |= {"status": "finished", "gflops": 0.02 + 0.01 * row["capacity"], "val_top1_untrained": 0.5 * top1}
-        row |= {"val_top1": top1, "test_top1": top1 - 1, "epochs_to_peak": 2, "note": None}
-        curves += [{"run": row["run"], "epoch": epoch, "val_top1": top1 - 2 + epoch} for epoch in range(3)]
-    return rows, curves
+    rows, _ = rows_of(runs_of(study, scale), Path("nowhere"), {})  # type: ignore[arg-type]
+    top1 = 80.0 + 10 * rows["capacity"] + rows["seed"]
+    rows = rows.assign(status="finished", gflops=0.02 + 0.01 * rows["capacity"], val_top1_untrained=0.5 * top1)
+    rows = rows.assign(val_top1=top1, test_top1=top1 - 1, epochs_to_peak=2)
+    rows.loc[3, ["status", "note"]] = ["failed", "stopped"]
+    curves = [
+        {"run": run, "epoch": epoch, "val_top1": value - 2 + epoch}
+        for run, value in zip(rows["run"], top1, strict=True)
+        for epoch in range(3)
+    ]
+    return table_of(rows), pd.DataFrame(curves)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def place(tmp_path_factory) -> Path:
         rows, curves = study_rows()
         small = root / "results/table1/small"
         small.mkdir(parents=True)
-        report.write_csv(small / "runs.csv", rows, report.COLUMNS)
-        report.write_csv(small / "curves.csv", curves, ("run", "epoch", "val_top1"))
+        write(rows, small / "runs.csv")
+        write(curves, small / "curves.csv")
     return root
 
 
@@ -77,11 +79,3 @@ def test_what_is_committed_is_small_and_in_order(path):
     assert not re.search(r"/home/|/root/|/work/|/Users/|/tmp/", text)
     counts = [cell.execution_count for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))  # executed top to bottom, once
-
-
-def test_a_study_is_read_as_it_was_written(tmp_path):
-    rows, curves = study_rows()
-    report.write_csv(tmp_path / "runs.csv", rows, report.COLUMNS)
-    assert report.read_csv(tmp_path / "runs.csv") == rows
-    report.write_csv(tmp_path / "curves.csv", curves, ("run", "epoch", "val_top1"))
-    assert report.read_csv(tmp_path / "curves.csv") == curves

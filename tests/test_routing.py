@@ -1,35 +1,8 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
-from amod.errors import UserError
-from amod.placement import routed_blocks
-from amod.routing import put, refine, take, tokens_kept, top_k, weigh_update
-
-
-@pytest.mark.parametrize(
-    ("capacity", "tokens", "kept"),
-    [
-        (0.125, 197, 24),  # 24.625
-        (0.5, 197, 98),  # 98.5
-        (0.125, 50, 6),  # 6.25
-        (1, 197, 197),
-        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996 in floating point
-        (0.7, 10, 7),
-        (1 / 197, 197, 1),
-    ],
-)
-def test_tokens_kept_is_the_floor(capacity, tokens, kept):
-    assert tokens_kept(capacity, tokens) == kept
-
-
-@pytest.mark.parametrize("capacity", [0, -1, 2, 1.0001, float("nan"), float("inf"), "abc", None, True, 0.005])
-def test_a_wrong_capacity_is_named(capacity):
-    with pytest.raises(UserError, match="capacity=") as error:
-        tokens_kept(capacity, 197)
-    assert repr(capacity) in str(error.value)
-    assert "\n" not in str(error.value)
+from amod.routing import RoutedLayer, put, refine, take, top_k, weigh_update
 
 
 def test_top_k_by_hand():
@@ -73,26 +46,11 @@ def test_refine_by_hand():
     torch.testing.assert_close(everything, torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
 
 
-def test_placements():
-    assert routed_blocks("alternate", 12, True) == (1, 3, 5, 7, 9, 11)
-    assert routed_blocks("alternate", 7, True) == (1, 3, 5)
-    assert routed_blocks("last8", 12, True) == (4, 6, 8, 10)
-    assert routed_blocks([7, 1, 4], 12, True) == (1, 4, 7)
-    assert routed_blocks([0, 1], 12, False) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("placement", "words"),
-    [
-        ("altrnate", "'altrnate'.*alternate, last8"),
-        ([0, 2], "block 0 has no block before it"),
-        ([12], "12 is not one of 0 to 11"),
-        ([-1], "-1 is not one of"),
-        ([1, 1], "listed twice"),
-        ([1.5], "1.5 is not one of"),
-        ([True], "True is not one of"),
-    ],
-)
-def test_wrong_placements_are_named(placement, words):
-    with pytest.raises(UserError, match=words):
-        routed_blocks(placement, 12, True)
+def test_which_tokens_of_the_model_a_layer_keeps_by_hand():
+    plain = RoutedLayer(3, None, torch.tensor([[0, 2]]))
+    assert plain.tokens(4).tolist() == [[True, False, True, False]]
+    # six tokens entered the model; 1 and 4 are gone, 2 and 3 are one token now, at position 1; position 2 is skipped
+    owner = torch.tensor([[0, -1, 1, 1, -1, 2]])
+    assert RoutedLayer(3, None, torch.tensor([[0, 1]]), owner).tokens(6).tolist() == [
+        [True, False, True, True, False, False]
+    ]

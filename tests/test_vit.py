@@ -29,17 +29,28 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", ["attention", "attention_weighted", "linear"])
+@pytest.mark.parametrize(
+    ("router", "capacity", "keep_prefix"),
+    [
+        ("attention", 0.125, False),
+        ("attention", 0.5, True),
+        ("attention", 0.9, False),
+        ("attention_weighted", 0.4, False),
+        ("linear", 0.4, False),
+    ],
+)
 @torch.no_grad()
-def test_every_family_agrees_with_the_obvious_implementation(family, router):
+def test_every_family_agrees_with_the_obvious_implementation(family, router, capacity, keep_prefix):
     vit, size = build(family)
     images = torch.randn(2, *size)
-    model = amod.convert(vit, router, 0.4)
+    model = amod.convert(vit, router, capacity, keep_prefix=keep_prefix)
     weights = {i: model.routers[str(i)].weight for i in model.blocks_routed} if router == "linear" else None
     logits, routing = model(images, return_routing=True)
-    n = vit._pos_embed(vit.patch_embed(images)).shape[1]
-    k = int(0.4 * n)
-    expected, decisions = reference.forward(vit, images, router, model.blocks_routed, k, weights=weights)
+    n = routing[0].scores.shape[1]
+    k = int(capacity * n)
+    expected, decisions = reference.forward(
+        vit, images, router, model.blocks_routed, k, weights=weights, keep_prefix=keep_prefix
+    )
     for layer in routing:
         assert layer.scores.shape == (2, n)
         assert layer.scores.dtype == torch.float32
@@ -58,6 +69,48 @@ def test_capacity_one_is_the_dense_model(family, router):
     images = torch.randn(2, *size)
     model = amod.convert(vit, router, 1.0)
     torch.testing.assert_close(model(images), vit(images), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_pruned_is_as_if_nobody_could_see_it(family):
+    """Without fusing: the tokens that remain are those of the dense model with the others' columns hidden behind it."""
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    model = amod.convert(vit, plan={1: amod.Prune(0.5, fuse=False)})
+    walk_record = model(images, return_routing=True)[1]
+    seen = walk_record[0].tokens(walk_record[0].owner.shape[1])
+    features = model.forward_features(images)
+    hidden = reference.hiding(vit, seen, later_than=1)
+    expected = torch.stack([row[kept] for row, kept in zip(hidden.forward_features(images), seen, strict=True)])
+    torch.testing.assert_close(features, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_class_token_alone_gives_the_same_logits_or_is_refused(family):
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    if vit.global_pool != "token":
+        with pytest.raises(amod.UserError, match="reads all tokens"):
+            amod.convert(vit, "none", last="class")
+        return
+    model = amod.convert(vit, "none", last="class")
+    torch.testing.assert_close(model(images), vit(images), atol=2e-5, rtol=1e-4)
+    assert amod.count_flops(model, size) < amod.count_flops(vit, size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merging_nothing_is_dense_and_merging_keeps_all_intermediates(family):
+    vit, size = build(family)
+    images = torch.randn(2, *size)
+    torch.testing.assert_close(amod.convert(vit, "tome", r=0)(images), vit(images), atol=2e-5, rtol=1e-4)
+    merged = amod.convert(vit, "tome", r=1)
+    assert merged.forward_features(images).shape[1] == vit.forward_features(images).shape[1] - len(vit.blocks)
+    assert [f.shape for f in merged.forward_intermediates(images, intermediates_only=True)] == [
+        f.shape for f in vit.forward_intermediates(images, intermediates_only=True)
+    ]
 
 
 @pytest.mark.parametrize("blocks", [[1, 2, 3], [1, 2, 4, 5], [5], [2, 3, 4, 5]])
@@ -96,11 +149,11 @@ def test_skipped_tokens_are_bit_identical_and_never_reach_the_block(router):
     vit = small()
     model = amod.convert(vit, router, 0.3, [5])
     seen = {}
-    model.vit.blocks[4].register_forward_hook(lambda m, args, out: seen.update(dense=out))
-    model.vit.blocks[4].drop_path2.register_forward_hook(lambda m, args, out: seen.update(update=out))
-    model.vit.blocks[5].norm1.register_forward_hook(lambda m, args, out: seen.update(kept=args[0]))
-    model.vit.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
-    model.vit.blocks[4].norm2.register_forward_hook(lambda m, args, out: seen.update(middle=args[0]))
+    model.blocks[4].register_forward_hook(lambda m, args, out: seen.update(dense=out))
+    model.blocks[4].drop_path2.register_forward_hook(lambda m, args, out: seen.update(update=out))
+    model.blocks[5].norm1.register_forward_hook(lambda m, args, out: seen.update(kept=args[0]))
+    model.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
+    model.blocks[4].norm2.register_forward_hook(lambda m, args, out: seen.update(middle=args[0]))
     _, routing = model(IMAGES, return_routing=True)
     assert seen["kept"].shape == (3, int(0.3 * 17), 32)
     before = seen["middle"] + seen["update"]  # what leaves block 4
@@ -162,10 +215,10 @@ def test_drop_path_acts_on_the_update_of_kept_tokens():
     model = amod.convert(small(drop_path_rate=0.5), "linear", 0.4, [5]).train()
     seen = {}
     for i in (4, 5):
-        block = model.vit.blocks[i]
+        block = model.blocks[i]
         block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1 - 1e-7
-    model.vit.blocks[3].register_forward_hook(lambda m, args, out: seen.update(before=out))
-    model.vit.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
+    model.blocks[3].register_forward_hook(lambda m, args, out: seen.update(before=out))
+    model.norm.register_forward_hook(lambda m, args, out: seen.update(after=args[0]))
     model(IMAGES)
     assert torch.equal(seen["before"], seen["after"])
 
@@ -290,10 +343,10 @@ def test_timms_optimizer_groups_see_through_the_wrapper():
     vit = small()
     model = amod.convert(vit, "linear", 0.4)
     names = dict(model.named_parameters())
-    assert {"vit.pos_embed", "vit.cls_token"} <= model.no_weight_decay() & set(names)
+    assert {"pos_embed", "cls_token"} <= model.no_weight_decay() & set(names)
     groups = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
     lr_scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    scales = [lr_scale[id(block.attn.qkv.weight)] for block in model.vit.blocks]
+    scales = [lr_scale[id(block.attn.qkv.weight)] for block in model.blocks]
     assert scales == sorted(scales)
     assert len(set(scales)) == 6
 

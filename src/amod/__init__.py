@@ -13,32 +13,53 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.errors import UserError
-    from amod.flops import PAPER_DEPTHS, capacity_for_budget, count_flops, isoflop_depth
+    from amod.exporting import export
+    from amod.flops import count_flops
+    from amod.hub import from_pretrained, push_to_hub, save_pretrained
+    from amod.plan import ClassOnly, Merge, Prune, Route, read_plan
     from amod.routing import RoutedLayer, Routing
-    from amod.vit import RoutedViT, convert, truncate
+    from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
 
 _HOME = {
     "UserError": "errors",
-    "PAPER_DEPTHS": "flops",
-    "capacity_for_budget": "flops",
     "count_flops": "flops",
-    "isoflop_depth": "flops",
+    "from_pretrained": "hub",
+    "push_to_hub": "hub",
+    "save_pretrained": "hub",
+    "export": "exporting",
+    "ClassOnly": "plan",
+    "Merge": "plan",
+    "Prune": "plan",
+    "Route": "plan",
+    "read_plan": "plan",
     "RoutedLayer": "routing",
     "Routing": "routing",
+    "PAPER_DEPTHS": "vit",
     "RoutedViT": "vit",
     "convert": "vit",
+    "dense": "vit",
+    "isoflop_depth": "vit",
     "truncate": "vit",
 }
 __all__ = [
     "PAPER_DEPTHS",
+    "ClassOnly",
+    "Merge",
+    "Prune",
+    "Route",
     "RoutedLayer",
     "RoutedViT",
     "Routing",
     "UserError",
-    "capacity_for_budget",
     "convert",
     "count_flops",
+    "dense",
+    "export",
+    "from_pretrained",
     "isoflop_depth",
+    "push_to_hub",
+    "read_plan",
+    "save_pretrained",
     "truncate",
 ]
 

@@ -1,180 +1,156 @@
 """One counter of FLOPs, in the convention that gives every FLOPs figure of the paper's Tables 1, 4 and 5.
 
-FLOPs are multiply-accumulates (MACs) of one image, as fvcore counts them: one per MAC of a convolution, linear
-layer or matrix product, five per element of a norm, N * D per linear router; softmax, activations, additions,
-LayerScale, position embeddings and the column mean of A-MoD are free.
+The model runs on the meta device, which has shapes and no numbers, and its operators are counted as they come: one
+multiply-accumulate (MAC) each of a convolution, linear layer or matrix product, five per element of a norm, two of a
+batch norm. Softmax, activations, additions, LayerScale, rotations, sorting, merging's averages and whatever is read
+off an attention map are free. No model, router or method has a formula of its own.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from math import prod
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amod.errors import UserError
-from amod.placement import routed_blocks
-from amod.routers import LinearRouter
-from amod.vit import RoutedViT, check_model
 
-PAPER_DEPTHS: dict[str, dict[float, int]] = {
-    "deit_tiny_patch16_224": {0.125: 7, 0.5: 9},
-    "deit_small_patch16_224": {0.125: 6, 0.5: 9},
-    "vit_base_patch16_224": {0.125: 6, 0.5: 9},
-    "vit_large_patch16_224": {0.125: 13, 0.5: 18},
+Size = tuple[int, int, int]
+T = TypeVar("T")
+
+
+def _product(args: Any, out: Any) -> int:
+    """A matrix product: every element of the result is a sum over the last axis of the second-last factor."""
+    left = [a for a in args if isinstance(a, Tensor)][-2]
+    return out.numel() * left.shape[-1]
+
+
+def _attention(args: Any, out: Any) -> int:
+    q, k, v = args[:3]
+    return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _convolution(args: Any, out: Any) -> int:
+    return out.numel() * prod(args[1].shape[1:])
+
+
+def _batch_norm(args: Any, out: Any) -> int:
+    return 0 if args[5] else 2 * args[0].numel()  # in training it is somebody's weight standardisation
+
+
+RULES: dict[str, Callable[[Any, Any], int]] = {
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"), _product),
+    **dict.fromkeys(("convolution", "_convolution"), _convolution),
+    "native_batch_norm": _batch_norm,
 }
-"""Depth of the paper's isoFLOP models by timm name and capacity, recovered from the FLOPs of Table 1."""
 
 
-def _is_norm(module: Any) -> bool:
-    return isinstance(getattr(module, "normalized_shape", None), tuple | list)
+class Counter(TorchDispatchMode):
+    """Adds up the MACs of the operators that run under it, in ``macs``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        rule = RULES.get(name, _attention if "scaled_dot_product" in name else None)
+        if rule is not None:
+            self.macs += rule(args, out)
+        return out
 
 
-def _layers(module: Any, tokens: int) -> int:
-    """Linear layers and norms under ``module``, each applied to ``tokens`` tokens."""
-    total = 0
-    layer: Any
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            total += tokens * layer.in_features * layer.out_features
-        elif _is_norm(layer):
-            total += 5 * tokens * prod(layer.normalized_shape)
-        elif isinstance(layer, Attention | ParallelScalingBlock):
-            # q/k norms act on each head: counted once above, H - 1 times here
-            for norm in (layer.q_norm, layer.k_norm):
-                total += 5 * tokens * sum(map(prod, _shapes(norm))) * (layer.num_heads - 1)
-            total += 2 * tokens**2 * layer.num_heads * layer.head_dim  # Q K^T and A V
-        elif "Attention" in type(layer).__name__ or "DiffParallel" in type(layer).__name__:
-            raise UserError(f"count_flops: attention of type {type(layer).__name__} has no rule in amod.flops")
-    return total
-
-
-def _shapes(norm: Any) -> list[Any]:
-    return [norm.normalized_shape] if _is_norm(norm) else []
-
-
-def count_flops(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> int:
-    """Multiply-accumulates of one image of ``input_size`` (channels, height, width), in the convention above.
+def count_flops(model: nn.Module, input_size: Size | Tensor | None = None) -> int:
+    """Multiply-accumulates of one image, in the convention above.
 
     Args:
-        model: a :class:`RoutedViT` or a timm ``VisionTransformer``; on any device, meta included.
+        model: any model of timm's or of :func:`amod.convert`'s, on any device; it is left as it is.
+        input_size: (channels, height, width), by default the model's own; or images (B, 3, H, W), for a model whose
+            cost depends on them: they are run, and the mean over them is counted.
     """
-    routed = model if isinstance(model, RoutedViT) else None
-    vit: Any = routed.vit if routed else model
-    check_model(vit)
-    patches, total = _patches(vit, input_size)
-    tokens = patches + vit.num_prefix_tokens
-    total += _layers(vit.norm_pre, tokens) + _layers(vit.norm, tokens) + _pool(vit, patches, tokens)
-    for name in ("fc_norm", "head", "head_dist"):
-        total += _layers(getattr(vit, name, nn.Identity()), 1)
-    for i, block in enumerate(vit.blocks):
-        if routed and i in routed.blocks_routed:
-            total += _layers(block, routed.tokens_kept(tokens))
-            if isinstance(routed.routers[str(i)], LinearRouter):
-                total += tokens * vit.embed_dim
-        else:
-            total += _layers(block, tokens)
-    return total
+    if isinstance(input_size, Tensor):
+        return _count(model, input_size) // len(input_size)
+    return count_on_meta(on_meta(model), input_size or default_input_size(model))
 
 
-def _patches(vit: Any, input_size: tuple[int, int, int]) -> tuple[int, int]:
-    """Number of patches, and the MACs that make them: one pass of the embedding (hybrids have a CNN) without data."""
-    macs = 0
-
-    def count(module: nn.Module, args: Any, output: Tensor) -> None:
-        nonlocal macs
-        if isinstance(module, nn.Conv2d):
-            macs += output.numel() * prod(module.weight.shape[1:])
-        elif _is_norm(module) or isinstance(module, nn.GroupNorm):
-            macs += 5 * output.numel()
-
-    if input_size[0] != vit.in_chans:
-        raise UserError(f"input_size={tuple(input_size)}: this model takes {vit.in_chans} channels")
-    embed = copy.deepcopy(vit.patch_embed).to("meta")
-    for module in embed.modules():
-        module._forward_pre_hooks.clear()  # the user's hooks came along with the copy; this pass is not theirs to see
-        module._forward_hooks.clear()
-        module.register_forward_hook(count)
+def count_on_meta(model: nn.Module, input_size: Size) -> int:
+    """The same for a model that is on the meta device already (:func:`on_meta`)."""
+    if getattr(model, "in_chans", input_size[0]) != input_size[0]:
+        raise UserError(f"input_size={tuple(input_size)}: this model takes {model.in_chans} channels")
     try:
-        patches = embed(torch.empty(1, *input_size, device="meta"))
+        return _count(model, torch.empty(1, *input_size, device="meta"))
     except AssertionError as error:
         raise UserError(f"input_size={tuple(input_size)}: this model refuses the image: {error}") from None
-    return prod(patches.shape[1:-1]), macs
 
 
-def _pool(vit: VisionTransformer, patches: int, tokens: int) -> int:
-    """Attention pooling (SigLIP and others): one latent reads every token; other poolings are free."""
-    pool = getattr(vit, "attn_pool", None)
-    if pool is None:
-        return 0
-    if not isinstance(pool, AttentionPoolLatent):
-        raise UserError(f"count_flops: pooling of type {type(pool).__name__} has no rule in amod.flops")
-    keys = tokens if vit.pool_include_prefix else patches
-    latents = pool.latent_len
-    per_latent = [pool.q, pool.q_norm, pool.proj, pool.norm, pool.mlp]
-    macs = sum(_layers(layer, latents) for layer in per_latent) + _layers(pool.kv, keys) + _layers(pool.k_norm, keys)
-    return macs + 2 * latents * keys * pool.num_heads * pool.head_dim
+def _count(model: nn.Module, images: Tensor) -> int:
+    training, norms = model.training, 0
+
+    def count_norm(
+        module: nn.Module, args: Any, out: Any
+    ) -> None:  # as a module: some norms are made of many operators
+        nonlocal norms
+        norms += 5 * out.numel()
+
+    found = (m for m in model.modules() if hasattr(m, "normalized_shape") or isinstance(m, nn.GroupNorm))
+    hooks = [module.register_forward_hook(count_norm) for module in found]
+    try:
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), Counter() as counter:
+            model.eval()(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return counter.macs + norms
 
 
-def default_input_size(vit: VisionTransformer) -> tuple[int, int, int]:
-    return (vit.in_chans, *vit.patch_embed.img_size)
+def default_input_size(model: Any) -> Size:
+    """The image that the model was made for."""
+    embed: Any = getattr(model, "patch_embed", None)
+    if getattr(embed, "img_size", None) is not None:
+        return (model.in_chans, *embed.img_size)
+    return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224)))
 
 
-def _routed_flops(vit: Any, dense: int, kept: int, tokens: int, router: str, blocks: Any) -> int:
-    """FLOPs of ``vit``, which has ``dense``, with ``blocks`` at K = ``kept`` tokens, without building that model."""
-    change = sum(_layers(vit.blocks[i], kept) - _layers(vit.blocks[i], tokens) for i in blocks)
-    return dense + change + (tokens * vit.embed_dim * len(blocks) if router == "linear" else 0)
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy without numbers, and without the hooks of whoever uses the model: this pass is not theirs to see."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    model = copy.deepcopy(model, memo)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    return model
 
 
-def capacity_for_budget(
-    vit: VisionTransformer,
-    budget: float,
-    router: str,
-    blocks: Any,
-    input_size: tuple[int, int, int] | None = None,
-) -> float:
-    """The capacity K / N whose FLOPs come closest to ``budget`` (MACs of one image) without exceeding it.
+def within_budget(candidates: Sequence[T], cost: Callable[[T], int], budget: float, what: str) -> T:
+    """The dearest of ``candidates``, which are in order of their cost, that does not exceed the budget in MACs.
 
     Raises:
-        UserError: the budget is below one kept token or above all of them; the message gives the range.
+        UserError: the budget is no number, or outside of what they reach; the message gives the range.
     """
-    size = input_size or default_input_size(vit)
-    tokens = _patches(vit, size)[0] + vit.num_prefix_tokens
     if isinstance(budget, bool) or not isinstance(budget, Real):
         raise UserError(f"budget={budget!r}: must be a number of multiply-accumulates of one image, e.g. 2.6e9")
-    dense = count_flops(vit, size)
-    flops = [_routed_flops(vit, dense, kept, tokens, router, blocks) for kept in range(1, tokens + 1)]
-    if not blocks or not flops[0] <= budget <= flops[-1]:
+    least, most = (cost(candidates[at]) for at in (0, -1)) if candidates else (0, 0)
+    if not candidates or not least <= budget <= most:
         raise UserError(
-            f"budget of {budget / 1e9:.6g} GFLOPs: router={router} with blocks {list(blocks)} of this model at "
-            f"{size[1]} x {size[2]} pixels reaches {flops[0] / 1e9:.4f} to {flops[-1] / 1e9:.4f} GFLOPs"
+            f"budget of {float(budget) / 1e9:.6g} GFLOPs: {what} reaches {least / 1e9:.4f} to {most / 1e9:.4f} GFLOPs"
         )
-    return sum(f <= budget for f in flops) / tokens
-
-
-def isoflop_depth(
-    vit: VisionTransformer,
-    capacity: float,
-    placement: Any = "alternate",
-    input_size: tuple[int, int, int] | None = None,
-) -> int:
-    """Depth of the deepest truncation whose FLOPs do not exceed those of MoD at this capacity and placement.
-
-    The paper's own depths (``PAPER_DEPTHS``) follow no single rule and are pinned where its tables are made.
-    """
-    from amod.routing import tokens_kept
-
-    size = input_size or default_input_size(vit)
-    tokens = _patches(vit, size)[0] + vit.num_prefix_tokens
-    blocks = routed_blocks(placement, len(vit.blocks), reads_attention=False)
-    total, depth = count_flops(vit, size), len(vit.blocks)
-    limit = _routed_flops(vit, total, tokens_kept(capacity, tokens), tokens, "linear", blocks)
-    while depth > 1 and total > limit:
-        depth -= 1
-        total -= _layers(vit.blocks[depth], tokens)
-    return depth
+    low, high = 0, len(candidates) - 1
+    while high - low > 1:  # costs are nearly linear: the next place to look is where a line would meet the budget
+        guess = low + round((high - low) * (budget - least) / (most - least))
+        guess = min(max(guess, low + 1), high - 1)
+        if (found := cost(candidates[guess])) <= budget:
+            low, least = guess, found
+        else:
+            high, most = guess, found
+    return candidates[high if most <= budget else low]

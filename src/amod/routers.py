@@ -1,7 +1,8 @@
 """The ways to score tokens. A new router is one small class here, its name in ``ROUTERS``, and one YAML file.
 
-A router sees the tokens that enter its block, x (B, N, D), and, if it asks for them, the scores that the block
-before left (Eq. 4), and returns scores (B, N) in float32. Only their order decides which tokens are kept.
+A router sees the tokens that enter its block, x (B, N, D), and, if it is listed in ``plan.READS_ATTENTION``, what the
+attention of the block before left of it (B, N); it returns scores (B, N) in float32. Only their order decides which
+tokens are kept.
 """
 
 from __future__ import annotations
@@ -9,16 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-ACTIVATIONS = ("none", "sigmoid")
+from amod.routing import no_autocast, wide
 
 
 class Router(nn.Module):
     """Base: no parameters, and the kept tokens' update is not weighted."""
 
-    reads_attention = False
-    """Whether it needs the column mean of the previous block's map; block 0 has none."""
     differentiable = False
-    """Whether a gradient flows back through that column mean."""
+    """Whether a gradient flows back through what it reads of the attention before."""
 
     def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
         """(B, N, D), (B, N) or None -> (B, N) float32."""
@@ -30,9 +29,10 @@ class Router(nn.Module):
 
 
 class AttentionRouter(Router):
-    """A-MoD (Eq. 4 and 5): R_j is the column mean of the previous block's attention; nothing multiplies."""
+    """A-MoD (Eq. 4 and 5): R_j is the column mean of the previous block's attention; nothing multiplies.
 
-    reads_attention = True
+    The same class serves ``class_attention``, which reads the class token's row instead (EViT's score).
+    """
 
     def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
         assert attention is not None, "convert() refuses a block that has no attention before it"
@@ -46,6 +46,13 @@ class AttentionWeightedRouter(AttentionRouter):
 
     def multiplier(self, scores: Tensor) -> Tensor:
         return scores
+
+
+class ReversedRouter(AttentionRouter):
+    """The other control: the tokens that the others look at least. A score that means something must beat it."""
+
+    def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
+        return -super().forward(x, attention)
 
 
 class LinearRouter(Router):
@@ -62,8 +69,8 @@ class LinearRouter(Router):
         nn.init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)  # nn.Linear's own default
 
     def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            scores = x.float() @ self.weight.float()
+        with no_autocast(x.device.type):
+            scores = wide(x) @ wide(self.weight)
         return scores.sigmoid() if self.activation == "sigmoid" else scores
 
     def multiplier(self, scores: Tensor) -> Tensor:
@@ -80,6 +87,13 @@ class RandomRouter(Router):
 ROUTERS: dict[str, type[Router]] = {
     "attention": AttentionRouter,
     "attention_weighted": AttentionWeightedRouter,
+    "class_attention": AttentionRouter,
     "linear": LinearRouter,
     "random": RandomRouter,
+    "reversed": ReversedRouter,
 }
+
+
+def make_router(name: str, dim: int, activation: str = "none") -> Router:
+    """The router of a plan's entry, for tokens of width ``dim``."""
+    return LinearRouter(dim, activation) if ROUTERS[name] is LinearRouter else ROUTERS[name]()

@@ -10,47 +10,37 @@ Equations are those of A-MoD (arXiv 2412.20875) and are restated where they are 
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from amod.errors import UserError
-
 
 class RoutedLayer(NamedTuple):
-    """What one routed block decided for a batch.
+    """What one block with an entry in the plan did with the tokens of a batch.
 
-    ``scores`` (B, N) float32, what the router thought of each token; ``indices`` (B, K) int64, the kept
-    tokens in ascending position. ``layer`` is the 0-based block index.
+    ``layer`` is the 0-based block index. ``scores`` (B, N) float32 is what it thought of each token that entered,
+    (B, 0) where nothing was scored (a merge compares pairs). ``indices`` (B, K) int64, ascending, are the tokens that
+    it kept, as positions in the sequence that leaves it: what a routed block skips leaves it too, a fused token is not
+    among the kept. ``owner`` (B, tokens of the model) int64 is None as long as no block has merged or pruned; then it
+    is, for every token that entered the model, the position of the one that stands for it, or -1.
     """
 
     layer: int
     scores: Tensor
     indices: Tensor
+    owner: Tensor | None = None
+
+    def tokens(self, count: int) -> Tensor:
+        """(B, count) bool: which of the ``count`` tokens that entered the model are kept here, or stood for."""
+        leaving = count if self.owner is None else int(max(self.owner.max(), self.indices.max())) + 1
+        kept = self.indices.new_zeros(self.indices.shape[0], leaving, dtype=torch.bool)
+        kept = put(kept, self.indices, torch.ones_like(self.indices, dtype=torch.bool))
+        return kept if self.owner is None else kept.gather(1, self.owner.clamp(min=0)) & (self.owner >= 0)
 
 
 Routing = list[RoutedLayer]
-"""One :class:`RoutedLayer` per routed block, in depth order."""
-
-
-def tokens_kept(capacity: float, tokens: int) -> int:
-    """K = floor(C * N), with N counting the class token: 24 of 197 at C = 0.125, 98 at C = 0.5.
-
-    The product is rounded to nine decimals first, so that C = 0.29 keeps 29 of 100 tokens and not 28.
-
-    Raises:
-        UserError: C is outside (0, 1], or so small that no token would be kept.
-    """
-    if isinstance(capacity, bool) or not isinstance(capacity, Real) or not 0 < capacity <= 1:
-        raise UserError(f"capacity={capacity!r}: must be a number in (0, 1], e.g. 0.125")
-    kept = math.floor(round(float(capacity) * tokens, 9))
-    if kept < 1:
-        raise UserError(
-            f"capacity={capacity!r} keeps no token of {tokens}: use at least {math.ceil(1e4 / tokens) / 1e4:g}"
-        )
-    return kept
+"""One :class:`RoutedLayer` per block with an entry in the plan, in depth order."""
 
 
 def top_k(scores: Tensor, k: int, prefix: int = 0) -> Tensor:
@@ -65,8 +55,9 @@ def top_k(scores: Tensor, k: int, prefix: int = 0) -> Tensor:
         (B, K) int64.
     """
     if prefix:
-        scores = scores.clone()
-        scores[:, :prefix] = math.inf
+        scores = torch.cat([scores.new_full((scores.shape[0], prefix), math.inf), scores[:, prefix:]], dim=1)
+    if leaving_torch():  # which of equal scores is kept is then up to the runtime
+        return scores.topk(k, dim=1).indices.sort(dim=1).values
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
@@ -110,3 +101,23 @@ def refine(scores: Tensor, indices: Tensor, column_mean: Tensor) -> Tensor:
     """
     share = take(scores, indices).sum(dim=1, keepdim=True)
     return put(scores, indices, share * column_mean)
+
+
+def leaving_torch() -> bool:
+    """While a model is exported or traced: its graph must consist of operators that other runtimes have."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def tokens_in(x: Tensor) -> int:
+    """N of (B, N, ...): a number while tracing, too, where a shape is a tensor; while exporting it may be a symbol."""
+    return int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
+
+
+def no_autocast(device: str) -> torch.autocast:
+    """Scores are computed in float32 whatever autocast says; the meta device has no autocast."""
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32."""
+    return t.float() if t.element_size() < 4 else t

@@ -1,247 +1,348 @@
-"""A timm VisionTransformer in which chosen blocks process only their top-K tokens.
+"""``convert``: a timm transformer whose blocks follow a plan, still a model of its own class with its own names.
 
-``convert`` wraps the model: timm's own modules do the work, under timm's own state-dict keys, so a checkpoint
-goes from timm to a routed model and back. ``truncate`` is the isoFLOP baseline.
+The copy has timm's modules, parameters and state dict; its class is a subclass of its own class, :class:`RoutedViT`
+over it, and so are those of the attentions that must leave scores and of the blocks that drop tokens in the middle.
+How a pass runs is in ``walk.py``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models import Beit, Eva, VisionTransformer, VisionTransformerRelPos
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from amod.attention import attention_with_scores
+from amod.attention import READABLE, ReadableAttention
+from amod.blocks import CutBlock
+from amod.dress import Dressed, dress
 from amod.errors import UserError
-from amod.placement import routed_blocks
-from amod.routers import ACTIVATIONS, ROUTERS, LinearRouter, Router
-from amod.routing import RoutedLayer, Routing, put, refine, take, tokens_kept, top_k, weigh_update
+from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
+from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan
+from amod.routers import ROUTERS, make_router
+from amod.walk import MASKS, Walk, class_tokens
+
+FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
+"""timm's isotropic transformers whose forward loops over blocks of one kind."""
+ViT = TypeVar("ViT", bound=nn.Module)
+
+PAPER_DEPTHS: dict[str, dict[float, int]] = {
+    "deit_tiny_patch16_224": {0.125: 7, 0.5: 9},
+    "deit_small_patch16_224": {0.125: 6, 0.5: 9},
+    "vit_base_patch16_224": {0.125: 6, 0.5: 9},
+    "vit_large_patch16_224": {0.125: 13, 0.5: 18},
+}
+"""Depth of the paper's isoFLOP models by timm name and capacity, recovered from the FLOPs of Table 1."""
 
 
-def run_block(block: Any, x: Tensor, scored: bool, differentiable: bool = False):
-    """A timm block, (B, N, D) -> (B, N, D); if ``scored``, also the column mean (B, N) of its attention map.
+class RoutedViT(Dressed):
+    """What :func:`convert` puts over a timm model's class.
 
-    Any block can be run; one that is to be scored must pass :func:`check_scorable`.
-    """
-    if not scored:
-        return block(x), None
-    if isinstance(block, ResPostBlock):
-        update, scores = attention_with_scores(block.attn, x, differentiable)
-        x = x + block.drop_path1(block.norm1(update))
-        return x + block.drop_path2(block.norm2(block.mlp(x))), scores
-    update, scores = attention_with_scores(block.attn, block.norm1(x), differentiable)
-    x = x + block.drop_path1(block.ls1(update))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), scores
-
-
-def check_scorable(block: Any, index: int) -> None:
-    """Refuse a block whose attention map :func:`run_block` cannot read."""
-    if type(block) not in (Block, ResPostBlock) or type(block.attn) is not Attention:
-        kind = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
-        raise UserError(
-            f"block {index} ({kind}) leaves no attention map for the next block's router: attention routing needs "
-            "timm's Block or ResPostBlock with timm's Attention; use router=linear or random, or another placement"
-        )
-
-
-class RoutedViT(nn.Module):
-    """The model that :func:`convert` returns. ``vit`` is the timm model, ``routers`` one router per routed block.
-
-    State-dict keys are timm's (``blocks.0.attn.qkv.weight``, ...); a linear router adds ``routers.<block>.*``.
-    timm's ``set_grad_checkpointing``, ``no_weight_decay`` and ``group_matcher`` work as on the timm model.
+    ``plan`` says what each block does. ``routers`` holds one router per routed block; a linear one adds
+    ``routers.<block>.weight`` to timm's parameters.
     """
 
-    def __init__(self, vit: VisionTransformer, routers: dict[int, Router], capacity: float, keep_prefix: bool) -> None:
-        super().__init__()
-        self.vit = vit
-        self.routers = nn.ModuleDict({str(i): router for i, router in routers.items()})
-        self.blocks_routed = tuple(routers)
-        self.capacity = capacity
-        self.keep_prefix = keep_prefix
-        self._scored = frozenset(i - 1 for i, router in routers.items() if router.reads_attention)
-        self._differentiable = any(router.differentiable for router in routers.values())
-        self.register_state_dict_post_hook(_drop_prefix)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+    plan: Plan
+    routers: nn.ModuleDict
+    mask_name: str
+    blocks: Any
+    num_prefix_tokens: int
+    forward_head: Any
 
-    def tokens_kept(self, tokens: int) -> int:
-        """K of a routed block for N tokens (with ``keep_prefix``, the prefix tokens among them)."""
-        kept = tokens_kept(self.capacity, tokens)
-        if self.keep_prefix and kept <= self.vit.num_prefix_tokens:
-            raise UserError(
-                f"capacity={self.capacity!r} keeps {kept} of {tokens} tokens and keep_prefix takes "
-                f"{self.vit.num_prefix_tokens} of them: raise capacity or set keep_prefix=false"
-            )
+    @property
+    def blocks_routed(self) -> tuple[int, ...]:
+        """The blocks through which only some tokens go."""
+        return tuple(sorted(i for i, entry in self.plan.items() if isinstance(entry, Route)))
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention counts a merged token as often as it has patches."""
+        return all(entry.proportional for entry in self.plan.values() if isinstance(entry, Merge))
+
+    def forward(self, x: Tensor, return_routing: bool = False, **kwargs: Any) -> Any:
+        """Images (B, 3, H, W) -> logits (B, classes), and on request the :class:`Routing` of this batch."""
+        walk = Walk(self, record=return_routing)
+        logits = self.forward_head(walk.forward_features(x, **kwargs))
+        return (logits, walk.routing) if return_routing else logits
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Images (B, 3, H, W) -> tokens behind the final norm: (B, N, D), or where the plan merges or prunes, those
+        that remain (B, n, D); ``forward_intermediates`` gives all N in either case."""
+        return Walk(self).forward_features(x, *args, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's, with every option of it, of the routed pass, and always of all N tokens: a merged one stands in for
+        each of its patches, a pruned one is as it was when it was dropped."""
+        return Walk(self, restore=True).forward_intermediates(x, *args, **kwargs)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """timm's; what the plan says of the blocks that go, and their routers, go with them."""
+        indices = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        depth = len(self.blocks)
+        self.plan = {i: entry for i, entry in self.plan.items() if i < depth}
+        self.routers = nn.ModuleDict({i: router for i, router in self.routers.items() if int(i) < depth})
+        return indices
+
+    def tokens_kept(self, tokens: int) -> dict[int, int]:
+        """How many tokens each block with an entry keeps (its MLP's), by block, if ``tokens`` enter the model."""
+        prefix, kept = self.num_prefix_tokens, {}
+        for i, entry in sorted(self.plan.items()):
+            if isinstance(entry, Route):
+                kept[i] = entry.kept(tokens, prefix)
+                continue
+            if isinstance(entry, Merge):
+                tokens -= entry.merged(tokens, prefix)
+            elif isinstance(entry, Prune):
+                stay = prefix + entry.kept(tokens, prefix)
+                tokens = stay + (entry.fuse and stay < tokens)
+            else:
+                tokens = class_tokens(self)
+            kept[i] = tokens
         return kept
 
-    def forward_features(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Images (B, 3, H, W) -> tokens (B, N, D) after the final norm, and what each routed block decided."""
-        vit = self.vit
-        routing: Routing = []
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
-        kept = self.tokens_kept(x.shape[1]) if self.blocks_routed else 0
-        prefix = vit.num_prefix_tokens if self.keep_prefix else 0
-        attention: Tensor | None = None  # scores (B, N) left by the block before, for a router that reads them
-        for i, block in enumerate(vit.blocks):
-            if i in self.blocks_routed:
-                x, attention, layer = self._run_routed(i, block, x, attention, kept, prefix)
-                routing.append(layer)
-            else:
-                x, attention = self._run(i, block, x)
-        return vit.norm(x), routing
-
-    def _run_routed(self, i: int, block: nn.Module, x: Tensor, attention: Tensor | None, kept: int, prefix: int):
-        router: Any = self.routers[str(i)]
-        scores = router(x, attention)
-        indices = top_k(scores.detach(), kept, prefix)
-        before = take(x, indices)
-        after, column_mean = self._run(i, block, before)
-        r = router.multiplier(scores)
-        if r is not None:
-            after = weigh_update(before, after, take(r, indices))
-        if column_mean is not None:  # the next router reads attention, and so did this one: all are of one kind
-            assert attention is not None
-            attention = refine(attention, indices, column_mean)
-        return put(x, indices, after), attention, RoutedLayer(i, scores.detach(), indices)
-
-    def _run(self, i: int, block: nn.Module, x: Tensor):
-        """The block, and its column mean where the next block's router reads it."""
-        scored = i in self._scored
-        if self.vit.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run_block, block, x, scored, self._differentiable, use_reentrant=False)
-        return run_block(block, x, scored, self._differentiable)
-
-    @overload
-    def forward(self, x: Tensor, return_routing: Literal[False] = False) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, return_routing: Literal[True]) -> tuple[Tensor, Routing]: ...
-    def forward(self, x: Tensor, return_routing: bool = False):
-        """Images (B, 3, H, W) -> logits (B, classes), and on request the routing of this batch."""
-        x, routing = self.forward_features(x)
-        logits = self.vit.forward_head(x)
-        return (logits, routing) if return_routing else logits
-
-    # timm's helpers (resolve_model_data_config, create_optimizer_v2, ...) ask the model itself for these
-
-    @property
-    def pretrained_cfg(self) -> Any:
-        return self.vit.pretrained_cfg
-
-    @property
-    def num_classes(self) -> int:
-        return self.vit.num_classes
-
-    def get_classifier(self) -> nn.Module:
-        return self.vit.get_classifier()
-
-    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        self.vit.reset_classifier(*args, **kwargs)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.vit.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        def prefixed(pattern: Any) -> Any:
-            if isinstance(pattern, str):
-                return "|".join(p.replace("^", r"^vit\.", 1) for p in pattern.split("|"))
-            return [(prefixed(p), order) for p, order in pattern]
-
-        return {group: prefixed(pattern) for group, pattern in self.vit.group_matcher(coarse).items()}
-
-
-def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key in [k for k in state if k.startswith(f"{prefix}vit.")]:
-        state[prefix + key[len(prefix) + 4 :]] = state.pop(key)
-
-
-def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}routers.")]:
-        state[f"{prefix}vit.{key[len(prefix) :]}"] = state.pop(key)
+    def extra_repr(self) -> str:
+        return "\n".join(f"plan {i}: {entry}" for i, entry in sorted(self.plan.items()))
 
 
 def convert(
-    vit: VisionTransformer,
-    router: str = "attention",
-    capacity: float = 0.125,
-    placement: str | Sequence[int] = "alternate",
+    vit: ViT,
+    router: str | None = None,
+    capacity: float | None = None,
+    placement: str | Sequence[int] | None = None,
     *,
+    plan: Mapping[int, Entry] | None = None,
     keep_prefix: bool = False,
     activation: str = "none",
+    r: int | None = None,
+    keep_rate: float | None = None,
+    fuse: bool = True,
+    last: str | None = None,
     budget: float | None = None,
-    input_size: tuple[int, int, int] | None = None,
-) -> RoutedViT:
-    """A routed copy of a timm ViT; ``vit`` itself is left as it is.
+    input_size: Size | None = None,
+) -> ViT:
+    """A copy of a timm transformer that follows a plan; ``vit`` itself is left as it is.
+
+    The copy is of ``vit``'s class with ``vit``'s parameter names. The arguments other than ``plan`` are ways to say a
+    plan: ``convert(vit, "attention", 0.5)`` is ``convert(vit, plan={1: Route(0.5), 3: Route(0.5), ...})``.
 
     Args:
-        vit: a timm ``VisionTransformer`` (ViT, DeiT, distilled DeiT, DINOv2, CLIP, ...), its weights loaded.
-        router: ``attention`` (A-MoD, Eq. 4-5), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
-            ``random`` (control), or ``none`` (dense).
-        capacity: C in (0, 1]; a routed block keeps K = floor(C * N) tokens, the class token counted in N.
-        placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper), ``last8`` (Sec. 4.5), or 0-based indices.
+        vit: timm's ``VisionTransformer`` (ViT, DeiT, DINOv2, CLIP, SigLIP, ...), ``Eva`` (EVA-02, DINOv3, Perception
+            Encoder), ``Beit`` or ``VisionTransformerRelPos``, its weights loaded.
+        router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
+            ``class_attention`` (the class token's row in the place of Eq. 4), ``random`` (control), ``tome``
+            (:class:`Merge` in every block), ``evit`` (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
+        capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
+        placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
+            ``late`` (the second half), or 0-based indices.
+        plan: what each block does, block by block.
         keep_prefix: class, distillation and register tokens are always kept, among the K. The paper's are not.
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.
-        budget: multiply-accumulates of one image at ``input_size``; replaces ``capacity`` by the largest one
-            that does not exceed it.
+        r: of ``tome``, tokens merged per block, by default 13.
+        keep_rate: of ``evit``, the share of the patches that stay, by default 0.7.
+        fuse: of ``evit``, the others become one token.
+        last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
+        budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that
+            costs most without exceeding it.
         input_size: (channels, height, width) of the budget's image; default is the model's own.
 
     Raises:
-        UserError: the model, router, capacity, placement or budget cannot be served; the message says why.
+        UserError: the model, the plan or the budget cannot be served; the message says why.
     """
     check_model(vit)
-    names = [*ROUTERS, "none"]
-    if router not in names:
+    depth = len(vit.blocks)  # type: ignore[arg-type]
+    if plan is not None:
+        said = {"router": router, "capacity": capacity, "placement": placement, "r": r, "keep_rate": keep_rate,
+                "last": last, "budget": budget, "keep_prefix": keep_prefix or None}  # fmt: skip
+        if given := [name for name, value in said.items() if value is not None]:
+            raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
+        check_plan(plan, depth)
+        plan = {int(i): plan[i] for i in sorted(plan)}
+        return routed(vit, plan)
+    router = "attention" if router is None else router
+    if router not in ROUTERS and router not in ("tome", "evit", "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
-        raise UserError(f"router={router!r}: choose one of {', '.join(names)}{hint}")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"activation={activation!r}: choose none (as in the paper) or sigmoid")
-    reads = router != "none" and ROUTERS[router].reads_attention
-    blocks = routed_blocks(placement, len(vit.blocks), reads) if router != "none" else ()
-    if reads:
-        for i in blocks:
-            check_scorable(vit.blocks[i - 1], i - 1)
+        raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
+    options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
     if budget is not None:
-        from amod.flops import capacity_for_budget
+        return routed(vit, plan_for_budget(vit, budget, router, placement, options, input_size))
+    options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}
+    return routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
 
-        capacity = capacity_for_budget(vit, budget, router, blocks, input_size)
-    vit = copy.deepcopy(vit)
-    linear = {"dim": vit.embed_dim, "activation": activation}
-    routers = {i: ROUTERS[router](**(linear if ROUTERS[router] is LinearRouter else {})) for i in blocks}
-    model = RoutedViT(vit, routers, capacity, keep_prefix)
+
+def routed(vit: ViT, plan: Plan) -> ViT:
+    """The copy of ``vit`` that follows a checked plan."""
+    model: Any = copy.deepcopy(vit)
+    check_blocks(model, plan)
+    parameters = inspect.signature(type(model.blocks[0]).forward).parameters
+    mask_name = next((name for name in MASKS if name in parameters), MASKS[0])
+    for i in readers(model, plan):
+        dress(model.blocks[i].attn, ReadableAttention)
+    for i, entry in plan.items():
+        if not isinstance(entry, Route):
+            dress(model.blocks[i], CutBlock)
+    dress(model, RoutedViT)
+    model.plan = dict(plan)
+    model.mask_name = mask_name
+    routes = {i: entry for i, entry in plan.items() if isinstance(entry, Route)}
+    model.routers = nn.ModuleDict(
+        {str(i): make_router(entry.router, model.embed_dim, entry.activation) for i, entry in routes.items()}
+    )
     reference = next(vit.parameters())
-    model.to(reference.device).train(vit.training)
-    model.tokens_kept(default_tokens(vit))  # refuse a capacity that keeps nothing now rather than in training
+    model.routers.to(reference.device).train(vit.training)
+    model.tokens_kept(default_tokens(model))  # refuse a capacity that keeps nothing now rather than in training
     return model
+
+
+def dense(model: ViT) -> ViT:
+    """The timm model that a routed model's weights are, every block whole: a copy; the routers stay behind."""
+    plain: Any = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, Dressed):
+            module.__class__ = module.undressed  # type: ignore[assignment]
+    for name in ("plan", "mask_name"):
+        plain.__dict__.pop(name, None)
+    plain._modules.pop("routers", None)
+    return plain
+
+
+def readers(model: Any, plan: Plan) -> list[int]:
+    """The blocks whose attention gets a request: it leaves scores or keys, or must know where its tokens stood."""
+    cuts = [i for i, entry in plan.items() if not isinstance(entry, Route)]
+    found = {i - 1 for i, entry in plan.items() if isinstance(entry, Route) and entry.router in READS_ATTENTION}
+    found |= {*cuts}
+    if not isinstance(model, VisionTransformer):  # rotary tables or relative positions
+        found |= {*plan} | {i for i in range(len(model.blocks)) if cuts and i > min(cuts)}
+    return sorted(found)
+
+
+def check_blocks(model: Any, plan: Plan) -> None:
+    """UserError unless the blocks of this model can do what the plan asks of them."""
+    for i in readers(model, plan):
+        block = model.blocks[i]
+        attn = getattr(block, "attn", None)
+        if type(attn) not in READABLE:
+            raise UserError(
+                f"block {i} ({type(block).__name__} with {type(attn).__name__}) has no attention map that could be "
+                "read for routing, merging or pruning; use router=linear or random, or another placement"
+            )
+    for i, entry in plan.items():
+        if isinstance(entry, Route):
+            if entry.router not in ROUTERS:
+                raise UserError(f"plan: block {i} has router={entry.router!r}; choose one of {', '.join(ROUTERS)}")
+            continue
+        if isinstance(entry, ClassOnly):
+            class_tokens(model)
+        missing = [part for part in ("norm1", "attn", "norm2", "mlp") if not hasattr(model.blocks[i], part)]
+        if missing:
+            raise UserError(
+                f"block {i} ({type(model.blocks[i]).__name__}) has no place between attention and MLP where tokens "
+                f"could leave it: no {missing[0]}"
+            )
+        if isinstance(entry, Prune) and entry.fuse and isinstance(model, Beit | VisionTransformerRelPos):
+            raise UserError(
+                f"plan: block {i}, {entry}: a fused token has no place in {type(model).__name__}'s relative "
+                "positions; use fuse=False"
+            )
 
 
 def check_model(vit: Any) -> None:
     if isinstance(vit, RoutedViT):
-        raise UserError("the model is routed already: convert the timm model it was made from (model.vit)")
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(
-            f"{type(vit).__name__} cannot be routed: only timm's VisionTransformer families (vit_*, deit_*, dinov2, "
-            "CLIP image towers, ...) pass one fixed sequence of tokens through like blocks"
-        )
+        raise UserError("the model is routed already: convert the timm model it was made from, or amod.dense(model)")
+    if isinstance(vit, FAMILIES):
+        return
+    kind = f"{type(vit).__module__.partition('.')[0]}'s {type(vit).__name__}"
+    reason = "it does not pass one sequence of tokens through like blocks"
+    if type(vit).__name__ in {family.__name__ for family in FAMILIES}:
+        reason = "it is not timm's class of that name; load its weights into timm's model"
+    elif type(vit).__name__ in REFUSED:
+        reason = REFUSED[type(vit).__name__]
+    names = ", ".join(family.__name__ for family in FAMILIES)
+    raise UserError(f"{kind} cannot be routed: {reason}; served are timm's {names}")
 
 
-def default_tokens(vit: VisionTransformer) -> int:
+REFUSED = {
+    "NaFlexVit": "its batches mix image sizes, with padding that a routed block would have to know",
+    "Hiera": "its blocks pool tokens and attend within windows",
+    "Cait": "its talking heads and class blocks leave no attention map of the usual kind",
+    "Xcit": "its attention is between channels, not tokens",
+    "VisionTransformerSAM": "its blocks attend within windows of a two-dimensional grid",
+    "SwinTransformer": "its blocks attend within windows and merge the grid",
+    "SwinTransformerV2": "its blocks attend within windows and merge the grid",
+}
+"""Transformers of timm that people may expect to be served, and why they are not."""
+
+
+def default_tokens(vit: Any) -> int:
     """N at the model's own image size, prefix tokens included."""
     return vit.patch_embed.num_patches + vit.num_prefix_tokens
 
 
-def truncate(vit: VisionTransformer, depth: int) -> VisionTransformer:
+# --- shorter models, and plans by cost ----------------------------------------------------------------------------
+
+
+def truncate(vit: ViT, depth: int) -> ViT:
     """The isoFLOP baseline: a copy of ``vit`` with its first ``depth`` blocks, final norm and head kept."""
     check_model(vit)
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= len(vit.blocks):
-        raise UserError(f"depth={depth!r}: must be a whole number from 1 to {len(vit.blocks)}, the model's depth")
-    short = copy.copy(vit)  # share everything for a moment, so that the dropped blocks are never copied
-    short._modules = {**vit._modules, "blocks": vit.blocks[:depth]}
+    blocks: Any = vit.blocks
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= len(blocks):
+        raise UserError(f"depth={depth!r}: must be a whole number from 1 to {len(blocks)}, the model's depth")
+    short: Any = copy.copy(vit)  # share everything for a moment, so that the dropped blocks are never copied
+    short._modules = {**vit._modules, "blocks": blocks[:depth]}
     short = copy.deepcopy(short)
     short.feature_info = short.feature_info[:depth]
     return short
+
+
+def plan_for_budget(
+    vit: Any,
+    budget: float,
+    router: str,
+    placement: str | Sequence[int] | None,
+    options: Mapping[str, Any],
+    input_size: Size | None = None,
+) -> Plan:
+    """The plan of a method, of that capacity, r or keep rate which costs most without exceeding ``budget`` MACs."""
+    size = input_size or default_input_size(vit)
+    tokens = tokens_at(vit, size)
+    patches = tokens - vit.num_prefix_tokens
+    if router == "tome":
+        amounts: list[dict[str, Any]] = [{"r": r} for r in range(patches // 2, -1, -1)]
+    elif router == "evit":
+        amounts = [{"keep_rate": kept / patches} for kept in range(1, patches + 1)]
+    else:
+        amounts = [{"capacity": kept / tokens} for kept in range(1, tokens + 1)]
+        if options.get("keep_prefix"):
+            amounts = amounts[vit.num_prefix_tokens :]
+    plans = [make_plan(len(vit.blocks), router, placement=placement, **a, **options) for a in amounts]  # type: ignore[arg-type]
+    model: Any = routed(on_meta(vit), plans[-1])  # type: ignore[arg-type]
+
+    def cost(plan: Plan) -> int:
+        model.plan = plan
+        return count_on_meta(model, size)
+
+    what = f"router={router} in blocks {[*plans[0]]} of this model at {size[1]} x {size[2]} pixels"
+    return within_budget(plans if router != "none" else [], cost, budget, what)
+
+
+def tokens_at(vit: Any, size: Size) -> int:
+    """N for an image of ``size``, prefix tokens included."""
+    if tuple(size) == tuple(default_input_size(vit)):
+        return default_tokens(vit)
+    height, width = vit.patch_embed.dynamic_feat_size(tuple(size[1:]))
+    return height * width + vit.num_prefix_tokens
+
+
+def isoflop_depth(vit: nn.Module, capacity: float, placement: Any = "alternate", input_size: Size | None = None) -> int:
+    """Depth of the deepest truncation whose FLOPs do not exceed those of MoD at this capacity and placement.
+
+    The paper's own depths (``PAPER_DEPTHS``) follow no single rule and are pinned where its tables are made.
+    """
+    check_model(vit)
+    size, bare = input_size or default_input_size(vit), on_meta(vit)
+    limit = count_on_meta(convert(bare, "linear", capacity, placement), size)
+    depth = len(vit.blocks)  # type: ignore[arg-type]
+    while depth > 1 and count_on_meta(truncate(bare, depth), size) > limit:
+        depth -= 1
+    return depth

@@ -13,7 +13,8 @@ from torch import nn
 import reference
 from amod.analysis import importance
 from amod.analysis.importance import cost, dense_walk, leave_one_out, patches_to_remove
-from families import FAMILIES, build
+from amod.errors import UserError
+from families import PLAIN, build
 
 
 class AddMean(nn.Module):
@@ -65,7 +66,7 @@ def slowly(vit, images, labels, block, removed):
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @torch.no_grad()
 def test_every_family_agrees_with_the_loop(family, monkeypatch):
     vit, size = build(family)
@@ -83,7 +84,7 @@ def test_every_family_agrees_with_the_loop(family, monkeypatch):
         assert expected.abs().max() > 3e-5  # far above what float32 leaves
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @torch.no_grad()
 def test_the_walk_is_the_dense_model(family):
     vit, size = build(family)
@@ -91,10 +92,16 @@ def test_the_walk_is_the_dense_model(family):
     walk = dense_walk(vit, images, [1, 2])
     torch.testing.assert_close(walk.logits, vit(images), atol=2e-5, rtol=1e-4)
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-    _, attention = reference.block_update(vit.blocks[0], x[0])
-    torch.testing.assert_close(walk.scores[1][0], reference.column_mean_fast(attention), atol=1e-5, rtol=1e-4)
+    _, decisions = reference.forward(vit, images, "attention", [1], x.shape[1])
+    torch.testing.assert_close(walk.scores[1][0], decisions[1][0][1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(walk.inputs[1], vit.blocks[0](x), atol=1e-5, rtol=1e-4)
     assert walk.scores.keys() == {1, 2}
+
+
+def test_a_family_whose_blocks_read_places_is_refused():
+    vit, _ = build("dinov3")
+    with pytest.raises(UserError, match="Eva: its blocks read where a token stands"):
+        leave_one_out(vit, torch.zeros(1, 5, 32), torch.tensor([0]), 1, torch.tensor([[2]]))
 
 
 def test_prefix_tokens_are_never_removed_and_each_patch_once():

@@ -12,7 +12,7 @@ from amod.analysis.measurement import DENSE_MAPS, correlations, grid_of, head_sc
 from amod.analysis.pictures import _patches
 from amod.analysis.routing_statistics import agreement, correlate, correlation, estimate, patch_contrast
 from amod.routing import RoutedLayer
-from families import FAMILIES, build
+from families import PLAIN, build
 
 
 def test_correlation_by_hand():
@@ -89,7 +89,7 @@ def test_patches_lie_where_they_are_and_prefix_tokens_nowhere():
     assert pixels.tolist() == [[1, 1, 2, 2, 3, 3]] * 2 + [[4, 4, 5, 5, 6, 6]] * 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_every_family_is_measured(family):
     vit, size = build(family)
     images, labels = torch.randn(2, *size), torch.tensor([1, 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from amod.studies.plan import runs_of
-from amod.studies.report import COLUMNS
+from amod.studies.rows import table_of
 
 SCALE = {
     "name": "toy",
@@ -25,24 +25,17 @@ STUDY = {
 }
 
 
-def rows(capacity=0.5, **accuracies):
-    """A finished row for each accuracy of each router, seeds 0, 1, ..."""
-    usual = dict.fromkeys(COLUMNS) | {
-        "status": "finished",
-        "stage": "finetune",
-        "data": "digits",
-        "model": "vit_pico",
-        "variant": "",
-        "placement": "alternate",
-        "keep_prefix": "false",
-        "capacity": capacity,
-        "gflops": 0.025,
-    }
-    return [
-        usual | {"router": router, "seed": seed, "test_top1": float(value), "run": f"{router}{seed}"}
-        for router, values in accuracies.items()
-        for seed, value in enumerate(values)
-    ]
+def rows(capacity=0.5, changes=None, **accuracies):
+    """A finished row for each accuracy of each router, seeds 0, 1, ...; with ``changes`` of what all have."""
+    usual = {"status": "finished", "stage": "finetune", "data": "digits", "model": "vit_pico", "gflops": 0.025}
+    usual |= {"placement": "alternate", "keep_prefix": "false", "capacity": capacity, **(changes or {})}
+    return table_of(
+        [
+            usual | {"router": router, "seed": seed, "test_top1": float(value), "run": f"{router}{seed}"}
+            for router, values in accuracies.items()
+            for seed, value in enumerate(values)
+        ]
+    )
 
 
 def finish(root, accuracies):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from amod.errors import UserError
 from amod.studies.plan import at_scale, runs_of
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
@@ -95,6 +96,37 @@ def test_transfer_goes_to_the_other_data_from_a_dense_run_on_the_first():
     assert runs[1].start == runs[0]
 
 
+def test_a_stage_may_start_from_a_file_of_weights_that_its_runs_are_named_after():
+    stages = {"dense": {"start": "weights", "settings": []}, "transfer": {"start": "weights", "settings": []}}
+    scale = {**SCALE, "stages": {**SCALE["stages"], **stages}}
+    study = {"stage": "finetune", "runs": [{"router": ["attention"]}]}
+
+    def arguments(weights, study=study):
+        runs = runs_of(study, {**scale, "seeds": [0], "weights": weights})
+        return {run.name: [a for a in run.arguments(Path("runs")) if "checkpoint" in a] for run in runs}
+
+    plain, here, there, other = map(arguments, (None, "/a/vit.pth", "/b/vit.pth", "/a/other.pth"))
+    assert list(here) == list(there)  # wherever the file lies
+    assert not set(plain) & set(here) | set(here) & set(other)
+    (dense, finetuned) = here
+    assert here == {dense: ["model.checkpoint=/a/vit.pth"], finetuned: [f"model.checkpoint=runs/{dense}"]}
+    assert next(iter(plain.values())) == []
+    (transferred,) = arguments("/a/vit.pth", {**study, "stage": "transfer"}).values()
+    assert transferred == ["model.checkpoint=/a/vit.pth"]
+
+
+def test_settings_of_the_scale_are_in_every_run_and_the_stages_win():
+    scale = {**SCALE, "settings": ["schedule.lr=1", "schedule.batch_size=8"]}
+    runs = runs_of({"stage": "finetune", "runs": [{"router": ["attention"]}]}, scale)
+    assert {run.settings["schedule.batch_size"] for run in runs} == {"8"}
+    assert [run.settings["schedule.lr"] for run in runs[:2]] == ["1", "0.0005"]
+
+
+def test_a_stage_that_the_scale_does_not_have():
+    with pytest.raises(UserError, match="study=table8: needs the stage soup, but scale=toy has dense, finetune"):
+        runs_of({"name": "table8", "stage": "soup"}, SCALE)
+
+
 def test_from_scratch_there_is_no_dense_run():
     assert [run.start for run in plan(stage="scratch", runs=[{"router": ["attention"]}])] == [None, None]
 
@@ -123,17 +155,19 @@ def test_untrained_is_what_the_scale_measures():
     assert here["claims"] == [{"metric": "test_top1_untrained", "higher": "attention"}, {"lower": "linear"}]
 
 
-@pytest.mark.parametrize("scale", ["small", "paper"])
+@pytest.mark.parametrize("scale", sorted(path.stem for path in (CONF / "scale").glob("*.yaml")))
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_run_of_every_study_is_accepted(study, scale, tmp_path, monkeypatch):
     """Everything that src/train.py checks before it touches data or weights, for the first seed and model."""
-    monkeypatch.setattr("amod.training.data.check_data", lambda data: None)
-    monkeypatch.setattr("amod.training.settings.check_checkpoint", lambda path: None)
+    monkeypatch.setattr("amod.training.checks.check_data", lambda data: None)
+    monkeypatch.setattr("amod.training.checks.check_checkpoint", lambda path: None)
     content, at = load("study", study), load("scale", scale)
     if "studies" in content:
         assert set(content["studies"]) == set(STUDIES) - {"all"}
         return
     assert content["name"] == study
+    if scale not in content.get("scales", [scale]):
+        return
     if "benchmark" in content:
         assert content["at"][scale]["benchmark"]
         return
@@ -141,4 +175,4 @@ def test_every_run_of_every_study_is_accepted(study, scale, tmp_path, monkeypatc
     runs = runs_of(at_scale(content, at), at)
     assert runs
     for run in runs:
-        check_train(compose_config("train", run.arguments(tmp_path)))
+        check_train(compose_config(Path(run.script).stem, run.arguments(tmp_path)))

@@ -35,7 +35,7 @@ folder.mkdir()
 def root(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    monkeypatch.setattr(runner, "TRAIN", script)
+    monkeypatch.setattr(runner, "SCRIPTS", tmp_path)
     return tmp_path / "runs"
 
 
@@ -43,7 +43,7 @@ def run(router, start=None, **settings):
     return Run(
         "finetune" if start else "dense",
         "",
-        {"data": "d", "model": "m", "seed": "0", "router": router} | settings,
+        {"data": "digits", "model": "m", "seed": "0", "router": router} | settings,
         start,
     )
 
@@ -115,6 +115,14 @@ def test_what_is_said_of_every_run(tmp_path):
     assert line[5] == "hydra.launcher.partition=gpu"
     assert "trainer=ddp" not in line
     assert line[-1].startswith(f"run_dir={tmp_path}")
+
+
+def test_what_a_data_set_has_no_setting_for_is_not_said_of_its_runs(tmp_path):
+    how = how_to_run(None, {"data.root": "/photographs", "data.num_workers": 0})
+    assert "data.root=/photographs" in command(run("none", data="imagenette"), tmp_path, how)
+    digits = command(run("none", data="digits"), tmp_path, how)  # come with scikit-learn
+    assert "data.num_workers=0" in digits
+    assert not any(argument.startswith("data.root") for argument in digits)
 
 
 @pytest.mark.parametrize(

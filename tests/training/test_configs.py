@@ -63,8 +63,10 @@ def test_every_model_is_made(choice):
 
 
 @pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "router").glob("*.yaml")))
-def test_every_router_is_built(choice):
-    model = build(config(f"router={choice}", "capacity=0.5"), num_classes=10).model
+def test_every_router_is_built(choice, tmp_path):
+    (tmp_path / "plan.yaml").write_text("1: {Route: {capacity: 0.5}}\n3: ClassOnly\n")
+    own = {"tome": ["router.r=3"], "plan": [f"router.file={tmp_path / 'plan.yaml'}"]}.get(choice, [])
+    model = build(config(f"router={choice}", "capacity=0.5", *own), num_classes=10).model
     assert model(torch.zeros(2, 3, 10, 10)).shape == (2, 10)
 
 
@@ -72,7 +74,8 @@ def test_every_router_is_built(choice):
 def test_every_placement_is_built(choice):
     cfg = train_config(["model=vit_pico", f"placement={choice}"])
     blocks = build(cfg, num_classes=10).model.blocks_routed
-    assert blocks == {"alternate": (1, 3, 5, 7, 9, 11), "last8": (4, 6, 8, 10)}[choice]
+    own = (1, 3, 5, 7, 9, 11)
+    assert blocks == {"alternate": own, "last8": (4, 6, 8, 10), "late": (6, 7, 8, 9, 10, 11), "own": own}[choice]
 
 
 def trainer(epochs: int, batches: int, accumulate: int, world: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import random
 import shutil
@@ -81,7 +82,13 @@ SETS = {
     "pets": (fakes.pets, {"val_fraction": 0.5}, (37, 37, 37), 37),
     "fashion_mnist": (fakes.fashion_mnist, {}, (180, 20, 50), 10),
     "imagenet": (fakes.imagenet, {"num_classes": 4, "val_fraction": 0.1}, (33, 7, 8), 4),
-    "folder": (fakes.image_folder, {"val_fraction": 0.3}, (14, 9, 7), 3),
+    "imagenette": (
+        lambda root: fakes.imagenette(root / "imagenette2-320"),
+        {"num_classes": 3, "val_fraction": 0.2},
+        (24, 6, 6),
+        3,
+    ),
+    "folder": (lambda root: fakes.image_folder(root, per_class=20), {"val_fraction": 0.3}, (39, 8, 13), 3),
     "digits": (lambda root: root, {}, (1294, 144, 359), 10),
 }
 
@@ -437,6 +444,43 @@ def test_wrong_values(values, named):
     with pytest.raises(UserError) as error:
         check_data(config("digits", **values))
     one_line(error, named)
+
+
+def test_imagenette_is_any_folder_of_its_layout_and_has_names_for_synsets(tmp_path):
+    own = fakes.imagenette(tmp_path / "my photographs", synsets=(*fakes.SYNSETS, "n99999999"))
+    data = build("imagenette", root=str(own), num_classes=4)
+    assert data.class_names == [*fakes.SYNSETS.values(), "n99999999"]
+    assert all(f"{own}/train/" in image for image in data.splits["val"].source.images)
+    assert all(f"{own}/val/" in image for image in data.splits["test"].source.images)
+    fakes.imagenette(own / "imagenette2-320", train=20)  # the set's own folder goes before
+    assert build("imagenette", root=str(own), num_classes=3, val_fraction=0.5).sizes["train"] == 30
+
+
+def test_imagenettes_ten_names(tmp_path):
+    """As torchvision has them, from whose list the synsets are."""
+    from torchvision.datasets import Imagenette
+
+    ours = fakes.imagenette(tmp_path, synsets=tuple(Imagenette._WNID_TO_CLASS))
+    names = build("imagenette", root=str(ours)).class_names
+    assert names == [known[0] for known in Imagenette._WNID_TO_CLASS.values()]
+    assert "church" in names
+
+
+def test_imagenette_is_fetched_at_320_pixels(tmp_path, monkeypatch):
+    from torchvision.datasets import Imagenette
+
+    monkeypatch.setattr(Imagenette, "_download", lambda self: fakes.imagenette(Path(self._size_root)))
+    data = build("imagenette", root=str(tmp_path / "new"), download=True, num_classes=3)
+    assert "/new/imagenette2-320/val/" in data.splits["test"].source.images[0]
+
+
+@pytest.mark.skipif("AMOD_PHOTOGRAPHS" not in os.environ, reason="AMOD_PHOTOGRAPHS names no folder of Imagenette")
+def test_the_real_photographs():
+    data = build("imagenette", root=os.environ["AMOD_PHOTOGRAPHS"], val_fraction=0.2)
+    assert data.num_classes == 10
+    images, labels, _ = next(iter(data.test_dataloader()))
+    assert images.std() > 0.3
+    assert set(labels.tolist()) == {0}
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "digits"])

@@ -339,7 +339,7 @@ def without_a_weight(checkpoint):
     [
         (older, "is no checkpoint of this version, it lacks train_loss; "),
         (lambda _: [1, 2], "is no checkpoint of this version, it lacks state_dict, "),
-        (without_a_weight, r"does not fit this run's model \(model.routers.1.weight\); put the run's own file back"),
+        (without_a_weight, r"does not fit this run's model \(model.cls_token\); put the run's own file back"),
     ],
 )
 def test_a_whole_but_foreign_checkpoint_is_one_line(interrupted, never_killed, tmp_path, name, change, words):

@@ -161,17 +161,17 @@ class AverageByHand(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         decay = min(0.75, 1 - trainer.global_step ** (-2 / 3))
-        self.average = decay * self.average + (1 - decay) * module.model.vit.head.weight.detach()
+        self.average = decay * self.average + (1 - decay) * module.model.head.weight.detach()
 
 
 def test_ema_is_the_moving_average_of_the_weights():
     cfg = config("router=none", "schedule.ema_decay=0.75", "schedule.lr=0.01")
     module = Classifier(build(cfg, 10).model, cfg.schedule, 10, seed=0)
     by_hand = AverageByHand()
-    by_hand.average = module.model.vit.head.weight.detach().clone()
+    by_hand.average = module.model.head.weight.detach().clone()
     fit(module, small_data(cfg), epochs=3, callbacks=[by_hand])
-    torch.testing.assert_close(module.evaluated.vit.head.weight, by_hand.average)
-    assert not torch.allclose(by_hand.average, module.model.vit.head.weight, atol=1e-3)
+    torch.testing.assert_close(module.evaluated.head.weight, by_hand.average)
+    assert not torch.allclose(by_hand.average, module.model.head.weight, atol=1e-3)
 
 
 def fit(module: Classifier, data: DataModule, epochs: int, **arguments: Any) -> Trainer:
@@ -227,7 +227,7 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path, monkeypatch):
 
     def poisoned(self, batch, batch_idx):
         loss = step(self, batch, batch_idx)
-        return loss + (self.model.vit.head.bias * 0).abs().sqrt().sum()  # sqrt'(0) = inf
+        return loss + (self.model.head.bias * 0).abs().sqrt().sum()  # sqrt'(0) = inf
 
     monkeypatch.setattr(Classifier, "training_step", poisoned)
     with pytest.raises(UserError, match=r"gradient's norm is .* at step 0"):

@@ -122,7 +122,7 @@ def test_a_head_of_other_classes_is_replaced_and_said(dense, checkpoint, caplog)
     assert not made.adapted
     assert made.model(IMAGES).shape == (2, 7)
     assert "head has 10 classes: a new head of 7 classes" in caplog.text
-    assert torch.equal(made.model.vit.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
+    assert torch.equal(made.model.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
 
 
 def test_position_embeddings_of_another_size_are_resized_and_said(dense, checkpoint, caplog):
@@ -211,7 +211,8 @@ from amod.training.compose import compose_config, train_config
 with one_line_errors():
     from amod.training.weights import build
     made = build(train_config(sys.argv[1:]), 1000)
-    print(made.adapted, float(made.model.vit.head.bias.sum()))
+    vit = made.model
+    print(made.adapted, float(vit.head.bias.sum()), float(vit.blocks[0].attn.qkv.weight.sum()), len(vit.pos_embed[0]))
 """
 
 
@@ -225,14 +226,16 @@ def hub_cache(home: Path, name: str) -> dict[str, torch.Tensor]:
     """A local hub cache with random weights of a timm model, in the hub's own layout; returns the weights."""
     torch.manual_seed(5)
     model = timm.create_model(name, pretrained=False)
-    torch.nn.init.normal_(model.head.bias)
+    if model.num_classes:
+        torch.nn.init.normal_(model.head.bias)
     repo, commit = home / "hub" / f"models--timm--{name}", "0" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
     save_file(model.state_dict(), snapshot / "model.safetensors")
-    (snapshot / "config.json").write_text(json.dumps({"architecture": name.partition(".")[0], "num_classes": 1000}))
+    config = {"architecture": name.partition(".")[0], "num_classes": model.num_classes}
+    (snapshot / "config.json").write_text(json.dumps(config))
     return model.state_dict()
 
 
@@ -242,9 +245,18 @@ def test_pretrained_weights_from_a_local_hub_cache_offline(tmp_path, name):
     state = hub_cache(tmp_path, name)
     done = in_hub(tmp_path, "model=deit_tiny", f"model.name={name}", "router=attention")
     assert done.returncode == 0, done.stderr
-    adapted, bias = done.stdout.split()
+    adapted, bias = done.stdout.split()[:2]
     assert adapted == "True"
     assert float(bias) == pytest.approx(float(state["head.bias"].sum()))
+
+
+def test_dinov2_from_the_hubs_cache_at_another_image_size_has_a_new_head(tmp_path):
+    state = hub_cache(tmp_path, "vit_small_patch14_dinov2.lvd142m")
+    done = in_hub(tmp_path, "model=dinov2_small", "model.kwargs.img_size=112", "router=attention")
+    assert done.returncode == 0, done.stderr
+    adapted, _, weight, tokens = done.stdout.split()
+    assert (adapted, tokens) == ("False", "65")
+    assert float(weight) == pytest.approx(float(state["blocks.0.attn.qkv.weight"].sum()), rel=1e-3)
 
 
 def test_flowers_from_pretrained_weights_as_typed(tmp_path):
@@ -277,6 +289,38 @@ def test_pretrained_weights_that_are_nowhere(tmp_path):
         "model.checkpoint=FILE",
     ):
         assert word in done.stderr
+
+
+def test_a_float16_checkpoint_of_another_image_size_without_a_head(tmp_path, caplog):
+    """As DINOv2's weights come: the position embedding is resampled, the head is new, the model is float32."""
+    caplog.set_level("INFO")
+    small = ["model=dinov2_small", "+model.kwargs.depth=2", "+model.kwargs.embed_dim=12", "+model.kwargs.num_heads=2"]
+    whole = train_config([*small, "model.kwargs.img_size=224"])
+    torch.manual_seed(0)
+    state = {k: v.half() for k, v in create_vit(whole.model, 0).state_dict().items()}
+    save_file(state, tmp_path / "half.safetensors")
+    overrides = ["model.kwargs.img_size=112", f"model.checkpoint={tmp_path / 'half.safetensors'}", "router=none"]
+    made = build(train_config([*small, *overrides]), num_classes=3)
+    vit = made.model
+    assert not made.adapted
+    assert "position embeddings resized from 257 to 65 tokens" in caplog.text
+    assert {p.dtype for p in vit.parameters()} == {torch.float32}
+    assert vit.pos_embed.shape == (1, 65, 12)
+    assert torch.equal(vit.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"].float())
+    assert made.model(torch.zeros(1, 3, 112, 112)).shape == (1, 3)
+
+
+@pytest.mark.skipif("AMOD_DINOV2" not in os.environ, reason="AMOD_DINOV2 names no file of ViT-S/14's weights")
+def test_the_real_weights():
+    """Real features: the class tokens of an image and of its mirror image are close, those of noise are not."""
+    overrides = ["model=dinov2_small", "model.kwargs.img_size=112", f"model.checkpoint={os.environ['AMOD_DINOV2']}"]
+    vit = build(train_config([*overrides, "router=none"]), num_classes=3).model.eval()
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 112), torch.linspace(-1, 1, 112), indexing="ij")
+    disc = ((x - 0.3) ** 2 + y**2 < 0.2).float().expand(3, 112, 112)
+    images = torch.stack([disc, disc.flip(-1), torch.randn(3, 112, 112)])
+    with torch.no_grad():
+        token = torch.nn.functional.normalize(vit.forward_features(images)[:, 0], dim=-1)
+    assert token[0] @ token[1] > token[0] @ token[2] + 0.2
 
 
 def test_saved_weights_load_into_plain_timm(checkpoint, tmp_path):

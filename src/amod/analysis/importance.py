@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from amod.attention import READABLE, ReadableAttention
 from amod.errors import UserError
-from amod.vit import check_scorable, run_block
+from amod.plan import Route
+from amod.vit import FAMILIES, convert
 
 CHUNK_ELEMENTS = 1 << 20
 """Shortened sequences run together up to so many values of their tokens (4 MiB; with the MLP's and attention's
@@ -49,23 +51,19 @@ def dense_walk(vit: VisionTransformer, images: Tensor, blocks: Iterable[int]) ->
     Block 0 has no score, nor has a block behind one whose attention map cannot be read.
     """
     blocks = set(blocks)
-    inputs, scores = {}, {}
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-    for i, block in enumerate(vit.blocks):
-        if i in blocks:
-            inputs[i] = x
-        x, column_mean = run_block(block, x, i + 1 in blocks and is_scorable(block))
-        if column_mean is not None:
-            scores[i + 1] = column_mean
-    return DenseWalk(inputs, scores, vit.forward_head(vit.norm(x)))
+    # routed by a capacity of 1 a block keeps all tokens, and says what it was given to choose by
+    scored = convert(vit, plan={i: Route(1.0) for i in blocks if i and is_scorable(vit.blocks[i - 1])})
+    inputs: dict[int, Tensor] = {}
+    for i in blocks:
+        scored.blocks[i].register_forward_pre_hook(lambda block, args, i=i: inputs.update({i: args[0]}))
+    logits, routing = scored(images, return_routing=True)
+    return DenseWalk(inputs, {layer.layer: layer.scores for layer in routing}, logits)
 
 
 def is_scorable(block: Any) -> bool:
-    try:
-        check_scorable(block, 0)
-    except UserError:
-        return False
-    return True
+    """Whether the attention map of this block can be read."""
+    attn = getattr(block, "attn", None)
+    return isinstance(attn, ReadableAttention) or type(attn) in READABLE
 
 
 @torch.no_grad()
@@ -88,6 +86,11 @@ def leave_one_out(
         removed: (B, M) int64, positions in 0..N-1, each removed alone.
         done: called after each chunk with the number of blocks it ran, each sequence counted.
     """
+    if isinstance(vit, FAMILIES) and not isinstance(vit, VisionTransformer):
+        raise UserError(
+            f"{type(vit).__name__}: its blocks read where a token stands, so importance cannot leave one out; "
+            "it is measured on timm's VisionTransformer"
+        )
     b, n, d = x.shape
     others = torch.arange(n - 1, device=x.device)
     rows = torch.arange(b, device=x.device).repeat_interleave(removed.shape[1])

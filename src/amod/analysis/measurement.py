@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amod.analysis.importance import dense_walk, is_scorable, leave_one_out, patches_to_remove
 from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, correlate, correlation, patch_contrast
+from amod.attention import Request, explicit, logit_bias, project, request_in
 from amod.errors import UserError
 from amod.routing import RoutedLayer, Routing, take
 from amod.vit import RoutedViT
@@ -144,23 +145,23 @@ def correlations(runs: Sequence[Measured]) -> list[Correlation]:
 
 
 @torch.no_grad()
-def head_scores(model: RoutedViT | VisionTransformer, images: Tensor) -> tuple[int, Tensor]:
+def head_scores(model: Any, images: Tensor) -> tuple[int, Tensor]:
     """The last dense block's index, and of each of its heads the column mean of its map, (B, H, N).
 
     "How much the others look at each token": their mean over the heads is Eq. 4's score of the next block.
     """
-    vit, routed = (model.vit, model.blocks_routed) if isinstance(model, RoutedViT) else (model, ())
-    found = [i for i, block in enumerate(vit.blocks) if i not in routed and is_scorable(block)]
+    routed = model.blocks_routed if isinstance(model, RoutedViT) else ()
+    found = [i for i, block in enumerate(model.blocks) if i not in routed and is_scorable(block)]
     if not found:
         raise UserError("no dense block of this model has an attention map that can be read")
-    attn: Any = vit.blocks[found[-1]].attn
-    caught: list[Tensor] = []
-    hook = attn.qkv.register_forward_hook(lambda module, args, output: caught.append(output))
+    attn: Any = model.blocks[found[-1]].attn
+    caught: list[Any] = []
+    hook = attn.register_forward_pre_hook(lambda module, *given: caught.append(given), with_kwargs=True)
     try:
         model(images)
     finally:
         hook.remove()
-    b, n, _ = images.shape[0], *caught[0].shape[1:]
-    q, k, _ = caught[0].reshape(b, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q).float(), attn.k_norm(k).float()
-    return found[-1], ((q * attn.head_dim**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=2)
+    (x, *rest), inputs = caught[0]
+    q, k, v = project(attn, x, inputs.get("rope"))
+    bias = logit_bias(attn, request_in(tuple(rest), inputs) or Request(), q)
+    return found[-1], explicit(q, k, v, bias)[1].mean(dim=2)

@@ -7,6 +7,7 @@ squares under the panel, in the order in which they enter the model.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -15,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, kept_mask
 from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
 from amod.routing import Routing
 
-VEIL = (0.25, 0.33, 0.45)
-"""Skipped patches fade towards this grey blue, so that kept black ones still stand out."""
+PALE = 0.93
+"""Skipped patches lose their colour and fade towards this grey: they can be seen, and what was kept stands out."""
 SQUARES = "Squares below: tokens without a patch"
 
 
@@ -35,7 +37,7 @@ def draw_kept_patches(
     names: Sequence[str] = (),
     caption: str = "",
 ) -> None:
-    """The image, then what each routed block kept, with the rest dimmed; one model above the other (Fig. 6, 24).
+    """The image, then what each routed block kept, with the rest faded; one model above the other (Fig. 6, 24).
 
     Args:
         images: (B, 3, H, W) in [0, 1], as they should be shown.
@@ -49,10 +51,11 @@ def draw_kept_patches(
         mask = kept_mask(indices.unsqueeze(0), len(scores))[0]
         prefix = len(mask) - grid[0] * grid[1]
         light = _patches(mask.float(), grid, shown.shape[1:3])[:, :, None]
-        axis.imshow(shown[row] * light + (0.2 * shown[row] + 0.8 * np.array(VEIL)) * (1 - light))
-        _squares(axis, ["white" if kept else VEIL for kept in mask[:prefix]])
+        axis.imshow(shown[row] * light + _faded(shown[row]) * (1 - light))
+        _outline(axis, light[:, :, 0])
+        _squares(axis, ["black" if kept else "white" for kept in mask[:prefix]])
 
-    foot = f"Skipped patches are dimmed. {SQUARES}, white if kept."
+    foot = f"Skipped patches are pale and without colour. {SQUARES}, black if kept."
     _draw_blocks(shown, routings, panel, path, title, names, _lines(caption, foot))
 
 
@@ -236,6 +239,22 @@ def _as_shown(images: Tensor) -> np.ndarray:
     return images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _faded(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) in pale greys, by the luma of its colours."""
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    return (PALE + 0.35 * (grey - grey.max()))[:, :, None].repeat(3, axis=2)
+
+
+def _outline(axis: Any, light: np.ndarray) -> None:
+    """A thin line between kept and skipped pixels (H, W), so that white patches show which they are."""
+    from matplotlib.collections import LineCollection
+
+    down, right = np.argwhere(np.diff(light, axis=0)), np.argwhere(np.diff(light, axis=1))
+    lines = [[(x - 0.5, y + 0.5), (x + 0.5, y + 0.5)] for y, x in down]
+    lines += [[(x + 0.5, y - 0.5), (x + 0.5, y + 0.5)] for y, x in right]
+    axis.add_collection(LineCollection(lines, colors="black", linewidths=0.5))
+
+
 def _blocks(routings: Mapping[str, Routing]) -> list[int]:
     return sorted({layer.layer for routing in routings.values() for layer in routing})
 
@@ -325,5 +344,7 @@ def _save(figure: Any, axes: Any, path: Path, caption: str) -> None:
         wrapped = "\n".join(textwrap.fill(line, width) for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize=7, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130)
     _pyplot().close(figure)
+    Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)  # a third of the bytes

@@ -93,10 +93,13 @@ def write_report(
         f"# What routing does: {about.subject}\n",
         f"    {about.command}\n",
         f"{about.provenance} {all_of_it}\n",
+        "## What was found\n",
+        findings(table, runs, labels),
+        *(f"![{name}]({name}.png)\n" for name in shown),
+        "## What was measured\n",
         f"Importance of a patch at a block: how the dense model's cross-entropy of {wanted} changes when the patch is "
         f"removed before the block ({run.removed.shape[1]} patches of each image, one at a time). "
         f"Dense model: {about.dense}.\n",
-        *(f"![{name}]({name}.png)\n" for name in shown),
         "## Correlation with importance\n",
         f"Per image over its patches, then over {over}. Contrast is the spread of a patch's pixels.\n",
         correlation_tables(table, labels),
@@ -110,6 +113,41 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
     """Names of the sources of scores, in their order."""
     own = {DENSE_MAPS: "A-MoD on the dense model's maps", "random": "random", CONTRAST: "patch contrast (no model)"}
     return {source: own.get(source) or f"{NAMES[source]} as routed" for source in sources}
+
+
+def findings(table: Sequence[Correlation], runs: Sequence[Measured], labels: Mapping[str, str]) -> str:
+    """One table, Spearman's correlation with the size of the importance, and a sentence for each router."""
+    found = {(row.router, row.block): row for row in table if (row.measure, row.method) == ("size", "Spearman")}
+    blocks = sorted({block for _, block in found})
+    cells = [[label, *(_mean(found.get((source, block))) for block in blocks)] for source, label in labels.items()]
+    said = [
+        "Do the scores rank the patches as their leave-one-out importance does? Spearman's correlation with the size "
+        "of the change of the loss, by block (what that is, intervals and the other measures: below):\n",
+        markdown(["scores", *(f"block {block}" for block in blocks)], cells),
+    ]
+    for router in runs[0].routing:
+        rows = [row for run in runs for row in kept_by(router, run)]
+        last = [row for row in rows if row["block"] == max(row["block"] for row in rows)]
+        parts = [f"the patches that it keeps have {_span(rows, 'contrast')} times the contrast of their image"]
+        if not math.isnan(rows[0]["class token kept"]):
+            parts.append(f"the class token is kept in {_span(rows, 'class token kept', share=True)} of the images")
+        parts.append(
+            f"no routed block keeps {_span(last, 'never kept', share=True)} of the tokens "
+            f"({_span(last, 'never, by chance', share=True)} by chance)"
+        )
+        said.append(f"{NAMES[router]}: {'; '.join(parts)}.\n")
+    return "\n".join(said)
+
+
+def _mean(row: Correlation | None) -> str:
+    return "-" if row is None or math.isnan(row.value.mean) else f"{row.value.mean:.2f}"
+
+
+def _span(rows: Sequence[Mapping[str, float]], key: str, share: bool = False) -> str:
+    """The least and the greatest of the blocks and runs, in words; a ``share`` as percent."""
+    values = [row[key] for row in rows if not math.isnan(row[key])]
+    ends = [f"{100 * end:.0f}" if share else f"{end:.2f}" for end in (min(values), max(values))] if values else ["-"]
+    return " to ".join(dict.fromkeys(ends)) + " %" * share
 
 
 def correlation_tables(table: Sequence[Correlation], labels: Mapping[str, str]) -> str:

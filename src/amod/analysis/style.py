@@ -16,7 +16,9 @@ COLOURS = {
     "attention": "#0072B2",
     "attention_weighted": "#56B4E9",
     "random": "#CC79A7",
+    "reversed": "#009E73",
     "tome": "#D55E00",
+    "few_merges": "#009E73",
 }
 MARKERS = {
     "dense": "X",
@@ -25,7 +27,9 @@ MARKERS = {
     "attention": "o",
     "attention_weighted": "v",
     "random": "P",
+    "reversed": "<",
     "tome": "^",
+    "few_merges": "<",
 }
 LINES = {
     "dense": (0, (1, 1)),
@@ -34,7 +38,9 @@ LINES = {
     "attention": "-",
     "attention_weighted": "-.",
     "random": (0, (5, 1, 1, 1, 1, 1)),
+    "reversed": (0, (3, 1, 1, 1)),
     "tome": (0, (8, 3)),
+    "few_merges": (0, (8, 2, 1, 2)),
 }
 NAMES = {
     "dense": "dense",
@@ -43,5 +49,7 @@ NAMES = {
     "attention": "A-MoD",
     "attention_weighted": "A-MoD weighted",
     "random": "random",
+    "reversed": "A-MoD reversed",
     "tome": "ToMe",
+    "few_merges": "few merges",
 }

@@ -23,7 +23,7 @@ from amod.training.images import hidden, is_image, open_rgb, transforms
 from amod.training.loaders import DataModule, Loader, collate
 from amod.training.sources import load_one
 from amod.training.weights import build, input_config, read_state, variant
-from amod.vit import RoutedViT
+from amod.vit import RoutedViT, dense
 
 log = logging.getLogger(__name__)
 Trained = TrainConfig | ExplainConfig  # of a run folder, or of the command itself
@@ -49,7 +49,7 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
         config = saved(runs[i]) if runs else cfg
         source = str(denses[i]) if denses else config.model.checkpoint
         model = load(config, runs[i] if runs else None, num_classes)
-        vit = model.vit if isinstance(model, RoutedViT) else model
+        vit = dense(model)
         if config.router.name in UNROUTED:
             routing = {key: getattr(cfg, key) for key in ("router", "placement", "capacity", "budget")}
             config = config.model_copy(update=routing)
@@ -104,7 +104,7 @@ def dense_model(config: Trained, source: str | None, own: VisionTransformer) -> 
         plain = from_weights(config, source).model_copy(update={"router": Router(name="none"), "budget": None})
         built = build(plain, own.num_classes)
         if built.adapted:
-            return built.model.vit, f"{source or config.model.name}"  # type: ignore[return-value]
+            return dense(built.model), f"{source or config.model.name}"  # type: ignore[return-value]
     return own, "the routed run's own weights with all tokens in every block"
 
 

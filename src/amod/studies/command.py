@@ -16,8 +16,8 @@ from amod.errors import UserError
 from amod.studies.plan import Run, at_scale, runs_of
 from amod.studies.runner import arguments, command, execute, finished, how_to_run
 from amod.training.checks import check_train
-from amod.training.compose import compose_config, train_config
-from amod.training.config import CONF, choices
+from amod.training.compose import compose_config
+from amod.training.config import CONF, TrainConfig, UntrainedConfig, choices, parse
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
 
@@ -29,9 +29,13 @@ def check_reproduce(cfg: DictConfig) -> None:
             raise UserError(f"{key}={cfg.get(key)}: must stay a group; choose one of {', '.join(choices(key))}")
     if not (cfg.jobs is None or (isinstance(cfg.jobs, int) and cfg.jobs >= 1)):
         raise UserError(f"jobs={cfg.jobs}: must be a whole number of at least 1, or null")
-    if not isinstance(cfg.dry, bool):
-        raise UserError(f"dry={cfg.dry}: must be true or false")
+    for key in ("dry", "report_only"):
+        if not isinstance(cfg[key], bool):
+            raise UserError(f"{key}={cfg[key]}: must be true or false")
     how_to_run(cfg.launcher, cfg.extra)
+    weights = cfg.scale.get("weights")
+    if not (weights is None or isinstance(weights, str)):
+        raise UserError(f"scale.weights={weights}: must be a file of the model's weights, or null for the hub's")
     seeds = cfg.scale.seeds
     if not OmegaConf.is_list(seeds) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"scale.seeds={seeds}: must be a list of whole numbers such as [0,1,2]")
@@ -42,7 +46,7 @@ def reproduce(cfg: DictConfig) -> None:
     scale = _plain(cfg.scale)
     root, results = Path(cfg.runs), Path(cfg.results)
     how = how_to_run(cfg.launcher, cfg.extra)
-    studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study))]
+    studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
@@ -54,10 +58,17 @@ def reproduce(cfg: DictConfig) -> None:
                 print("python src/benchmark.py " + " ".join(throughput(study, scale, results)))
         return
 
+    if cfg.report_only:
+        from amod.studies.rows import reported
+
+        found = {name: reported(plan, root, results / name / scale["name"]) for name, plan in plans.items()}
+        report([study for study in studies if any_finished(study, scale, found)], scale, found, results)
+        return
+
     runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
     for run in runs:
         if not finished(run, root) and run.start is None:  # the others need its checkpoint to be checked
-            check_train(compose_config("train", arguments(run, root, how)))
+            check_train(compose_config(Path(run.script).stem, arguments(run, root, how)))
     failed: dict[str, str] = {}
     try:
         execute(runs, root, cfg.jobs or default_jobs(), how, failed)
@@ -65,19 +76,9 @@ def reproduce(cfg: DictConfig) -> None:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
-        from amod.studies.report import ours_of, rows_of, write_claims, write_report
+        from amod.studies.rows import rows_of
 
-        of_each, reports = [], []
-        for study in studies:
-            if study["name"] in plans:
-                rows, curves = rows_of(plans[study["name"]], root, failed)
-                report = write_report(study, scale, rows, curves, results / study["name"] / scale["name"])
-                print(f"{study['title']}: {report}", flush=True)
-                reports.append(report)
-                of_each.append((study, ours_of(study, scale, rows)))
-        whole = _plain(OmegaConf.load(CONF / "study/all.yaml"))["studies"]
-        if [study["name"] for study in studies] == whole and not any(path.parent.name == "partial" for path in reports):
-            print(f"all claims: {write_claims(of_each, cfg.study.untested, scale['name'], results)}", flush=True)
+        report(studies, scale, {name: rows_of(plan, root, failed) for name, plan in plans.items()}, results)
     for study in studies:
         if study["name"] not in plans:
             line = throughput(study, scale, results)
@@ -89,12 +90,38 @@ def reproduce(cfg: DictConfig) -> None:
         )
 
 
-def studies_of(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The study itself, or those that it lists."""
+def any_finished(study: Mapping[str, Any], scale: Mapping[str, Any], found: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether the study has a row of its own, not only of the dense model."""
+    if study["name"] not in found:
+        return False
+    rows, _ = found[study["name"]]
+    return bool(((rows["status"] == "finished") & (rows["stage"] == study["stage"])).any())
+
+
+def report(
+    studies: Sequence[dict[str, Any]], scale: Mapping[str, Any], found: Mapping[str, tuple[Any, Any]], results: Path
+) -> None:
+    """Write the report of each study of which ``found`` has (rows, curves), and the page of all claims."""
+    from amod.studies.claims_page import write_page  # pandas, scipy and matplotlib take seconds
+    from amod.studies.report import write_report
+
+    for study in studies:
+        if study["name"] in found:
+            written = write_report(study, scale, *found[study["name"]], results / study["name"] / scale["name"])
+            print(f"{study['title']}: {written}", flush=True)
+    whole = _plain(OmegaConf.load(CONF / "study/all.yaml"))
+    scales = [_plain(OmegaConf.load(CONF / f"scale/{name}.yaml")) for name in whole["scales"]]
+    print(f"all claims: {write_page(list(studies_of(whole)), scales, whole['untested'], results)}", flush=True)
+
+
+def studies_of(study: dict[str, Any], scale: str | None = None) -> Iterator[dict[str, Any]]:
+    """The study itself, or those that it lists which are meant for this scale; all of them for scale None."""
     if "studies" not in study:
         yield study
     for name in study.get("studies", []):
-        yield _plain(OmegaConf.load(CONF / "study" / f"{name}.yaml"))
+        listed = _plain(OmegaConf.load(CONF / "study" / f"{name}.yaml"))
+        if scale is None or scale in listed.get("scales", [scale]):
+            yield listed
 
 
 def default_jobs() -> int:
@@ -112,7 +139,8 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
 
     counted: dict[str, float] = {}
     for run in runs:
-        cfg = train_config(arguments(run, root, how))
+        kind = TrainConfig if run.script == "train.py" else UntrainedConfig
+        cfg = parse(kind, compose_config(Path(run.script).stem, arguments(run, root, how)))
         cfg.model.pretrained, cfg.model.checkpoint = False, None
         shape = f"{cfg.model} {cfg.router} {cfg.placement} {cfg.capacity} {cfg.budget} {cfg.data.num_classes}"
         if shape not in counted:
@@ -120,7 +148,8 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
                 model = build(cfg, cfg.data.num_classes or 2).model
             counted[shape] = count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
         state = "finished" if finished(run, root) else "to run"
-        print(f"# {counted[shape]:.4f} GFLOPs, {cfg.schedule.epochs} epochs, {state}")
+        epochs = f"{cfg.schedule.epochs} epochs" if run.script == "train.py" else "no training"
+        print(f"# {counted[shape]:.4f} GFLOPs, {epochs}, {state}")
         print(" ".join(command(run, root, how)))
     print(f"{len(runs)} runs", flush=True)
 

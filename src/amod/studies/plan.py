@@ -16,25 +16,30 @@ from typing import Any
 
 from amod.errors import UserError
 
+WEIGHTS = "weights"  # a stage's start that is no stage
+
 
 @dataclass(frozen=True)
 class Run:
-    """One run of src/train.py.
+    """One run of src/train.py, or of another ``script`` there that takes the same settings.
 
     ``settings`` are its overrides without run_dir and model.checkpoint, ``start`` is the run whose weights it begins
-    with, and ``variant`` is the study's name for a change of the model itself.
+    with, ``weights`` a file to begin with instead, ``variant`` the study's name for a change of the model itself.
     """
 
     stage: str
     variant: str
     settings: Mapping[str, str] = field(hash=False)
     start: Run | None = None
+    weights: str | None = None
+    script: str = "train.py"
 
     @property
     def digest(self) -> str:
-        """Hex digits of everything that makes the run what it is, the run that it starts from included."""
+        """Hex digits of all that makes the run what it is, the run or the name of the file it starts from included."""
         text = "\n".join(f"{key}={value}" for key, value in sorted(self.settings.items()))
-        return hashlib.blake2b(f"{text}\n{self.start and self.start.digest}".encode(), digest_size=4).hexdigest()
+        start = Path(self.weights).name if self.weights else self.start and self.start.digest
+        return hashlib.blake2b(f"{text}\n{start}".encode(), digest_size=4).hexdigest()
 
     @property
     def name(self) -> str:
@@ -46,9 +51,10 @@ class Run:
         return "-".join([*parts, f"seed{self.settings['seed']}", self.digest])
 
     def arguments(self, root: Path) -> list[str]:
-        """The arguments of src/train.py."""
+        """The arguments of the script."""
         given = [f"{key}={value}" for key, value in self.settings.items()]
-        start = [f"model.checkpoint={root / self.start.name}"] if self.start else []
+        source = root / self.start.name if self.start else self.weights
+        start = [f"model.checkpoint={source}"] if source else []
         return [*given, *start, f"run_dir={root / self.name}"]
 
 
@@ -68,24 +74,34 @@ def at_scale(study: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, An
 
 
 def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
-    """The runs of a study (of ``at_scale``), each after the run that it starts from, none twice; the last seed last."""
-    stage = scale["stages"][here["stage"]]
+    """The runs of a study (of ``at_scale``), each after the run that it starts from, none twice; the last seed last.
+
+    A stage's ``start`` is another stage, whose run of the same seed and variant is run first, or ``weights``: the
+    scale's file of that name, and where it has none the model's own pretrained weights.
+    """
+    stages = scale["stages"]
+    if here["stage"] not in stages:
+        raise UserError(
+            f"study={here['name']}: needs the stage {here['stage']}, but scale={scale['name']} has {', '.join(stages)}"
+        )
+    stage = stages[here["stage"]]
     data = here.get("data") or (scale["transfer"] if here["stage"] == "transfer" else [scale["data"]])
     variants = here.get("variants") or {"": []}
     ordered: dict[str, Run] = {}
 
-    def add(stage: str, variant: str, settings: Iterable[str], start: Run | None) -> Run:
-        run = Run(stage, variant, _merged(settings), start)
+    def add(name: str, variant: str, settings: Iterable[str], start: Run | None = None) -> Run:
+        weights = scale.get("weights") if stages[name].get("start") == WEIGHTS else None
+        run = Run(name, variant, _merged(settings), start, weights, stages[name].get("script", "train.py"))
         return ordered.setdefault(run.name, run)
 
     for seed, model, (variant, changes) in product(
         here.get("seeds") or scale["seeds"], here.get("models") or scale["models"], variants.items()
     ):
-        common = [f"model={model}", f"seed={seed}", *changes]
+        common = [f"model={model}", f"seed={seed}", *scale.get("settings", []), *changes]
         start = None
-        if stage.get("start"):
-            first = scale["stages"][stage["start"]]["settings"]
-            start = add(stage["start"], variant, [f"data={scale['data']}", "router=none", *common, *first], None)
+        if stage.get("start", WEIGHTS) != WEIGHTS:
+            first = stages[stage["start"]]["settings"]
+            start = add(stage["start"], variant, [f"data={scale['data']}", "router=none", *common, *first])
         for name, given in product(data, here.get("runs", [])):
             axes = {key: values for key, values in given.items() if key != "not_with"}
             for values in [] if variant in given.get("not_with", []) else product(*axes.values()):

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from amod.errors import UserError
 from amod.studies.plan import Run
 from amod.training.compose import compose_config
+from amod.training.config import CONF
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+SCRIPTS = Path(__file__).parents[2]
 QUIET = 300.0  # seconds without news, after which the progress line is shown again
 # Settings that are about the machine, and may be given to the runs of a study that is there already.
 HOW = ("data.root", "data.download", "data.num_workers", "trainer", "trainer.devices", "trainer.num_nodes", "logger")
@@ -50,15 +53,20 @@ def how_to_run(launcher: str | None, extra: Mapping[str, Any] | None = None) -> 
 
 
 def arguments(run: Run, root: Path, how: Sequence[str]) -> list[str]:
-    """A run's overrides, those of ``how`` in the place of its own."""
-    said = {override.partition("=")[0] for override in how}
+    """A run's overrides, those of ``how`` in the place of its own; what its data has no setting for is left out."""
+    data = OmegaConf.load(CONF / "data" / f"{run.settings['data']}.yaml")
+    said = {}
+    for override in how:
+        key = override.partition("=")[0]
+        if override != "-m" and not (key.startswith("data.") and key.removeprefix("data.") not in data):
+            said[key] = override
     own = [override for override in run.arguments(root) if override.partition("=")[0] not in said]
-    return [*(override for override in how if override != "-m"), *own]
+    return [*said.values(), *own]
 
 
 def command(run: Run, root: Path, how: Sequence[str]) -> list[str]:
     """The command line of a run, to be typed at the top of the repository."""
-    return ["python", "src/train.py", *how[: "-m" in how], *arguments(run, root, how)]
+    return ["python", f"src/{run.script}", *how[: "-m" in how], *arguments(run, root, how)]
 
 
 def finished(run: Run, root: Path) -> bool:
@@ -147,7 +155,7 @@ def execute(runs: Sequence[Run], root: Path, jobs: int, how: Sequence[str], fail
 def _start(run: Run, root: Path, jobs: int, how: Sequence[str]) -> Job:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if jobs > 1 else dict(os.environ)
-    line = [sys.executable, str(TRAIN), *command(run, root, how)[2:]]
+    line = [sys.executable, str(SCRIPTS / run.script), *command(run, root, how)[2:]]
     with open(log_of(run, root), "ab") as log:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
     return Job(run, process, time.monotonic())

@@ -13,14 +13,24 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, reachable, shown
-from amod.placement import routed_blocks
-from amod.training.config import CONF, EvaluateConfig, Model, TrainConfig, TrainerArguments, Variant, choices, parse
+from amod.plan import make_plan, read_plan
+from amod.training.config import (
+    CONF,
+    EvaluateConfig,
+    Model,
+    TrainConfig,
+    TrainerArguments,
+    UntrainedConfig,
+    Variant,
+    choices,
+    parse,
+)
 from amod.training.data import check_data
 from amod.training.folder import check_run_dir, read_config
 
-# Routers that score tokens by the attention map of the block before them.
-ATTENTION_ROUTERS = ("attention", "attention_weighted")
+# Of the routers: those that route nothing, and those whose cost is not set by a capacity.
 UNROUTED = ("none", "isoflop")
+WITHOUT_CAPACITY = (*UNROUTED, "tome", "evit", "plan")
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 # One fact, two names: Lightning's argument, and the setting that decides it.
 TWICE = {"max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip_grad"}
@@ -30,7 +40,8 @@ def check_train(composed: Any) -> TrainConfig:
     """Everything about a training config that is known without building the model or reading the data."""
     if isinstance(composed, DictConfig):
         check_names(composed)
-    cfg = composed if isinstance(composed, TrainConfig) else parse(TrainConfig, composed)
+    kind = UntrainedConfig if isinstance(composed, DictConfig) and "images" in composed else TrainConfig
+    cfg = composed if isinstance(composed, TrainConfig) else parse(kind, composed)
     check_variant(cfg)
     check_trainer(cfg.trainer)
     schedule = cfg.schedule
@@ -94,11 +105,18 @@ def check_names(cfg: DictConfig) -> None:
         file = CONF / group / f"{name}.yaml"
         if not isinstance(settings, DictConfig) or not file.is_file():
             continue
-        known = set(OmegaConf.load(file))
+        known = set(settings_of(file))
         if not known <= set(settings):
             raise UserError(f"{group}.name={name}: has settings of its own; choose it with {group}={name}")
         if odd := sorted(map(str, set(settings) - known)):
             raise UserError(f"{group}.{odd[0]}={shown(settings[odd[0]])}: {group}={name} has no such setting")
+
+
+def settings_of(file: Path) -> Any:
+    """What a file of a group sets in its group; one that also chooses in another group names its own in it."""
+    found = OmegaConf.load(file)
+    assert isinstance(found, DictConfig)
+    return found.get(file.parent.name, found)
 
 
 # --- the model and its routing ------------------------------------------------------------------------------------
@@ -110,8 +128,8 @@ def check_variant(cfg: Variant) -> None:
     depth, wanted = depth_of(cfg.model), cfg.router.depth
     if wanted is not None and depth is not None and wanted > depth:
         raise UserError(f"router.depth={wanted}: {cfg.model.label} has {depth} blocks; choose 1 to {depth}, or null")
-    if cfg.budget is not None and cfg.router.name == "none":
-        raise UserError(f"budget={cfg.budget}: router=none is dense and always costs the same; leave budget out")
+    if cfg.budget is not None and cfg.router.name in ("none", "plan"):
+        raise UserError(f"budget={cfg.budget}: router={cfg.router.name} always costs the same; leave budget out")
     if cfg.budget is not None and wanted is not None:
         raise UserError(f"budget={cfg.budget}: router.depth={wanted} says the depth; leave one of them out")
     check_tokens(cfg)
@@ -135,11 +153,24 @@ def check_placement(cfg: Variant) -> None:
     said = f"placement={cfg.placement.name}" if blocks is None else f"placement.blocks={shown(blocks)}"
     if blocks is not None and (not isinstance(blocks, list) or not blocks):
         raise UserError(f"{said}: must be a list of 0-based block indices such as [1,4,7], or null for the name's own")
-    if blocks is None and router.name in UNROUTED:
+    if router.name == "plan":
+        if router.file is None:
+            raise UserError("router.file=null: router=plan needs a plan's YAML file, as in router.file=PLAN.yaml")
+        read_plan(router.file)
+        for key, value, usual in (("blocks", blocks, None), ("last", cfg.placement.last, None)):
+            if value != usual:
+                raise UserError(f"placement.{key}={shown(value)}: router=plan says it already; leave it out")
+        return
+    if router.name == "isoflop":
+        if cfg.placement.last is not None:
+            raise UserError("placement.last=class: router=isoflop has no plan; leave it out")
+        return
+    if blocks is None and router.name == "none":
         return
     depth = depth_of(cfg.model) or 1000  # an unknown depth is checked when the model is built
+    named = None if cfg.placement.name == "own" else cfg.placement.name
     try:
-        routed_blocks(cfg.placement.name if blocks is None else blocks, depth, router.name in ATTENTION_ROUTERS)
+        make_plan(depth, router.name, placement=named if blocks is None else blocks, last=cfg.placement.last)
     except UserError as error:
         raise UserError(f"{said}: {str(error).partition(': ')[2]}") from None
 
@@ -147,7 +178,7 @@ def check_placement(cfg: Variant) -> None:
 def check_tokens(cfg: Variant) -> None:
     """A routed block must keep at least one token. Models whose name does not tell are checked when built."""
     tokens = tokens_of(cfg.model)
-    if tokens is None or cfg.router.name in UNROUTED or cfg.budget is not None:
+    if tokens is None or cfg.router.name in WITHOUT_CAPACITY or cfg.budget is not None:
         return
     if math.floor(round(cfg.capacity * tokens, 9)) < 1:
         raise UserError(

@@ -92,6 +92,8 @@ def own_configs(args: Any) -> Path | None:
 
 def check_hydra(overrides: list[str], multirun: bool) -> None:
     """What Hydra would take, and nothing would come of, is refused."""
+    if "LOCAL_RANK" in os.environ:
+        return  # Lightning starts DDP's other processes, with settings of Hydra's of its own
     plugin = chosen(overrides, "launcher") or chosen(overrides, "sweeper")
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]

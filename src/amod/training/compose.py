@@ -49,12 +49,17 @@ def digest(*, _root_: DictConfig) -> str:
 
 
 def amount(*, _root_: DictConfig) -> str:
-    """``${amount:}``: what decides the compute: a capacity, a budget, or the depth of an isoFLOP model."""
-    if _root_.router.name == "none":
+    """``${amount:}``: what decides the compute: a capacity, a budget, or what the router has in its place."""
+    router = _root_.router
+    if router.name == "none":
         return "1.0"
-    if depth := _root_.router.get("depth"):
-        return f"{depth}blocks"
-    return str(_root_.capacity) if _root_.budget is None else f"{_root_.budget}GFLOPs"
+    if router.get("depth"):
+        return f"{router.depth}blocks"
+    if _root_.budget is not None:
+        return f"{_root_.budget}GFLOPs"
+    if router.get("file"):
+        return Path(str(router.file)).stem
+    return str(router.get("r") or router.get("keep_rate") or _root_.capacity)
 
 
 OmegaConf.register_new_resolver("adapt", adapt, replace=True)

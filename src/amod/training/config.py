@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic.fields import FieldInfo
 
 from amod.errors import UserError, did_you_mean, shown
-from amod.placement import PLACEMENTS
+from amod.plan import PLACEMENTS
 
 CONF = Path(__file__).parents[3] / "conf"
 # Lightning's arguments that are not for the config: why.
@@ -139,12 +139,17 @@ class Router(Group):
     name: Annotated[str, AfterValidator(OneOf(*choices("router")))]
     keep_prefix: bool = False
     activation: Literal["none", "sigmoid"] = "none"
-    depth: Count | None = None
+    depth: Count | None = None  # of isoflop
+    r: WholeNumber | None = None  # of tome
+    keep_rate: Share | None = None  # of evit
+    fuse: bool = True
+    file: Text | None = None  # of plan
 
 
 class Placement(Group):
-    name: Annotated[str, AfterValidator(OneOf(*PLACEMENTS))]
-    blocks: Any = None  # checked with the depth, by amod.placement
+    name: Annotated[str, AfterValidator(OneOf(*PLACEMENTS, "own"))]
+    blocks: Any = None  # checked with the depth, by amod.plan
+    last: Literal["class"] | None = None
 
 
 class Data(Group):
@@ -260,6 +265,10 @@ class TrainConfig(Variant):
     callbacks: Callbacks = Callbacks()
 
 
+class UntrainedConfig(TrainConfig):
+    images: Count | None = None
+
+
 class EvaluationData(Group):
     """Null: as in the run."""
 
@@ -292,6 +301,18 @@ class ExplainConfig(Variant):
     shown: Count = 6
     output: Text | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    schedule: Schedule
+
+
+class ExportConfig(Variant):
+    run: Text | None = None
+    format: Literal["onnx", "openvino", "torch"] = "onnx"
+    output: Text | None = None
+    images: Text | None = None
+    images_max: Count = 32
+    int8: bool = False
+    example: Text | None = None
+    rounds: Count = 20
     schedule: Schedule
 
 

@@ -17,6 +17,8 @@ from amod.training.config import Data
 class Layout:
     """Where a data set lies: ``folder`` is looked for in ``data.root``, ``files`` are patterns inside it, of which
     ``test_files`` are enough to measure a trained model on the test images.
+
+    With ``any_name``, ``data.root`` may be that folder itself, whatever it is called.
     """
 
     folder: str
@@ -24,6 +26,7 @@ class Layout:
     get: str
     can_download: bool = False
     test_files: tuple[str, ...] = ()
+    any_name: bool = False
 
 
 _DOWNLOAD = "add data.download=true to fetch it"
@@ -34,6 +37,13 @@ LAYOUTS = {
         ("train/*/*", "val/*/*"),
         "register at image-net.org, unpack ILSVRC2012 so that train/ and val/ hold one folder per synset",
         test_files=("val/*/*",),
+    ),
+    "imagenette": Layout(
+        "imagenette2-320",
+        ("train/*/*", "val/*/*"),
+        f"{_DOWNLOAD} (340 MB), or name a folder that holds train/ and val/ with a folder per synset",
+        can_download=True,
+        any_name=True,
     ),
     "flowers": Layout("flowers-102", ("jpg/*.jpg", "imagelabels.mat", "setid.mat"), _DOWNLOAD, True),
     "cars": Layout(
@@ -84,7 +94,7 @@ def locate(cfg: Data, test_only: bool = False) -> Path:
         return Path()
     root = Path(cfg.root).expanduser().absolute()
     places = [root / layout.folder]
-    if layout.folder and root.name == places[0].name:
+    if layout.folder and (layout.any_name or root.name == places[0].name):
         places.append(root)
     places += [Path(place).expanduser() for place in cfg.fallback]
     with reachable(f"data.root={root}"):

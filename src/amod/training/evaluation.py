@@ -44,8 +44,9 @@ def evaluate(cfg: EvaluateConfig) -> Mapping[str, float]:
         run.trainer, callbacks=[predictions] if cfg.output else [], enable_progress_bar=sys.stdout.isatty()
     )
     with known_troubles("run the same command again"):
-        (values,) = trainer.test(module, datamodule=data, verbose=False)
-    values = {key.replace("test/", f"{cfg.split}/"): value for key, value in values.items()}
+        trainer.test(module, datamodule=data, verbose=False)
+    found = trainer.callback_metrics.items()  # what test() returns leaves out what no logger gets
+    values = {key.replace("test/", f"{cfg.split}/"): value.item() for key, value in found}
     images = int(values[f"{cfg.split}/images"])
     for key in ("top1", "top5"):
         say(f"{cfg.split} {key.replace('top', 'top-')} {values[f'{cfg.split}/{key}']:.4f} %")

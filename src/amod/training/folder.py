@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, one_line, reachable, shown
 from amod.training.compose import FREE_TO_CHANGE, expand_paths
-from amod.training.config import CONF, TrainConfig, parse
+from amod.training.config import CONF, TrainConfig, UntrainedConfig, parse
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def read_config(file: Path) -> TrainConfig:
         raise UserError(f"{file}: is no run's config; put the run's own file back, or name another folder") from None
     expand_paths(cfg)
     try:
-        return parse(TrainConfig, cfg)
+        return parse(UntrainedConfig if "images" in cfg else TrainConfig, cfg)
     except UserError as error:
         raise UserError(f"{file}: {error}; put the run's own file back, or name another folder") from None
 

@@ -22,11 +22,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save
-from timm.models import VisionTransformer
 from torch import nn
 
 from amod.errors import UserError, one_line, shown
 from amod.flops import count_flops
+from amod.plan import Route
 from amod.training.callbacks import RunRecorder, restored_signals, rounded
 from amod.training.checkpoints import AtomicCheckpoints, best_checkpoint, newest_checkpoint
 from amod.training.config import Schedule, TrainConfig, TrainerArguments, Variant
@@ -208,10 +208,13 @@ def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], bat
     costs = f"{compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters"
     say(f"{cfg.model.label}, router {cfg.router.name}: {costs}")
     if blocks := compute["blocks_routed"]:
-        asked = f"capacity={cfg.capacity:g}" if cfg.budget is None else f"budget={cfg.budget:g} GFLOPs"
-        kept = f"{compute['tokens_kept'][str(blocks[0])]} of {compute['tokens']} tokens"
+        own = {"tome": "r", "evit": "keep_rate", "plan": "file"}.get(cfg.router.name)
+        asked = f"router.{own}={getattr(cfg.router, own)}" if own else f"capacity={cfg.capacity:g}"
+        asked = asked if cfg.budget is None else f"budget={cfg.budget:g} GFLOPs"
+        kept = list(dict.fromkeys(compute["tokens_kept"].values()))
+        share = f" ({compute['capacity_granted']:.4f})" if len(kept) == 1 else ""
         listed = ", ".join(map(str, blocks))
-        say(f"{asked} asked: {kept} ({compute['capacity_granted']:.4f}) in blocks {listed}")
+        say(f"{asked} asked: {', '.join(map(str, kept))} of {compute['tokens']} tokens{share} in blocks {listed}")
     reference = cfg.schedule.lr_reference_batch
     scaled = f", schedule.lr={cfg.schedule.lr:g} x {batch} / lr_reference_batch {reference}" if reference else ""
     say(f"global batch {batch}, lr {lr:g}{scaled}")
@@ -328,24 +331,21 @@ def ended_with(process: subprocess.Popen[bytes], status: int) -> bool:
 
 def compute_of(model: nn.Module, cfg: Variant, input_size: tuple[int, int, int]) -> dict[str, Any]:
     """What the model costs, and which blocks keep how many tokens."""
-    vit = model.vit if isinstance(model, RoutedViT) else model
-    assert isinstance(vit, VisionTransformer)
+    vit: Any = model
     tokens = default_tokens(vit)
-    blocks: list[int] = []
-    kept: int = tokens
-    capacity: float | None = 1.0
+    kept: dict[int, int] = model.tokens_kept(tokens) if isinstance(model, RoutedViT) else {}
+    routed = [entry for entry in vit.plan.values() if isinstance(entry, Route)] if kept else []
+    capacity: float | None = routed[0].capacity if routed else 1.0
     if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
         capacity = cfg.capacity if cfg.budget is None and cfg.router.depth is None else None
-    if isinstance(model, RoutedViT) and model.blocks_routed:
-        blocks, kept, capacity = list(model.blocks_routed), model.tokens_kept(tokens), model.capacity
     return {
         "router": cfg.router.name,
         "budget": cfg.budget,
         "capacity": capacity,
-        "capacity_granted": kept / tokens,
+        "capacity_granted": min(kept.values(), default=tokens) / tokens,
         "tokens": tokens,
-        "tokens_kept": {str(block): kept for block in blocks},
-        "blocks_routed": blocks,
+        "tokens_kept": {str(block): count for block, count in kept.items()},
+        "blocks_routed": list(kept),
         "depth": len(vit.blocks),
         "gflops": count_flops(model, input_size) / 1e9,
         "params": sum(p.numel() for p in model.parameters()),

@@ -14,11 +14,13 @@ import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from timm.data import ImageNetInfo
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import META_FILE, load_meta_file
@@ -184,6 +186,7 @@ def _check(name: str, folder: Path, source: Source, num_classes: int | None) -> 
 
 def _download(name: str, root: Path) -> None:
     sets = {
+        "imagenette": partial(datasets.Imagenette, size="320px"),
         "flowers": datasets.Flowers102,
         "pets": datasets.OxfordIIITPet,
         "fashion_mnist": datasets.FashionMNIST,
@@ -208,6 +211,20 @@ def _imagenet(folder: Path, cfg: Data) -> dict[str, Source]:
         names = load_meta_file(folder)[0]
         for source in parts.values():
             source.classes[:] = [names[synset][0] if synset in names else synset for synset in source.classes]
+    return parts
+
+
+def _imagenette(folder: Path, cfg: Data) -> dict[str, Source]:
+    """Ten easy classes of ImageNet, 9469 train images and the 3925 of val/ as the test set; or what the folder holds.
+
+    The classes go by the first of their ImageNet names ("tench"), a folder that is no synset by its own.
+    """
+    parts = {"train": _folder_source(folder / "train"), "test": _folder_source(folder / "val")}
+    _same_classes(parts)
+    described = ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)
+    assert isinstance(described, dict)
+    for source in parts.values():
+        source.classes[:] = [described.get(name, name).partition(",")[0] for name in source.classes]
     return parts
 
 
@@ -301,6 +318,7 @@ def _folder(folder: Path, cfg: Data, partial: bool = False) -> dict[str, Source]
 
 READERS = {
     "imagenet": _imagenet,
+    "imagenette": _imagenette,
     "flowers": _flowers,
     "cars": _cars,
     "pets": _pets,

@@ -22,10 +22,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from amod.errors import UserError, one_line
-from amod.flops import PAPER_DEPTHS, count_flops, isoflop_depth
+from amod.flops import count_flops
+from amod.plan import read_plan
 from amod.training.config import Model, Variant
 from amod.training.record import classes_of, differ
-from amod.vit import convert, truncate
+from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
 log = logging.getLogger(__name__)
 
@@ -113,20 +114,32 @@ def build(cfg: Variant, num_classes: int, classes: Sequence[str] | None = None) 
 
 
 def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
-    """The routed model around `vit` (dense for router=none)."""
+    """What `vit` becomes by the config's router: itself for router=none, unless its last block is told otherwise."""
+    router, last = cfg.router, cfg.placement.last
+    if router.file is not None:
+        return convert(vit, plan=read_plan(router.file))
+    if router.name == "none" and last is None:
+        return vit
     return convert(
         vit,
-        router=cfg.router.name,
+        router=router.name,
         capacity=cfg.capacity,
         placement=placement_of(cfg),
-        keep_prefix=cfg.router.keep_prefix,
-        activation=cfg.router.activation,
-        budget=None if cfg.budget is None or cfg.router.name == "none" else cfg.budget * 1e9,
+        keep_prefix=router.keep_prefix,
+        activation=router.activation,
+        r=router.r,
+        keep_rate=router.keep_rate,
+        fuse=router.fuse,
+        last=last,
+        budget=None if cfg.budget is None or router.name == "none" else cfg.budget * 1e9,
     )
 
 
-def placement_of(cfg: Variant) -> str | list[int]:
-    return cfg.placement.name if cfg.placement.blocks is None else list(cfg.placement.blocks)
+def placement_of(cfg: Variant) -> str | list[int] | None:
+    """A name, block indices, or None: the blocks that the method has by itself."""
+    if cfg.placement.blocks is not None:
+        return list(cfg.placement.blocks)
+    return None if cfg.placement.name == "own" else cfg.placement.name
 
 
 def isoflop_blocks(vit: VisionTransformer, cfg: Variant) -> int:

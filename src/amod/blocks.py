@@ -1,0 +1,68 @@
+"""timm's blocks with one half silent: how tokens leave a block between its attention and its MLP.
+
+A block of timm's is ``x = x + attention half(x)``, ``x = x + MLP half(x)``, with norms, scales and drop paths where its
+class has them. Its own forward is called with a stand-in for ``self`` that answers everything from the block except
+for the parts of one half, which give zeros: x + 0 is x to the last bit. So no block's forward is written again here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from amod.attention import request_in
+from amod.dress import Dressed
+
+ATTENTION_HALF = ("norm1", "attn", "ls1", "drop_path1")
+MLP_HALF = ("norm2", "mlp", "ls2", "drop_path2")
+
+
+class CutBlock(Dressed):
+    """Over any block of timm's with norm1, attn, norm2 and mlp: answers ``reduce`` and ``rows`` of a request."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, N, D) -> (B, n, D); without a request, or with one for the attention alone, timm's own forward."""
+        request = request_in(args, kwargs)
+        forward = self.undressed.forward
+        if request is not None and request.reduce is not None:
+            x = forward(_Silent(self, MLP_HALF), x, *args, **kwargs)
+            return forward(_Silent(self, ATTENTION_HALF), request.reduce(x, request.left))
+        if request is not None and request.rows is not None:
+            return forward(_Asking(self, x), x[:, : request.rows], *args, **kwargs)
+        return forward(self, x, *args, **kwargs)
+
+
+def zeros(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_zeros(x.shape[0], 1, 1)
+
+
+class _Silent:
+    """The block without the parts named."""
+
+    def __init__(self, block: Any, parts: tuple[str, ...]) -> None:
+        self.block, self.parts = block, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return zeros if name in self.parts else getattr(self.block, name)
+
+
+class _Asking:
+    """The block on a few rows, whose attention half looks at all of ``tokens``."""
+
+    def __init__(self, block: Any, tokens: Tensor) -> None:
+        self.block, self.tokens, self.whole = block, tokens, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def norm1(self, x: Tensor) -> Tensor:
+        return self.block.norm1(self._first(x))
+
+    def attn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.block.attn(self._first(x), *args, **kwargs)
+
+    def _first(self, x: Tensor) -> Tensor:
+        """All tokens to whichever of the two comes first: the norm, or in post-norm blocks the attention."""
+        first, self.whole = not self.whole, True
+        return self.tokens if first else x

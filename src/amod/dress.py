@@ -1,0 +1,43 @@
+"""A module of another's making gets a subclass of its own class: the same object and parameters, more behaviour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Dressed(nn.Module):
+    """Base of the classes that ``dress`` puts over a module's own; ``undressed`` is that class.
+
+    Such a class is made on the fly, so a pickle and a copy name its two parts instead of it.
+    """
+
+    undressed: type[nn.Module]
+    over: type[Dressed]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self.over, self.undressed), self.__dict__
+
+
+_MADE: dict[tuple[Any, Any], Any] = {}
+
+
+def dressed(over: Any, own: Any) -> type[nn.Module]:
+    """The subclass of both, called after both: ``RoutedViT`` over ``Eva`` is ``RoutedEva``."""
+    if (over, own) not in _MADE:
+        name = over.__name__.removesuffix("ViT").removesuffix("Attention").removesuffix("Block") + own.__name__
+        members = {"undressed": own, "over": over, "__module__": over.__module__}
+        _MADE[over, own] = type(name, (over, own), members)
+    return _MADE[over, own]
+
+
+def dress(module: nn.Module, over: type[Dressed]) -> None:
+    """Put ``over`` over the module's class, once."""
+    if not isinstance(module, over):
+        module.__class__ = dressed(over, type(module))
+
+
+def _blank(over: type[Dressed], own: type[nn.Module]) -> nn.Module:
+    made = dressed(over, own)
+    return made.__new__(made)

@@ -1,0 +1,253 @@
+"""A plan: what each block does with its tokens. Pure data and no torch, so that a command can check it at once.
+
+A plan is a dict from 0-based block index to one entry; a block without an entry processes every token. All methods
+are such dicts, and any mixture of them is one too:
+
+    dense                       {}
+    MoD, A-MoD                  {1: Route(0.5), 3: Route(0.5), ...}
+    ToMe                        {0: Merge(13), 1: Merge(13), ...}
+    EViT                        {3: Prune(0.7), 6: Prune(0.7), 9: Prune(0.7)}
+    a few large merges          {2: Merge(46), 5: Merge(46), 8: Merge(46), 11: ClassOnly()}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+from amod.errors import UserError
+
+
+@dataclass(frozen=True)
+class Route:
+    """K = floor(capacity N) tokens go through the block, the others pass it unchanged (MoD, Eq. 2; A-MoD, Eq. 5)."""
+
+    capacity: float = 0.125
+    router: str = "attention"
+    """A name in ``amod.routers.ROUTERS``."""
+    keep_prefix: bool = False
+    """Class, distillation and register tokens are always kept, among the K. The paper's are not."""
+    activation: str = "none"
+    """Of the linear router: ``none`` as in the paper, or ``sigmoid``."""
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.capacity) or not 0 < self.capacity <= 1:
+            raise UserError(f"capacity={self.capacity!r}: must be a number in (0, 1], e.g. 0.125")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation={self.activation!r}: choose none (as in the paper) or sigmoid")
+
+    def kept(self, tokens: int, prefix: int = 0) -> int:
+        """K for N tokens, N counting the ``prefix`` (class, register) tokens: 24 of 197 at C = 0.125.
+
+        The product is rounded to nine decimals before the floor, so that C = 0.29 keeps 29 of 100 tokens and not 28.
+        """
+        kept = math.floor(round(float(self.capacity) * tokens, 9))
+        if kept < 1:
+            least = math.ceil(1e4 / tokens) / 1e4
+            raise UserError(f"capacity={self.capacity!r} keeps no token of {tokens}: use at least {least:g}")
+        if self.keep_prefix and kept <= prefix:
+            raise UserError(
+                f"capacity={self.capacity!r} keeps {kept} of {tokens} tokens and keep_prefix takes {prefix} of them: "
+                "raise capacity or set keep_prefix=false"
+            )
+        return kept
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Between attention and MLP, r tokens join the ones that they are most similar to (ToMe)."""
+
+    r: int
+    proportional: bool = True
+    """Later attention counts a token as often as it has patches: ToMe's setting for models trained on labels."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, Integral) or self.r < 0:
+            raise UserError(f"r={self.r!r}: must be a whole number of at least 0, the tokens that a block merges")
+
+    def merged(self, tokens: int, prefix: int) -> int:
+        """How many of N tokens really merge: r, at most half of those outside the ``prefix``."""
+        return max(0, min(self.r, (tokens - prefix) // 2))
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Between attention and MLP, only the patches that the class token looks at most go on (EViT)."""
+
+    keep: float
+    """Share of the patches that stay: ceil(keep (N - prefix)) of them."""
+    fuse: bool = True
+    """The others become one token, their sum weighted by the class token's attention; else they are gone."""
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.keep) or not 0 < self.keep <= 1:
+            raise UserError(f"keep={self.keep!r}: must be a number in (0, 1], the share of patches that stay, e.g. 0.7")
+
+    def kept(self, tokens: int, prefix: int) -> int:
+        """How many of the N - ``prefix`` patches stay."""
+        return math.ceil(round(float(self.keep) * (tokens - prefix), 9))
+
+
+@dataclass(frozen=True)
+class ClassOnly:
+    """The class token's query against all keys, and nothing else: the same logits, for the last block of a model that
+    reads its class token alone."""
+
+
+Entry = Route | Merge | Prune | ClassOnly
+Plan = dict[int, Entry]
+ENTRIES: dict[str, type[Entry]] = {entry.__name__: entry for entry in (Route, Merge, Prune, ClassOnly)}
+ACTIVATIONS = ("none", "sigmoid")
+READS_ATTENTION = {
+    "attention": "column_mean",
+    "attention_weighted": "column_mean",
+    "class_attention": "class_attention",
+    "reversed": "column_mean",
+}
+"""The routers that score tokens by the attention of the block before, and what of it they read."""
+PLACEMENTS = {
+    "alternate": "every second block, the first one dense: 1, 3, 5, ... (the paper)",
+    "last8": "every second of the last eight blocks: 4, 6, 8, 10 of 12, the first four dense (Sec. 4.5)",
+    "late": "the second half of the blocks, one after the other: 6 to 11 of 12",
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def routed_blocks(placement: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Ascending 0-based block indices of a named placement, or of a list of them, in a model of ``depth`` blocks."""
+    if isinstance(placement, str):
+        if placement not in PLACEMENTS:
+            raise UserError(
+                f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}, or a list of block indices"
+            )
+        named = {"alternate": range(1, depth, 2), "last8": range(max(depth - 8, 0), depth, 2)}
+        blocks: Sequence[int] = named.get(placement, range(depth // 2, depth))
+    elif isinstance(placement, Iterable):
+        blocks = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in placement]
+    else:
+        raise UserError(f"placement={placement!r}: must be one of {', '.join(PLACEMENTS)}, or a list of block indices")
+    if not blocks:
+        raise UserError(f"placement={placement!r}: routes none of this model's {depth} blocks; router=none is dense")
+    for i in blocks:
+        _check_index(i, depth)
+    if len(set(blocks)) != len(blocks):
+        raise UserError(f"placement: a block is listed twice in {list(blocks)}; list each block once")
+    return tuple(sorted(blocks))
+
+
+def _check_index(i: Any, depth: int) -> None:
+    if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) < depth:
+        raise UserError(f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")
+
+
+def make_plan(
+    depth: int,
+    router: str = "attention",
+    capacity: float = 0.125,
+    placement: str | Sequence[int] | None = None,
+    *,
+    keep_prefix: bool = False,
+    activation: str = "none",
+    r: int = 13,
+    keep_rate: float = 0.7,
+    fuse: bool = True,
+    last: str | None = None,
+) -> Plan:
+    """The plan that a method's name and its arguments stand for; :func:`amod.convert` says what they are."""
+    if last not in (None, "class"):
+        raise UserError(f"last={last!r}: choose class (the class token alone in the last block) or null")
+    blocks = () if placement is None else routed_blocks(placement, depth)
+    entry: Entry
+    if router == "tome":
+        entry, blocks = Merge(r), blocks or tuple(range(depth))
+    elif router == "evit":
+        entry, blocks = Prune(keep_rate, fuse), blocks or tuple(depth * part // 4 for part in (1, 2, 3))
+    else:
+        entry = Route(capacity, router, keep_prefix, activation)
+        blocks = () if router == "none" else blocks or routed_blocks("alternate", depth)
+    plan: Plan = dict.fromkeys(blocks, entry)
+    if last == "class":
+        plan[depth - 1] = ClassOnly()
+    check_plan(plan, depth)
+    return plan
+
+
+def check_plan(plan: Mapping[int, Entry], depth: int) -> None:
+    """UserError unless the entries can stand together in a model of ``depth`` blocks."""
+    for i, entry in plan.items():
+        _check_index(i, depth)
+        if not isinstance(entry, tuple(ENTRIES.values())):
+            raise UserError(f"plan: block {i} has {entry!r}; an entry is one of {', '.join(ENTRIES)}")
+        if isinstance(entry, ClassOnly) and i != depth - 1:
+            raise UserError(
+                f"plan: ClassOnly in block {i}: later blocks read the tokens that it leaves out; it stands in the last "
+                f"block, {depth - 1}"
+            )
+        if isinstance(entry, Route) and entry.router in READS_ATTENTION:
+            _check_scored(plan, i, entry)
+    proportional = {entry.proportional for entry in plan.values() if isinstance(entry, Merge)}
+    if len(proportional) > 1:
+        raise UserError("plan: Merge entries differ in `proportional`; it is a setting of the whole model")
+
+
+def _check_scored(plan: Mapping[int, Entry], i: int, entry: Route) -> None:
+    """The scores of a block come from the block before it, and through routed blocks from one that saw all tokens."""
+    if i == 0:
+        raise UserError(
+            "placement: block 0 has no block before it whose attention could route it; start at block 1, "
+            "or use router=linear or random"
+        )
+    before = plan.get(i - 1)
+    if isinstance(before, Route) and READS_ATTENTION.get(before.router) != READS_ATTENTION[entry.router]:
+        raise UserError(
+            f"plan: block {i} (router={entry.router}) follows block {i - 1} (router={before.router}), whose attention "
+            "sees its kept tokens alone; leave a block without Route between them, or give both the same router"
+        )
+
+
+def as_data(plan: Mapping[int, Entry]) -> dict[int, dict[str, dict[str, Any]]]:
+    """The plan as plain dicts, for YAML and JSON: ``{1: {"Route": {"capacity": 0.5, ...}}}``."""
+    return {int(i): {type(entry).__name__: asdict(entry)} for i, entry in sorted(plan.items())}
+
+
+def from_data(data: Any) -> Plan:
+    """The plan of :func:`as_data`. Fields with a default may be left out, an entry without fields may be its name."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"plan: {data!r} is no plan; write a mapping such as 1: {{Route: {{capacity: 0.5}}}}")
+    plan: Plan = {}
+    for key, value in data.items():
+        entry = {value: {}} if isinstance(value, str) else value
+        if not isinstance(entry, Mapping) or len(entry) != 1 or not {*entry} <= {*ENTRIES}:
+            raise UserError(f"plan: block {key} has {value!r}; write one of {', '.join(ENTRIES)} with its fields")
+        ((name, given),) = entry.items()
+        known = [field.name for field in fields(ENTRIES[name])]
+        given = given or {}
+        if not isinstance(given, Mapping) or not {*given} <= {*known}:
+            raise UserError(f"plan: block {key}, {name}: has {given!r}; its fields are {', '.join(known) or 'none'}")
+        try:
+            plan[int(key)] = ENTRIES[name](**given)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"plan: block {key}, {name}: {error}") from None
+    return plan
+
+
+def read_plan(file: str) -> Plan:
+    """The plan of a YAML (or JSON) file."""
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as text:
+            data = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; name a plan's YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as a plan ({' '.join(str(error).split())})") from None
+    if isinstance(data, Mapping) and {*data} == {"plan"}:
+        data = data["plan"]
+    return from_data(data)

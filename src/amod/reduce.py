@@ -1,0 +1,156 @@
+"""How a sequence becomes shorter for good, as pure tensor functions that know no model: merging and pruning.
+
+Axes: B batch, N tokens, n tokens that remain, E = ceil(N / 2) even ones, O = floor(N / 2) odd ones, r merged, D width.
+
+``merge`` and ``prune`` make the shorter sequence; ``merge_places`` and ``prune_places`` say which token now stands for
+which, for whoever asks. Prefix tokens (class, distillation, registers) stay, and stay in front.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amod.routing import leaving_torch, put, take, top_k
+
+
+class Reduction(NamedTuple):
+    """N tokens become n.
+
+    ``kept`` (B, n) int64: for each remaining token its old position, -1 for one that did not exist before.
+    ``owner`` (B, N) int64: for each old token the new position of the one that stands for it, -1 if it is gone.
+    """
+
+    kept: Tensor
+    owner: Tensor
+
+
+class Match(NamedTuple):
+    """Who joins whom: ``source`` (B, r) among the even tokens goes into ``target`` (B, r) among the odd ones;
+    ``rest`` (B, E - r), ascending, are the even tokens that stay as they are."""
+
+    source: Tensor
+    target: Tensor
+    rest: Tensor
+
+
+@torch.no_grad()
+def match(keys: Tensor, r: int, prefix: int) -> Match:
+    """ToMe's matching: the r most similar (even, odd) pairs by the cosine of their keys.
+
+    Each even token has one candidate, an odd one may take in several.
+
+    Args:
+        keys: (B, N, d), averaged over heads.
+        prefix: the first tokens, which neither merge nor take in others.
+    """
+    keys = F.normalize(keys, dim=-1)
+    similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)  # (B, E, O)
+    even = torch.arange(similarity.shape[1], device=keys.device).unsqueeze(1) * 2 < prefix
+    odd = torch.arange(similarity.shape[2], device=keys.device) * 2 + 1 < prefix
+    best, partner = similarity.masked_fill(even | odd, -torch.inf).max(dim=-1)
+    order = best.argsort(dim=1, descending=True)
+    source = order[:, :r]
+    return Match(source, partner.gather(1, source), order[:, r:].sort(dim=1).values)
+
+
+def merge(x: Tensor, size: Tensor | None, pairs: Match, prefix: int) -> tuple[Tensor, Tensor]:
+    """Each pair becomes the average of its two tokens, weighted by how many patches each stands for.
+
+    Rows are moved by index rather than by scatter, and only what merges is weighed: as fast as ToMe can fairly be.
+
+    Args:
+        x: (B, N, D).
+        size: (B, N) patches per token; None: one each.
+    Returns:
+        (B, N - r, D) and their sizes (B, N - r). The even tokens that stay come first, then the odd ones.
+    """
+    if size is None:
+        size = x.new_ones(x.shape[:2])
+    even, odd = x[:, ::2], x[:, 1::2]
+    even_size, odd_size = size[:, ::2], size[:, 1::2]
+    batch, targets = odd_size.shape
+    row = torch.arange(batch, device=x.device).unsqueeze(1)
+    weight = even_size[row, pairs.source]
+    moving = even[row, pairs.source] * weight.unsqueeze(-1)  # (B, r, D)
+    weighed = odd * odd_size.unsqueeze(-1)
+    if leaving_torch():  # OpenVINO does not know index_add
+        total = odd_size.scatter_add(1, pairs.target, weight)
+        summed = weighed.scatter_add(1, pairs.target.unsqueeze(-1).expand_as(moving), moving)
+    else:
+        flat = (pairs.target + row * targets).flatten()
+        total = odd_size.flatten().index_add(0, flat, weight.flatten()).view(batch, targets)
+        summed = weighed.flatten(0, 1).index_add(0, flat, moving.flatten(0, 1)).view(odd.shape)
+    x = torch.cat([even[row, pairs.rest], summed / total.unsqueeze(-1)], dim=1)
+    size = torch.cat([even_size[row, pairs.rest], total], dim=1)
+    order = _prefix_first(pairs, x.shape[1], prefix)
+    return (x, size) if order is None else (x[:, order], size[:, order])
+
+
+def _prefix_first(pairs: Match, remain: int, prefix: int) -> list[int] | None:
+    """The order in which even and odd prefix tokens come in turn, as they were; None: they do already."""
+    if prefix < 2:
+        return None
+    first = [i // 2 + pairs.rest.shape[1] * (i % 2) for i in range(prefix)]
+    return first + [i for i in range(remain) if i not in first]
+
+
+def prune(
+    x: Tensor, size: Tensor | None, scores: Tensor, keep: int, prefix: int, fuse: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """EViT: the ``keep`` patches of highest score stay, in their order; the others become one token, or are gone.
+
+    Args:
+        x: (B, N, D), after the attention's residual.
+        size: (B, N) patches per token, or None if nothing was merged before.
+        scores: (B, N), the class token's attention; the prefix stays whatever it has.
+        fuse: append sum_j scores_j x_j over the dropped patches j, the weights as they are.
+    Returns:
+        (B, n, D), their sizes, and the positions (B, prefix + keep) of those that stay.
+    """
+    kept = top_k(scores.detach(), prefix + keep, prefix)
+    stay, sizes = take(x, kept), None if size is None else take(size, kept)
+    if not fuse:
+        return stay, sizes, kept
+    dropped = put(scores, kept, scores.new_zeros(kept.shape))  # (B, N), no weight for those that stay
+    fused = (dropped.unsqueeze(-1).to(x.dtype) * x).sum(dim=1, keepdim=True)
+    if size is not None and sizes is not None:
+        sizes = torch.cat([sizes, size.sum(dim=1, keepdim=True) - sizes.sum(dim=1, keepdim=True)], dim=1)
+    return torch.cat([stay, fused], dim=1), sizes, kept
+
+
+# --- who stands for whom ------------------------------------------------------------------------------------------
+
+
+def merge_places(pairs: Match, count: int, prefix: int) -> Reduction:
+    """What ``merge`` did to N = ``count`` tokens."""
+    odd = torch.arange(1, count, 2, device=pairs.rest.device).expand(pairs.rest.shape[0], -1)
+    kept = torch.cat([pairs.rest * 2, odd], dim=1)
+    order = _prefix_first(pairs, kept.shape[1], prefix)
+    kept = kept if order is None else kept[:, order]
+    owner = _inverse(kept, count)
+    return Reduction(kept, put(owner, pairs.source * 2, owner.gather(1, pairs.target * 2 + 1)))
+
+
+def prune_places(kept: Tensor, count: int, remain: int) -> Reduction:
+    """What ``prune`` did to N = ``count`` tokens; one more than ``kept`` remains where it fused."""
+    owner = _inverse(kept, count)
+    if remain == kept.shape[1]:
+        return Reduction(kept, owner)
+    return Reduction(
+        torch.cat([kept, kept.new_full((kept.shape[0], 1), -1)], dim=1), owner.masked_fill(owner < 0, remain - 1)
+    )
+
+
+def _inverse(kept: Tensor, count: int) -> Tensor:
+    """(B, n) old positions -> (B, N) new ones, -1 for those that are not among them."""
+    places = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
+    return put(kept.new_full((kept.shape[0], count), -1), kept, places)
+
+
+def moved(values: Tensor, at: Tensor) -> Tensor:
+    """(B, N) values and (B, M) positions among them -> (B, M); -1 stays -1."""
+    return values.gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)

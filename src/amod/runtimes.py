@@ -1,0 +1,96 @@
+"""Exported files, opened: one way to call onnxruntime, OpenVINO and torch, each imported only where it is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from amod.errors import UserError, one_line
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torch": ()}
+
+
+class Session(NamedTuple):
+    """Images (B, C, H, W) float32 -> logits and kept tokens; what the file says of itself; what it computes in."""
+
+    run: Callable[[np.ndarray], list[Any]]
+    facts: dict[str, Any]
+    precision: str
+
+    def __call__(self, images: np.ndarray) -> list[Any]:
+        return self.run(images)
+
+
+def needed(form: str, int8: bool = False) -> None:
+    """UserError unless the packages of a format are here."""
+    wanted = NEEDS[form] + (("nncf",) if int8 and form == "openvino" else ())
+    if missing := [name for name in wanted if find_spec(name) is None]:
+        raise UserError(f"format={form}: needs {', '.join(missing)}; pip install 'amod[export]'")
+
+
+def open_session(
+    path: Path, form: str | None = None, threads: int | None = None, default_precision: bool = False
+) -> Session:
+    """Open a file that :func:`amod.export` made.
+
+    Args:
+        threads: of the runtime; None: its own choice.
+        default_precision: OpenVINO's own choice on this machine, which may be bfloat16, in place of float32.
+    """
+    form = form or next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
+    if form is None:
+        raise UserError(f"{path}: its suffix names no format; use {', '.join(SUFFIXES.values())}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; make one by src/export.py")
+    needed(form)
+    try:
+        return OPENERS[form](path, threads, default_precision)
+    except Exception as error:  # whatever the runtime makes of the bytes
+        raise UserError(f"{path}: {form} cannot open it ({one_line(error)})") from error
+
+
+def _open_onnx(path: Path, threads: int | None, default_precision: bool) -> Session:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["amod"])
+    return Session(lambda images: session.run(None, {"images": images}), facts, "float32")
+
+
+def _open_openvino(path: Path, threads: int | None, default_precision: bool) -> Session:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    config: dict[str, Any] = {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
+    config |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    compiled = core.compile_model(model, "CPU", config)
+    facts = json.loads(model.get_rt_info(["amod"]).astype(str))
+    kind = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    return Session(
+        lambda images: [*compiled(images).values()], facts, {"f32": "float32", "bf16": "bfloat16"}.get(kind, kind)
+    )
+
+
+def _open_torch(path: Path, threads: int | None, default_precision: bool) -> Session:
+    import torch
+
+    extra = {"amod.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+
+    def run(images: np.ndarray) -> list[Any]:
+        with torch.no_grad():
+            return [*program(torch.from_numpy(images))]
+
+    return Session(run, json.loads(extra["amod.json"]), "float32")
+
+
+OPENERS = {"onnx": _open_onnx, "openvino": _open_openvino, "torch": _open_torch}

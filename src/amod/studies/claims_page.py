@@ -1,0 +1,65 @@
+"""results/claims.md, the front page of the results: every claim, with what was found at each scale.
+
+It is made of the reports that lie in the folder (their runs.csv), whenever they were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amod.studies.claims import HOW, Finding, examine, verdict_of
+from amod.studies.plan import at_scale
+from amod.studies.rows import METRICS, markdown, ours_of, read
+
+Study = Mapping[str, Any]
+Scale = Mapping[str, Any]
+
+
+def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequence[Study], output: Path) -> Path:
+    """Write claims.md into ``output``, the folder that has the reports in STUDY/SCALE; returns its path.
+
+    ``studies`` and ``scales`` are the contents of conf/study and conf/scale; a scale without any report has no column.
+    """
+    reports = {path.parent.parent.name + "/" + path.parent.name for path in output.glob("*/*/runs.csv")}
+    shown = [scale for scale in scales if any(f"{study['name']}/{scale['name']}" in reports for study in studies)]
+    lines = [["claim", "the paper", *(scale["name"] for scale in shown), "verdict"], ["---"] * (3 + len(shown))]
+    for study in studies:
+        for number, claim in enumerate(study.get("claims", [])):
+            here = [f"{study['name']}/{scale['name']}" in reports for scale in shown]
+            found = [
+                finding(study, number, scale, output) if there else None
+                for scale, there in zip(shown, here, strict=True)
+            ]
+            told = [tell(study, scale, one) for scale, one in zip(shown, found, strict=True)]
+            cells = [cell for one in found if one for cell in one.cells]
+            lines.append([claim["text"], str(claim.get("paper", "-")), *told, f"**{verdict_of(cells)}**"])
+    for claim in untested:
+        rest = [claim["why"], *[""] * (len(shown) - 1)] if shown else []
+        lines.append([claim["text"], str(claim.get("paper", "-")), *rest, "**not tested**"])
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "claims.md"
+    about = "; ".join(f"*{scale['name']}*: {scale['about']}" for scale in shown)
+    path.write_text(
+        "# What held\n\nEvery claim of the paper, and ours where it says so, with the differences that were seen "
+        f"(points of top-1 accuracy, or epochs) at the scales that were run. {about}.\n\n{HOW} The verdict in the last "
+        "column is about all cells of a line; *one seed* says that nothing has a spread yet.\n\n"
+        f"{markdown(lines)}\n"
+    )
+    return path
+
+
+def finding(study: Study, number: int, scale: Scale, output: Path) -> Finding:
+    """What the study's report at this scale says to its claim of that number."""
+    here = at_scale(study, scale)
+    rows = ours_of(here, scale, read(output / study["name"] / scale["name"] / "runs.csv"))
+    return examine(here["claims"][number], rows, here["metric"])
+
+
+def tell(study: Study, scale: Scale, found: Finding | None) -> str:
+    """A cell of the page: what was found, on what, and where the report is."""
+    if found is None or not any(cell.differences for cell in found.cells):
+        return "not run"
+    link = f"[{study['name']}]({study['name']}/{scale['name']}/report.md), {METRICS[found.metric]}"
+    return "<br>".join([*(cell.text for cell in found.cells if cell.differences), link])

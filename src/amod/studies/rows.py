@@ -1,0 +1,184 @@
+"""One row for each run, as a pandas table: read from run folders, written to runs.csv and read back from it.
+
+Text that is missing is "", a figure that is missing NA. ``AXES`` tell the cells of a study apart; the rows of a cell
+differ in their seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from amod.analysis import style
+from amod.studies.plan import Run
+from amod.studies.runner import finished, last_line
+
+ROUTERS = (
+    "isoflop",
+    "reversed",
+    "random",
+    "linear",
+    "attention",
+    "attention_weighted",
+)  # as tables and pictures list them
+NAMES = {
+    "none": "dense",
+    **{router: style.NAMES[router] for router in ROUTERS},
+}
+METRICS = {
+    "test_top1": "test top-1 (%)",
+    "val_top1": "validation top-1 (%)",
+    "val_top1_untrained": "untrained top-1 (%)",
+    "test_top1_untrained": "untrained test top-1 (%)",
+    "epochs_to_peak": "epochs to within 1 % of the peak",
+}
+AXES = ("data", "model", "variant", "placement", "keep_prefix", "lr", "capacity", "router")
+TEXT = ("run", "status", "stage", *(axis for axis in AXES if axis != "capacity"), "git_commit", "git_changed", "note")
+WHOLE = ("seed", "params", "depth", "epochs_to_peak", "best_epoch", "epochs", "threads")
+COLUMNS = (
+    *("run", "status", "stage", *AXES, "seed", "gflops", "params", "depth", *METRICS),
+    *("best_epoch", "epochs", "seconds", "threads", "git_commit", "git_changed", "note"),
+)
+CURVES = {"run": "str", "epoch": "int64", "val_top1": "float64"}
+
+
+def table_of(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
+    """Rows with all of ``COLUMNS``, each of its own kind."""
+    frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+    kinds = {name: "str" if name in TEXT else "Int64" if name in WHOLE else "Float64" for name in COLUMNS}
+    return frame.fillna(dict.fromkeys(TEXT, "")).astype(kinds)
+
+
+def read(path: Path) -> pd.DataFrame:
+    """The rows of a runs.csv; none where there is no such file."""
+    if not path.exists():
+        return table_of([])
+    return table_of(pd.read_csv(path, dtype=dict.fromkeys(TEXT, "str")))
+
+
+def write(rows: pd.DataFrame, path: Path) -> None:
+    rows.to_csv(path, index=False, lineterminator="\n")
+
+
+# --- from run folders -----------------------------------------------------------------------------------------------
+
+
+def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(one row for each run, one row for each validation of each run: ``CURVES``)."""
+    rows, curves = [], []
+    for run in runs:
+        row = row_of(run) | {"status": "failed" if run.name in failed else "not run", "note": failed.get(run.name, "")}
+        if finished(run, root):
+            folder = root / run.name
+            summary = json.loads((folder / "summary.json").read_text())
+            environment = json.loads((folder / "environment.json").read_text())
+            row |= {key: value for key, value in (environment | summary).items() if key in COLUMNS and key not in AXES}
+            curve = curve_of(folder, summary.get("val_top1_untrained"))
+            row |= {"status": "finished", "note": "", "epochs_to_peak": epochs_to_peak(curve)}
+            curves += [(run.name, epoch, value) for epoch, value in curve]
+        elif row["status"] == "not run":
+            row["note"] = last_line(run, root)
+        rows.append(row)
+    return table_of(rows), pd.DataFrame(curves, columns=list(CURVES)).astype(CURVES)
+
+
+def row_of(run: Run) -> dict[str, Any]:
+    """What a run is, before it has found anything."""
+    settings = run.settings
+    return {
+        "run": run.name,
+        "stage": run.stage,
+        "data": settings["data"],
+        "model": settings["model"],
+        "variant": run.variant,
+        "placement": settings.get("placement.blocks", settings.get("placement", "alternate")),
+        "keep_prefix": settings.get("router.keep_prefix", "false"),
+        "lr": settings.get("schedule.lr", ""),
+        "capacity": float(settings.get("capacity", 1)),
+        "router": settings["router"],
+        "seed": int(settings["seed"]),
+    }
+
+
+def reported(runs: Sequence[Run], root: Path, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As ``rows_of``, and what the report in ``folder`` knows of runs whose own folders are gone."""
+    rows, curves = rows_of(runs, root, {})
+    known = {row["run"]: row for row in _records(read(folder / "runs.csv"))}
+    gone = [status != "finished" and name in known for name, status in zip(rows["run"], rows["status"], strict=True)]
+    here = rows[[not lost for lost in gone]]
+    before = curves_of(folder / "curves.csv")
+    curves = pd.concat([before[~before["run"].isin(here["run"])], curves], ignore_index=True).astype(CURVES)
+    rows = table_of([known[row["run"]] if lost else row for row, lost in zip(_records(rows), gone, strict=True)])
+    return rows, curves
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+
+
+def curves_of(path: Path) -> pd.DataFrame:
+    """The rows of a curves.csv; none where there is no such file."""
+    return (pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(CURVES))).astype(CURVES)
+
+
+def curve_of(folder: Path, untrained: float | None) -> list[tuple[int, float]]:
+    """(epochs trained, validation top-1 in percent), the untrained accuracy first where there is one."""
+    if not (folder / "metrics.csv").exists():
+        return []  # measured without training
+    found = pd.read_csv(folder / "metrics.csv").dropna(subset=["val/top1"])
+    trained = [(int(epoch) + 1, float(top1)) for epoch, top1 in zip(found["epoch"], found["val/top1"], strict=True)]
+    return trained if untrained is None else [(0, untrained), *trained]
+
+
+def epochs_to_peak(curve: Sequence[tuple[int, float]]) -> int | None:
+    """Epochs until the accuracy is first at least 0.99 of its highest (Sec. 4.3: "within 1 % of its peak")."""
+    peak = max((value for _, value in curve), default=None)
+    return None if peak is None else next(epoch for epoch, value in curve if value >= 0.99 * peak)
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+def ours_of(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the study is about: of the runs that others start from, only where it says with_start."""
+    start = scale["stages"][study["stage"]].get("start") if study.get("with_start") else None
+    return rows[rows["stage"].isin([study["stage"], start])]
+
+
+def measured(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The finished rows that have the metric."""
+    return rows[(rows["status"] == "finished") & rows[metric].notna()]
+
+
+def router_order(rows: pd.DataFrame) -> list[str]:
+    """The routers of the rows, in the order in which tables and pictures show them."""
+    return [router for router in NAMES if router in set(rows["router"])]
+
+
+def describe(labels: Mapping[str, Any]) -> str:
+    """The labels that are worth showing: what every run shares by default is left out."""
+    parts = [str(value) for key, value in labels.items() if key in ("data", "model")]
+    parts += [placed(labels["placement"])] if labels.get("placement", "alternate") != "alternate" else []
+    parts += [labels["variant"]] if labels.get("variant") else []
+    parts += ["class token kept"] if labels.get("keep_prefix", "false") != "false" else []
+    parts += [f"lr {labels['lr']}"] if labels.get("lr") else []
+    parts += [f"C = {labels['capacity']:g}"] if "capacity" in labels else []
+    parts += [NAMES[labels["router"]]] if "router" in labels else []
+    return ", ".join(parts)
+
+
+def placed(placement: str) -> str:
+    """A placement in words: ``[6,7,8,9]`` as "blocks 6-9", ``[1,4]`` as "blocks 1, 4", a name as it is."""
+    if not placement.startswith("["):
+        return placement
+    blocks = [int(block) for block in placement.strip("[]").split(",")]
+    unbroken = len(blocks) > 2 and blocks == list(range(blocks[0], blocks[-1] + 1))
+    return f"blocks {blocks[0]}-{blocks[-1]}" if unbroken else f"blocks {', '.join(map(str, blocks))}"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,0 +1,73 @@
+"""What src/untrained.py does: a run folder with the test accuracy of an adapted model, and no weights of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from lightning import seed_everything
+from omegaconf import OmegaConf
+
+from amod.errors import UserError
+from amod.training.config import UntrainedConfig
+from amod.training.folder import environment, saved_config, write_atomically
+from amod.training.loaders import DataModule, build_datamodule
+from amod.training.module import Classifier
+from amod.training.run import compute_of, make_trainer
+from amod.training.terminal import quiet, say, show
+from amod.training.weights import build, input_config
+
+
+def measure(cfg: UntrainedConfig) -> None:
+    """Write config.yaml, environment.json and summary.json (``test_top1_untrained``) into ``cfg.run_dir``."""
+    quiet()
+    folder = Path(cfg.run_dir)
+    if (folder / "summary.json").exists():
+        say(f"{folder} is finished and is not repeated; another run_dir starts a new run")
+        show(json.loads((folder / "summary.json").read_text()))
+        return
+    since = time.monotonic()
+    trainer = make_trainer(cfg.trainer, enable_progress_bar=sys.stdout.isatty())
+    seed_everything(cfg.seed, verbose=False)
+    inputs = input_config(cfg.model)
+    batch = cfg.schedule.eval_batch_size
+    data = build_datamodule(cfg.data, inputs, {}, batch, batch, cfg.seed)
+    thin_out(data, cfg.images)
+    built = build(cfg, data.num_classes, data.class_names)
+    if not built.adapted:
+        raise UserError(
+            f"model={cfg.model.label}: its weights have no head for the {data.num_classes} classes of "
+            f"data={cfg.data.name}, so there is nothing to measure; give a trained run as model.checkpoint="
+        )
+    module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
+    write_atomically(
+        folder / "config.yaml",
+        OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode(),
+    )
+    (found,) = trainer.test(module, datamodule=data, verbose=False)
+    summary = {
+        "model": cfg.model.label,
+        "data": cfg.data.name,
+        **compute_of(built.model, cfg, inputs["input_size"]),
+        "seed": cfg.seed,
+        "images": len(data.splits["test"]),
+        "test_top1_untrained": float(f"{found['test/top1']:.6g}"),
+        "test_top5_untrained": float(f"{found['test/top5']:.6g}"),
+        "seconds": round(time.monotonic() - since, 3),
+    }
+    write_atomically(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    show(summary)
+
+
+def thin_out(data: DataModule, images: int | None) -> None:
+    """Leave so many test images, drawn once for all seeds, of each class its share to within one."""
+    if images is None:
+        return
+    whole = data.splits["test"]
+    if images > len(whole):
+        raise UserError(f"images={images}: there are {len(whole)} test images; choose at most that, or null for all")
+    data.splits = {**data.splits, "test": whole.cut(images / len(whole), 0)[1]}

@@ -1,0 +1,308 @@
+"""One pass of a routed model: timm's own forward, in which the blocks are the steps of the plan.
+
+timm's ``forward_features`` or ``forward_intermediates`` is called with a stand-in for ``self``, the :class:`Walk`. It
+answers everything from the model except ``blocks``: these are its own steps, one per block, which choose the tokens,
+call the model's block on them as a module, and put them back. Nothing of a forward is written again here, so every
+family whose forward loops over ``blocks`` is served by the same lines, and hooks, adapters and wrappers see what they
+see in timm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from amod.attention import ReadableAttention, Request, rows_and_columns
+from amod.errors import UserError
+from amod.plan import READS_ATTENTION, ClassOnly, Merge, Prune, Route
+from amod.reduce import Reduction, match, merge, merge_places, moved, prune, prune_places
+from amod.routing import RoutedLayer, Routing, put, refine, take, tokens_in, top_k, weigh_update
+
+MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
+"""What the families call the tensor that a block hands on to its attention, to be added to the logits."""
+
+
+class Steps:
+    """The steps in the place of timm's ``blocks``: they are counted, sliced, walked through, or called in a row."""
+
+    def __init__(self, steps: list[Callable[..., Tensor]]) -> None:
+        self.steps = steps
+
+    def __bool__(self) -> bool:
+        return True  # for torch.compile before 2.14, which asks this of an instance without attributes
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        return iter(self.steps)
+
+    def __getitem__(self, at: slice) -> Steps:
+        return Steps(self.steps[at])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class Walk:
+    """timm's ``self`` for one pass, and what travels with the tokens.
+
+    Axes: B batch, N tokens of the model, n of them here (N until a block merges or prunes), K kept by a routed block.
+
+    Args:
+        record: say in ``routing`` what blocks that merge or prune did, too.
+        restore: hand timm all N tokens behind every block.
+    """
+
+    grad_checkpointing = False  # timm would put the step under it; the step puts the block
+
+    def __init__(self, model: Any, record: bool = False, restore: bool = False) -> None:
+        self.model = model
+        self.blocks = Steps([partial(self.step, i, block) for i, block in enumerate(model.blocks)])
+        self.record, self.restore = record, restore
+        self.placed = not isinstance(model, VisionTransformer)
+        """Whether the blocks read where a token stands: rotary rows, relative positions."""
+        self.routing: Routing = []
+        self.x: Tensor | None = None  # with restore: the tokens that really are here (B, n, D)
+        self.whole: Tensor | None = None  # with restore: all N, dropped ones as they were when they went
+        self.scores: Tensor | None = None  # (B, n) what the block before left for this block's router
+        self.size: Tensor | None = None  # (B, n) how many patches each token stands for; None: one
+        self.positions: Tensor | None = None  # (B, n) where each stood among the N, -1 for a fused one; None: in place
+        self.owner: Tensor | None = None  # (B, N) which of the n stands for each, -1 for none; None: itself
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.jit.is_tracing() and getattr(self.model, "dynamic_img_size", False):
+            raise UserError(
+                "torch.jit.trace: would bake in how many tokens an image of this size keeps; use amod.export, or a "
+                "model without dynamic_img_size"
+            )
+        return self.model.undressed.forward_features(self, x, *args, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = self.model.undressed.forward_intermediates(self, x, *args, **kwargs)
+        if self.owner is None:
+            return found
+        if isinstance(found, tuple):  # the features of forward_features, of the tokens that really are here
+            return (self.model.norm(self.x), *found[1:])
+        if isinstance(found, dict) and "image_features" in found:
+            found["image_features"] = self.model.norm(self.x)
+        return found
+
+    # --- a block's entry in the plan
+
+    def step(self, i: int, block: nn.Module, x: Tensor, **inputs: Any) -> Tensor:
+        """What timm calls for its block i: (B, n, D) -> (B, n or fewer, D)."""
+        if inputs.pop("is_causal", False):
+            raise UserError("is_causal: a routed model has no causal pass; leave it out")
+        if self.x is not None:
+            x = self.x
+        for name in ("scores", "size", "positions", "owner"):  # the blocks may live on several devices
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value.to(x.device))
+        entry = self.model.plan.get(i)
+        if entry is None:
+            x = self.run(i, block, x, inputs)
+        elif isinstance(entry, Route):
+            x = self.route(i, block, entry, x, inputs)
+        else:
+            x = self.cut(i, block, entry, x, inputs)
+        return self.restored(x) if self.restore else x
+
+    def route(self, i: int, block: nn.Module, entry: Route, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """K tokens go through the block, the others stay as they are."""
+        router = self.model.routers[str(i)]
+        scores = router(x, self.scores)
+        prefix = self.model.num_prefix_tokens
+        indices = top_k(scores.detach(), entry.kept(tokens_in(x), prefix), prefix if entry.keep_prefix else 0)
+        before, earlier = take(x, indices), self.scores
+        after = self.run(i, block, before, inputs, indices)
+        if self.scores is not None and entry.router in READS_ATTENTION:  # the block saw the kept tokens alone
+            assert earlier is not None
+            self.scores = refine(earlier, indices, self.scores)
+        r = router.multiplier(scores)
+        if r is not None:
+            after = weigh_update(before, after, take(r, indices))
+        self.routing.append(RoutedLayer(i, scores.detach(), indices, self.owner))
+        return put(x, indices, after)
+
+    def cut(
+        self, i: int, block: nn.Module, entry: Merge | Prune | ClassOnly, x: Tensor, inputs: dict[str, Any]
+    ) -> Tensor:
+        """Fewer tokens leave the block than enter it: between its attention and its MLP, or as its only queries."""
+        prefix, count, size = self.model.num_prefix_tokens, tokens_in(x), self.size
+        if isinstance(entry, Merge) and not entry.merged(count, prefix):
+            return self.run(i, block, x, inputs)
+        done: dict[str, Any] = {}  # written again, the same, when gradient checkpointing runs the block again
+
+        def reduce(y: Tensor, left: dict[str, Tensor]) -> Tensor:
+            done["tokens"] = y
+            if isinstance(entry, Merge):
+                done["pairs"] = match(left["keys"], entry.merged(count, prefix), prefix)
+                y, done["size"] = merge(y, size, done["pairs"], prefix)
+                return y
+            done["scores"], keep = left["class_attention"], entry.kept(count, prefix)  # type: ignore[union-attr]
+            fuse = entry.fuse and prefix + keep < count  # type: ignore[union-attr]
+            y, done["size"], done["kept"] = prune(y, size, done["scores"], keep, prefix, fuse)
+            return y
+
+        if isinstance(entry, ClassOnly):
+            rows = class_tokens(self.model)
+            first = torch.arange(rows, device=x.device).expand(x.shape[0], rows)
+            done |= {"tokens": x, "size": None, "kept": first}
+            x = self.run(i, block, x, inputs, rows=rows)
+        else:
+            want = ("keys",) if isinstance(entry, Merge) else ("class_attention",)
+            x = self.run(i, block, x, inputs, want=want, reduce=reduce)
+        if not done:
+            raise UserError(f"block {i}: {type(block).__name__} was put there after convert and cannot do {entry}")
+        self.size = done["size"]
+        if self.record or self.restore or self.placed or self.scores is not None:
+            self.follow(i, done, count, x.shape[1])
+        return x
+
+    def follow(self, i: int, done: dict[str, Any], count: int, remain: int) -> None:
+        """Who stands for whom now: for the record, for restoring, for the scores and positions of later blocks."""
+        if self.restore:
+            self.restored(done["tokens"])
+        prefix = self.model.num_prefix_tokens
+        here: Reduction = (
+            merge_places(done["pairs"], count, prefix) if "pairs" in done else prune_places(done["kept"], count, remain)
+        )
+        if self.scores is not None:  # a token has the scores of all that it stands for
+            scores = self.scores.masked_fill(here.owner < 0, 0)
+            self.scores = scores.new_zeros(scores.shape[0], remain).scatter_add(1, here.owner.clamp(min=0), scores)
+        self.positions = here.kept if self.positions is None else moved(self.positions, here.kept)
+        self.owner = here.owner if self.owner is None else moved(here.owner, self.owner)
+        own = done["kept"].shape[1] if "kept" in done else remain  # a fused token is the last, and nobody's own
+        indices = torch.arange(own, device=self.owner.device).expand(self.owner.shape[0], own)
+        judged = done["scores"].detach() if "scores" in done else self.owner.new_zeros(self.owner.shape[0], 0).float()
+        self.routing.append(RoutedLayer(i, judged, indices, self.owner))
+
+    def restored(self, x: Tensor) -> Tensor:
+        """All N tokens from those that are here; one that is gone is as it was when it went."""
+        self.x = x
+        if self.owner is not None:
+            assert self.whole is not None
+            x = torch.where((self.owner < 0).unsqueeze(-1), self.whole, take(x, self.owner.clamp(min=0)))
+        self.whole = x
+        return x
+
+    # --- a block as a module
+
+    def run(
+        self,
+        i: int,
+        block: nn.Module,
+        x: Tensor,
+        inputs: dict[str, Any],
+        indices: Tensor | None = None,
+        want: tuple[str, ...] = (),
+        **asked: Any,
+    ) -> Tensor:
+        """The block on x, and ``self.scores`` from what its attention left for the next block's router.
+
+        Args:
+            x: (B, n, D), or the kept ones (B, K, D) at ``indices`` (B, K) of those that are here.
+            inputs: what timm gave the step: rotary table, mask.
+            want, asked: of a :class:`Request`.
+        """
+        model, inputs = self.model, dict(inputs)
+        following = model.plan.get(i + 1)
+        read = READS_ATTENTION.get(following.router) if isinstance(following, Route) else None
+        positions, size = self.positions, self.size
+        if indices is not None:
+            positions = indices if positions is None else take(positions, indices)
+            size = None if size is None else take(size, indices)
+        bias = None if size is None or not model.proportional else size.log()[:, None, None, :]
+        table = additive(inputs.get(model.mask_name))
+        if positions is not None and inputs.get("rope") is not None:
+            inputs["rope"] = rotary_rows(inputs["rope"], positions, model.num_prefix_tokens)
+        request = None
+        if want or asked or read or (self.placed and positions is not None):
+            check_readable(i, block)
+            differentiable = model.routers[str(i + 1)].differentiable if read else "reduce" in asked
+            request = Request(
+                want=(*want, read) if read else want,
+                differentiable=differentiable,
+                class_token=getattr(model, "cls_token", None) is not None,
+                bias=bias,
+                table=table,
+                positions=positions,
+                **asked,
+            )
+            inputs[model.mask_name] = request
+        elif bias is not None or table is not None:
+            if table is not None and positions is not None:
+                table = rows_and_columns(table, positions)
+            inputs[model.mask_name] = table if bias is None else bias if table is None else table + bias
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False, **inputs)
+        else:
+            x = block(x, **inputs)
+        self.scores = None
+        if request is not None:
+            if missing := {*request.want} - {*request.left}:
+                raise UserError(f"block {i}: its attention was not called with its mask and left no {missing.pop()}")
+            self.scores = request.left[read] if read else None
+        return x
+
+
+def check_readable(i: int, block: nn.Module) -> None:
+    """UserError unless somewhere in the block, as it is now, is an attention that answers a request."""
+    attn = getattr(block, "attn", None)
+    if not isinstance(attn, ReadableAttention) and not any(isinstance(m, ReadableAttention) for m in block.modules()):
+        raise UserError(
+            f"block {i}: {type(attn).__name__} was put there after convert, and its map cannot be read; wrap the "
+            "attention that convert left there, or use router=linear or random"
+        )
+
+
+def class_tokens(model: Any) -> int:
+    """How many of the first tokens the head reads, if it reads no others."""
+    if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
+        raise UserError(
+            f"ClassOnly: the head of this model reads all tokens (global_pool={model.global_pool!r}), not the class "
+            "token alone; leave the entry out"
+        )
+    return 2 if hasattr(model, "head_dist") else 1
+
+
+def additive(mask: Tensor | None) -> Tensor | None:
+    """A mask of timm's, boolean or not, as (B or 1, H or 1, N, N) to be added to the logits."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask.view(*[1] * (4 - mask.dim()), *mask.shape)
+
+
+def rotary_rows(rope: Tensor, positions: Tensor, prefix: int) -> Tensor:
+    """The rows of a rotary table for the tokens that are here; a prefix token's and a fused token's turn nothing.
+
+    Args:
+        rope: (N - prefix, 2 d), (H, N - prefix, 2 d), or with a batch (B, 1 or H, N - prefix, 2 d); sine, then cosine.
+        positions: (B, n) among the N tokens, -1 for a fused one.
+    Returns:
+        (B, 1 or H, n, 2 d).
+    """
+    half = rope.new_zeros(rope.shape[-1] // 2)
+    still = torch.cat([half, half + 1])
+    shape = (*rope.shape[:-2], 1, rope.shape[-1])
+    table = torch.cat([still.expand(*shape[:-2], prefix, -1), rope, still.expand(shape)], dim=-2)  # -1 is the last
+    if rope.dim() == 4:
+        batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
+        return table.transpose(1, 2)[batch, positions].transpose(1, 2)
+    if rope.dim() == 3:
+        return table[:, positions].transpose(0, 1)
+    return table[positions].unsqueeze(1)

@@ -1,0 +1,92 @@
+"""A model as a file for onnxruntime, OpenVINO or torch: python src/export.py --help"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from amod.errors import UserError
+from amod.runtimes import SUFFIXES
+from amod.training.checks import check_checkpoint, check_variant
+from amod.training.command import launch
+from amod.training.config import ExportConfig, parse
+
+
+def check(composed: DictConfig) -> ExportConfig:
+    """Everything that is known without reading weights or images."""
+    cfg = parse(ExportConfig, composed)
+    if cfg.run is None:
+        check_variant(cfg)
+        if cfg.model.checkpoint is not None:
+            check_checkpoint(cfg.model.checkpoint)
+    if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
+        raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
+    if cfg.int8 and cfg.images is None:
+        raise UserError("int8=true: needs images=FOLDER to calibrate on, pictures like those that the model will see")
+    if cfg.int8 and cfg.format == "torch":
+        raise UserError("int8=true: format=torch has no quantiser here; choose onnx or openvino")
+    if cfg.example is not None and not Path(cfg.example).expanduser().is_file():
+        raise UserError(f"example={cfg.example}: no such file; name a picture")
+    return cfg
+
+
+def job(cfg: ExportConfig) -> None:
+    from amod.deploy import calibration_images, latency, picture, predict
+    from amod.exporting import export
+    from amod.runtimes import needed, open_session
+
+    needed(cfg.format, cfg.int8)
+    if cfg.example is not None:
+        picture(Path(cfg.example).expanduser(), lambda image: image)  # it can be read
+    model = model_of(cfg)
+    images = None if cfg.images is None else calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
+    path = output_of(cfg)
+    files = [(path, False), *([(path.with_stem(f"{path.stem}-int8"), True)] if cfg.int8 else [])]
+    for file, int8 in files:
+        print(f"{file}: {export(model, file, cfg.format, images=images, int8=int8)}", flush=True)
+    named: dict[str, Any] = {"torch": model}
+    named |= {("int8" if int8 else cfg.format): open_session(file) for file, int8 in files}
+    for line in latency(named, cfg.rounds):
+        print(line)
+    if cfg.example is not None:
+        print(f"{cfg.example}, by {files[-1][0]}:")
+        for name, share in predict(open_session(files[-1][0]), Path(cfg.example).expanduser()):
+            print(f"  {share:6.1%}  {name}")
+
+
+def model_of(cfg: ExportConfig) -> Any:
+    from amod.hub import from_pretrained, head_size
+
+    if cfg.run is not None:
+        return from_pretrained(cfg.run)
+    import torch
+
+    from amod.training.weights import build, read_state
+
+    classes = cfg.data.num_classes
+    if cfg.model.checkpoint is not None:
+        classes = head_size(read_state(Path(cfg.model.checkpoint)), cfg.model.checkpoint)
+    random = cfg.model.checkpoint is None and not cfg.model.pretrained
+    if random:
+        print("model.pretrained=false: the weights are random; the file is good for timing alone")
+    torch.manual_seed(cfg.seed)
+    built = build(cfg, classes or 1000)
+    if not (random or built.adapted):
+        raise UserError(f"model={cfg.model.label}: its weights have no trained head; name a run, or weights with one")
+    return built.model.eval()
+
+
+def output_of(cfg: ExportConfig) -> Path:
+    suffix = SUFFIXES[cfg.format]
+    if cfg.output is not None:
+        return Path(cfg.output)
+    if cfg.run is not None and Path(cfg.run).is_dir():
+        return Path(cfg.run) / f"model{suffix}"
+    name = Path(cfg.run).name if cfg.run else f"{cfg.model.label}-{cfg.router.name}-{cfg.capacity}"
+    return Path("exports") / f"{name}{suffix}"
+
+
+if __name__ == "__main__":
+    launch(job, "export", check)

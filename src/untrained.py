@@ -1,0 +1,17 @@
+"""Measure a model that is adapted to routing without any training: python src/untrained.py --help"""
+
+from __future__ import annotations
+
+from amod.training.checks import check_train
+from amod.training.command import launch
+from amod.training.config import UntrainedConfig
+
+
+def job(cfg: UntrainedConfig) -> None:
+    from amod.studies.untrained import measure  # torch, timm and Lightning take seconds
+
+    measure(cfg)
+
+
+if __name__ == "__main__":
+    launch(job, "untrained", check_train)

@@ -1,0 +1,69 @@
+"""The command around the studies: what it refuses, what it lists, and reports written again from their rows."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from amod.errors import UserError
+from amod.studies.command import check_reproduce, reproduce
+from amod.studies.plan import runs_of
+from amod.studies.rows import read, row_of, table_of, write
+from amod.training.compose import compose_config
+from amod.training.config import CONF
+
+
+def command(*overrides):
+    cfg = compose_config("reproduce", list(overrides))
+    check_reproduce(cfg)
+    reproduce(cfg)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["report_only=7"], "report_only=7: must be true or false"),
+        (["scale=medium", "scale.weights=[1]"], r"scale.weights=\[1\]: must be a file of the model's weights, or null"),
+        (["scale.seeds=[a]"], r"scale.seeds=\['a'\]: must be a list of whole numbers"),
+        (["study=table8", "scale=medium"], "study=table8: needs the stage scratch, but scale=medium has dense"),
+        (["study=table9"], "study=table9: no such choice"),
+        (["scale=medium", "scale.weights=none.pth"], "model.checkpoint=none.pth: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(overrides, said, tmp_path):
+    with pytest.raises(UserError, match=said) as error:
+        command(*overrides, f"runs={tmp_path}/runs", f"results={tmp_path}/results")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_would_be_run_is_listed_with_its_script(tmp_path, capsys):
+    command("study=untrained", "scale=medium", "scale.seeds=[0]", "dry=true", f"runs={tmp_path}")
+    listed = capsys.readouterr().out
+    assert "# 1.4367 GFLOPs, 3 epochs, to run\npython src/train.py data=imagenette router=none" in listed
+    assert "# 1.0708 GFLOPs, no training, to run\npython src/untrained.py" in listed
+    assert "placement.blocks=[6,7,8,9,10,11]" in listed
+
+
+def test_all_leaves_out_what_is_not_for_the_scale(tmp_path, capsys):
+    command("study=all", "scale=medium", "scale.seeds=[0]", "dry=true", f"runs={tmp_path}")
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.endswith("(medium scale)")]
+    assert "Untrained, at 224 pixels (medium scale)" in titles
+    assert not any("scratch" in title or "throughput" in title for title in titles)
+
+
+def test_reports_are_written_again_from_their_rows(tmp_path):
+    study, scale = (OmegaConf.to_container(OmegaConf.load(CONF / f)) for f in ("study/table5.yaml", "scale/small.yaml"))
+    rows = [
+        row_of(run) | {"status": "finished", "test_top1": 80.0 + 3 * (run.settings["router"] == "attention")}
+        for run in runs_of(study, scale)
+    ]
+    (tmp_path / "table5/small").mkdir(parents=True)
+    write(table_of(rows[:-1]), tmp_path / "table5/small/runs.csv")  # the last run is not there yet
+    command("study=all", "report_only=true", f"results={tmp_path}", f"runs={tmp_path}/nowhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.md", "table5"]
+    report = (tmp_path / "table5/small/report.md").read_text()
+    assert "14 runs finished, 1 runs not run" in report
+    assert "Not run: 1 runs of seed 2." in report
+    assert list(read(tmp_path / "table5/small/runs.csv")["status"]).count("finished") == 14
+    assert "[table5](table5/small/report.md)" in (tmp_path / "claims.md").read_text()

@@ -1,0 +1,96 @@
+"""Rows of run folders and of files, and what they are called."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+from fakes_studies import finish, rows
+from pandas.testing import assert_frame_equal
+
+from amod.studies.rows import (
+    COLUMNS,
+    CURVES,
+    describe,
+    epochs_to_peak,
+    measured,
+    placed,
+    read,
+    reported,
+    rows_of,
+    write,
+)
+
+
+def test_epochs_to_within_one_percent_of_the_peak():
+    assert epochs_to_peak([(0, 50.0), (1, 79.1), (2, 79.2), (3, 80.0), (4, 79.9)]) == 2  # 0.99 * 80 = 79.2
+    assert epochs_to_peak([(0, 80.0), (1, 70.0)]) == 0
+    assert epochs_to_peak([]) is None
+
+
+def test_what_a_run_folder_says(tmp_path):
+    runs = finish(tmp_path, {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
+    (tmp_path / runs[1].name / "summary.json").unlink()
+    found, curves = rows_of(runs, tmp_path, {runs[1].name: "error: no room"})
+    assert list(found["status"]) == ["finished", "failed", "finished", "finished"]
+    assert list(found["note"]) == ["", "error: no room", "", ""]
+    assert list(found["test_top1"].astype(float).fillna(-1)) == [70, -1, 71, 73]
+    assert list(found["seed"]) == [0, 0, 1, 1]
+    assert list(found["epochs_to_peak"].dropna()) == [2, 2, 2]  # 65 and then 70: 0.99 * 70 = 69.3
+    assert list(curves.columns) == list(CURVES)
+    assert list(curves[curves["run"] == runs[0].name]["val_top1"]) == [65.0, 70.0]
+
+
+def test_rows_are_read_as_they_were_written_and_written_the_same(tmp_path):
+    known = rows(linear=[70, 71.25], attention=[72])
+    known.loc[0, ["status", "note", "lr"]] = ["failed", 'error: "no", he said', "5e-05"]
+    known.loc[0, ["test_top1", "gflops"]] = pd.NA
+    write(known, tmp_path / "runs.csv")
+    again = read(tmp_path / "runs.csv")
+    assert list(again.columns) == list(COLUMNS)
+    assert_frame_equal(again, known)
+    write(again, tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "runs.csv").read_bytes()
+    assert read(tmp_path / "nowhere.csv").empty
+
+
+def test_a_report_is_read_again_without_its_run_folders(tmp_path):
+    runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
+    found, curves = rows_of(runs, tmp_path / "runs", {})
+    write(found[:3], tmp_path / "runs.csv")
+    write(curves[:6], tmp_path / "curves.csv")
+    rows_again, curves_again = reported(runs[:3], tmp_path / "nowhere", tmp_path)
+    assert_frame_equal(rows_again, found[:3])
+    assert_frame_equal(curves_again, curves[:6])
+    rows_again, curves_again = reported(runs, tmp_path / "runs", tmp_path)  # what is in folders, and one run more
+    assert_frame_equal(rows_again, found)
+    assert_frame_equal(curves_again, curves)
+    rows_again, _ = reported(runs, tmp_path / "nowhere", tmp_path)
+    assert list(rows_again["status"]) == ["finished"] * 3 + ["not run"]
+    assert list(rows_again["seed"]) == [0, 0, 1, 1]
+
+
+def test_what_failed_is_not_measured():
+    known = rows(linear=[70, math.nan])
+    known.loc[0, "status"] = "failed"
+    assert measured(known, "test_top1").empty
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"placement": "alternate", "keep_prefix": "false", "capacity": 0.5}, "C = 0.5"),
+        ({"placement": "last8", "variant": "registers", "capacity": 0.125}, "last8, registers, C = 0.125"),
+        ({"placement": "[6,7,8,9]", "keep_prefix": "true", "router": "linear"}, "blocks 6-9, class token kept, MoD"),
+        ({"data": "digits", "lr": "0.0001", "variant": ""}, "digits, lr 0.0001"),
+    ],
+)
+def test_labels_in_words(labels, said):
+    assert describe(labels) == said
+
+
+def test_blocks_in_words():
+    assert [placed(p) for p in ("last8", "[1,4,7]", "[3]", "[2,3]")] == [
+        *("last8", "blocks 1, 4, 7", "blocks 3", "blocks 2, 3")
+    ]

@@ -1,0 +1,247 @@
+"""Exported files give what the model gives, at any batch size, or there is no file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import amod
+import export
+from amod import ClassOnly, Merge, Prune, Route, exporting, routing
+from amod.deploy import predict
+from amod.exporting import Agreement, Exported, compare
+from amod.reduce import match, merge
+from amod.routing import RoutedLayer
+from amod.runtimes import Session, open_session
+from amod.training.compose import compose_config
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
+PLANS = {
+    "routed": {1: Route(0.5), 2: Route(0.25, keep_prefix=True), 3: Route(0.5, "linear")},
+    "reduced": {0: Merge(3), 1: Prune(0.5), 2: Route(0.5), 3: ClassOnly()},
+}
+SRC = Path(__file__).parents[1] / "src"
+
+
+def model(plan, name="vit_tiny_patch16_224", **kwargs):
+    vit = timm.create_model(name, **{**TINY, **kwargs})
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return amod.convert(vit, plan=plan).eval()
+
+
+# --- what reaches the graph
+
+
+def test_while_exporting_the_same_tokens_are_kept_and_merged(monkeypatch):
+    scores = torch.rand(3, 17)
+    keys, x, size = torch.randn(3, 17, 8), torch.randn(3, 17, 8), 1 + torch.rand(3, 17)
+    kept, merged = routing.top_k(scores, 6, 2), merge(x, size, match(keys, 5, 1), 1)
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert torch.equal(routing.top_k(scores, 6, 2), kept)
+    for ours, theirs in zip(merge(x, size, match(keys, 5, 1), 1), merged, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_trace_is_right_at_every_batch_size(plan):
+    routed = model(plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trace = torch.jit.trace(routed, torch.randn(2, 3, 32, 32), check_trace=False)
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(trace(images), routed(images))
+
+
+def test_a_trace_that_would_bake_in_the_image_size_is_refused():
+    with pytest.raises(amod.UserError, match=r"torch.jit.trace.*amod.export"):
+        torch.jit.trace(model(PLANS["routed"], dynamic_img_size=True), torch.randn(2, 3, 32, 32))
+
+
+# --- files
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx", ".xml"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_file_gives_what_the_model_gives(tmp_path, plan, suffix):
+    if suffix != ".pt2":
+        pytest.importorskip({".onnx": "onnxruntime", ".xml": "openvino"}[suffix])
+    routed = model(plan).train()
+    found = amod.export(routed, tmp_path / f"model{suffix}")
+    assert routed.training
+    assert found.tokens_differ == 0
+    assert found.tokens == 4 * sum(k for i, k in routed.tokens_kept(17).items() if isinstance(plan[i], Route))
+    session = open_session(tmp_path / f"model{suffix}")
+    images = torch.randn(6, 3, 32, 32)
+    torch.testing.assert_close(torch.as_tensor(session(images.numpy())[0]), routed.eval()(images), atol=1e-4, rtol=1e-4)
+    assert session.facts["mean"] == [0.5, 0.5, 0.5]
+    assert amod.plan.from_data(session.facts["plan"]) == plan
+    assert {file.name for file in tmp_path.iterdir()} <= {f"model{suffix}", "model.bin"}
+
+
+def test_a_rotary_model(tmp_path):
+    name = {"name": "vit_small_patch16_dinov3", "patch_size": 16, "img_size": 64, "depth": 2}
+    amod.export(model({1: Route(0.5)}, **name), tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_int8_is_near_the_model(tmp_path, form):
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "nncf"}[form])
+    suffix = {"onnx": ".onnx", "openvino": ".xml"}[form]
+    routed, images = model({1: Route(0.5)}, depth=2), torch.randn(8, 3, 32, 32)
+    found = amod.export(routed, tmp_path / f"model{suffix}", images=images, int8=True)
+    assert 0 < found.difference < 0.5 * found.scale
+    assert open_session(tmp_path / f"model{suffix}").facts["input_size"] == [3, 32, 32]
+
+
+# --- refused, with nothing left
+
+
+def test_other_logits_are_an_error_and_leave_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "open_session", lambda *_: Session(lambda x: [torch.ones(len(x), 7)], {}, ""))
+    with pytest.raises(amod.UserError, match="does not give what the model gives"):
+        amod.export(model({}), tmp_path / "model.pt2")
+    assert not [*tmp_path.iterdir()]
+
+
+class Fake:
+    """A model of two classes and one routed block, which keeps the last two of three tokens."""
+
+    def __init__(self, scores):
+        self.scores = torch.tensor([scores])
+
+    def walk(self, images):
+        kept = RoutedLayer(1, self.scores.repeat(len(images), 1), torch.tensor([[1, 2]]).repeat(len(images), 1))
+        return torch.tensor([[1.0, 2.0]]).repeat(len(images), 1), [kept]
+
+
+def file(*outputs):
+    """A file that gives these rows, those of image i for the images that are filled with i."""
+
+    def run(images):
+        at = images[:, 0].astype(int) % len(outputs)
+        return [torch.tensor([outputs[i][0] for i in at]), torch.tensor([outputs[i][1] for i in at])]
+
+    return Session(run, {}, "")
+
+
+GOOD, SWAPPED, OFF = ([1.0, 2.0], [1, 2]), ([2.5, 2.0], [0, 2]), ([1.1, 2.0], [1, 2])
+IMAGES = torch.arange(4.0).unsqueeze(1)
+
+
+def test_the_agreement_by_hand():
+    found = compare(Fake([0.1, 0.3, 0.6]), file(SWAPPED), IMAGES, strict=False)
+    assert found == Agreement(4, difference=1.5, scale=2.0, tokens=8, tokens_differ=4, top1=0.0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "outputs", "right"),
+    [
+        ([0.1, 0.3, 0.6], [GOOD], True),
+        ([0.3, 0.3 + 1e-6, 0.6], [GOOD, SWAPPED], True),  # a near tie, and what follows from it
+        ([0.1, 0.3, 0.6], [GOOD, SWAPPED], False),
+        ([0.3, 0.3 + 1e-6, 0.6], [OFF, SWAPPED], False),  # the tie of one image is no excuse for another
+        ([0.3, 0.3 + 1e-6, 0.6], [SWAPPED], False),  # nothing is left to compare
+        ([0.1, 0.3, 0.6], [GOOD, ([float("nan"), 2.0], [1, 2])], False),
+        ([float("nan")] * 3, [GOOD, SWAPPED], False),
+        ([0.1, 0.3, 0.6], [([1.0], [1, 2])], False),
+    ],
+)
+def test_only_near_ties_are_forgiven(scores, outputs, right):
+    with contextlib.nullcontext() if right else pytest.raises(amod.UserError, match="the exported file"):
+        compare(Fake(scores), file(*outputs), IMAGES, strict=True)
+
+
+def test_a_file_that_keeps_the_wrong_tokens_is_refused(tmp_path, monkeypatch):
+    def write(program, path, names, facts):
+        with monkeypatch.context() as patch:
+            patch.setattr("amod.walk.top_k", lambda scores, k, prefix: routing.top_k(-scores, k))
+            wrong = exporting.traced(Exported(routed), (3, 32, 32))
+        torch.export.save(wrong, path, extra_files={"amod.json": "{}"})
+
+    routed = model({1: Route(0.5)}, depth=2)
+    monkeypatch.setitem(exporting.WRITERS, "torch", write)
+    with pytest.raises(amod.UserError, match=r"does not give what the model gives .* kept tokens differ"):
+        amod.export(routed, tmp_path / "model.pt2")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("plan", "file", "options", "words"),
+    [
+        ({1: Route(0.5, "random")}, "a.onnx", {}, "router=random, which draws anew"),
+        ({}, "a.tflite", {}, "its suffix names no format; use .onnx, .xml, .pt2"),
+        ({}, "a.onnx", {"format": "tf"}, "format='tf': choose one of onnx, openvino, torch"),
+        ({}, "a.onnx", {"format": "torch"}, "ends in .pt2"),
+        ({}, "a.pt2", {"int8": True, "images": torch.zeros(4, 3, 32, 32)}, "no quantiser"),
+        ({}, "a.onnx", {"int8": True}, "needs images"),
+        ({}, "a.pt2", {"images": torch.zeros(2, 3, 32, 32)}, "2 are too few"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, plan, file, options, words):
+    with pytest.raises(amod.UserError, match=words):
+        amod.export(model(plan), tmp_path / file, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("amod.runtimes.find_spec", lambda name: None)
+    with pytest.raises(amod.UserError, match=r"needs onnx, onnxscript, onnxruntime; pip install 'amod\[export\]'"):
+        amod.export(model({}), tmp_path / "a.onnx")
+
+
+def test_the_exported_module_names_what_it_gives():
+    assert Exported(model(PLANS["reduced"])).names == ["logits", "kept_2"]
+
+
+# --- the command
+
+
+def test_the_command_exports_times_and_reads_a_picture(tmp_path, capsys):
+    saved = amod.save_pretrained(model({1: Route(0.5)}, depth=2), tmp_path / "saved", class_names=list("abcdefg"))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (50, 40), "red").save(photo)
+    settings = [f"run={saved}", "format=torch", f"example={photo}", "rounds=1"]
+    export.job(export.check(compose_config("export", settings)))
+    printed = capsys.readouterr().out
+    assert "4 images: logits differ by at most" in printed
+    assert "one image, torch" in printed
+    names = [name for name, _ in predict(open_session(saved / "model.pt2"), photo)]
+    assert [line.split()[-1] for line in printed.splitlines()[-5:]] == names
+    assert set(names) <= set("abcdefg")
+
+
+def test_a_text_as_example_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "text.txt").write_text("no picture")
+    settings = [
+        "model=vit_pico",
+        "model.pretrained=false",
+        f"example={tmp_path / 'text.txt'}",
+        f"output={tmp_path}/a.onnx",
+    ]
+    with pytest.raises(amod.UserError, match="cannot be read as a picture"):
+        export.job(export.check(compose_config("export", settings)))
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_mistake_in_the_command_is_one_line(tmp_path):
+    command = [sys.executable, str(SRC / "export.py"), "run=x", "int8=true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: int8=true: needs images=FOLDER")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_metadata_is_json():
+    facts = exporting.metadata(model(PLANS["reduced"]), (3, 32, 32))
+    assert json.loads(json.dumps(facts))["crop_pct"] == 0.9

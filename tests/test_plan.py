@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import yaml
+
+from amod.errors import UserError
+from amod.plan import (
+    ClassOnly,
+    Merge,
+    Prune,
+    Route,
+    as_data,
+    check_plan,
+    from_data,
+    make_plan,
+    read_plan,
+    routed_blocks,
+)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "tokens", "kept"),
+    [
+        (0.125, 197, 24),  # 24.625
+        (0.5, 197, 98),  # 98.5
+        (0.125, 50, 6),  # 6.25
+        (1, 197, 197),
+        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996 in floating point
+        (0.7, 10, 7),
+        (1 / 197, 197, 1),
+    ],
+)
+def test_k_is_the_floor(capacity, tokens, kept):
+    assert Route(capacity).kept(tokens) == kept
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2, 1.0001, float("nan"), float("inf"), "abc", None, True, 0.005])
+def test_a_wrong_capacity_is_named(capacity):
+    with pytest.raises(UserError, match="capacity=") as error:
+        Route(capacity).kept(197)
+    assert repr(capacity) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_merge_and_prune_count_by_hand():
+    assert Merge(13).merged(197, 1) == 13
+    assert Merge(13).merged(12, 1) == 5  # half of 11 patches
+    assert Prune(0.7).kept(197, 1) == 138  # 137.2
+    assert Prune(0.55).kept(101, 1) == 55  # 0.55 * 100 is 55.00000000000001 in floating point
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Merge(-1), "r=-1"),
+        (lambda: Merge(2.5), "r=2.5"),
+        (lambda: Merge(True), "r=True"),
+        (lambda: Prune(0), "keep=0"),
+        (lambda: Prune(1.2), "keep=1.2"),
+        (lambda: Route(0.5, activation="relu"), "activation='relu'"),
+        (lambda: Route(0.06, keep_prefix=True).kept(17, 1), "keep_prefix takes 1"),
+    ],
+)
+def test_a_wrong_entry_is_named(make, words):
+    with pytest.raises(UserError, match=words) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_placements():
+    assert routed_blocks("alternate", 12) == (1, 3, 5, 7, 9, 11)
+    assert routed_blocks("alternate", 7) == (1, 3, 5)
+    assert routed_blocks("last8", 12) == (4, 6, 8, 10)
+    assert routed_blocks("late", 12) == (6, 7, 8, 9, 10, 11)
+    assert routed_blocks([7, 1, 4], 12) == (1, 4, 7)
+    assert routed_blocks([0, 1], 12) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("placement", "words"),
+    [
+        ("altrnate", "'altrnate'.*alternate, last8"),
+        ([12], "12 is not one of 0 to 11"),
+        ([-1], "-1 is not one of"),
+        ([1, 1], "listed twice"),
+        ([1.5], "1.5 is not one of"),
+        ([True], "True is not one of"),
+    ],
+)
+def test_wrong_placements_are_named(placement, words):
+    with pytest.raises(UserError, match=words):
+        routed_blocks(placement, 12)
+
+
+def test_the_methods_as_plans():
+    assert make_plan(4, "attention", 0.5) == {1: Route(0.5), 3: Route(0.5)}
+    assert make_plan(4, "linear", 0.5, [2], activation="sigmoid") == {2: Route(0.5, "linear", activation="sigmoid")}
+    assert make_plan(3, "tome", r=5) == {0: Merge(5), 1: Merge(5), 2: Merge(5)}
+    assert make_plan(12, "evit", keep_rate=0.9, fuse=False) == dict.fromkeys((3, 6, 9), Prune(0.9, fuse=False))
+    assert make_plan(12, "none", last="class") == {11: ClassOnly()}
+    assert make_plan(4, "attention", 0.5, last="class") == {1: Route(0.5), 3: ClassOnly()}
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({12: Route()}, "12 is not one of 0 to 11"),
+        ({-1: Route()}, "-1 is not one of"),
+        ({1: "Route"}, "an entry is one of"),
+        ({10: ClassOnly()}, "it stands in the last block, 11"),
+        ({0: Route()}, "block 0 has no block before it"),
+        ({1: Route(router="linear"), 2: Route(router="attention")}, "follows block 1"),
+        ({1: Route(router="attention"), 2: Route(router="class_attention")}, "give both the same router"),
+        ({1: Merge(3), 2: Merge(3, proportional=False)}, "proportional"),
+    ],
+)
+def test_entries_that_cannot_stand_together_are_refused(plan, words):
+    with pytest.raises(UserError, match=words):
+        check_plan(plan, 12)
+
+
+MIXED = {1: Route(0.5, "linear"), 2: Merge(46), 3: Prune(0.7, fuse=False), 11: ClassOnly()}
+
+
+def test_plans_go_through_yaml_and_pickle(tmp_path):
+    assert pickle.loads(pickle.dumps(MIXED)) == MIXED
+    assert from_data(as_data(MIXED)) == MIXED
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump({"plan": as_data(MIXED)}))
+    assert read_plan(file) == MIXED
+    file.write_text("1: {Route: {capacity: 0.5}}\n2: {Merge: {r: 46}}\n11: ClassOnly\n")
+    assert read_plan(file) == {1: Route(0.5), 2: Merge(46), 11: ClassOnly()}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", "is no plan"),
+        ("1: Rout", "write one of Route, Merge"),
+        ("1: {Route: {capacty: 0.5}}", "its fields are capacity, router"),
+        ("1: {Merge: {}}", "block 1, Merge"),
+        ("1: {Merge: {r: many}}", "r='many'"),
+        ("x: {Merge: {r: 3}}", "block x"),
+        ("1: {Route: ", "cannot be read as a plan"),
+    ],
+)
+def test_a_wrong_plan_file_is_one_line(tmp_path, text, words):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        read_plan(tmp_path / "plan.yaml")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such file"):
+        read_plan(tmp_path / "none.yaml")
