@@ -26,7 +26,7 @@ from amod.training.config import Data, Group, parse
 from amod.training.data import LAYOUTS, check_data
 from amod.training.images import kept_rng, open_rgb
 from amod.training.loaders import EpochSampler, build_datamodule
-from amod.training.sources import Source, Split
+from amod.training.splits import Source, Split
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -387,6 +387,23 @@ def test_lightning_resumes_where_it_was(tmp_path, workers, limit, moment):
             seen: list = []
             run(seen, resume=file)
             assert seen == whole[step:], file.name
+
+
+def test_overfit_batches_draws_the_same_images_every_epoch():
+    seen: list = []
+    trainer = Trainer(
+        max_epochs=3,
+        overfit_batches=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(Recorder(seen), build("digits", None, 64))
+    assert [epoch for epoch, _, _ in seen] == [0, 1, 2]
+    assert len({tuple(indices) for _, _, indices in seen}) == 1
 
 
 def test_ranks_share_each_step_of_one_process():

@@ -99,6 +99,22 @@ def test_the_test_accuracy_counts_every_image_once(two, tmp_path):
     assert again["test/top5"] == pytest.approx(summary(two)["test_top5"], abs=1e-4)
 
 
+def test_two_processes_write_the_predictions_of_all_images(two, tmp_path):
+    asked = [f"run={two}", "trainer.devices=2", f"output={tmp_path / 'out'}"]
+
+    def measure() -> None:
+        evaluate(check_evaluate(compose_config("evaluate", asked)))
+
+    both = [Forked(measure, tmp_path / f"{env['LOCAL_RANK']}.txt", **env) for env in ranks(2)]
+    finish(both)
+    predictions = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
+    assert len({row["image"] for row in predictions}) == len(predictions) == 359
+    right = sum(row["class"] == row["predicted"] for row in predictions)
+    assert 100 * right / 359 == pytest.approx(summary(two)["test_top1"], abs=1e-3)
+    assert both[0].text.count("measured on 359 images") == 1
+    assert both[1].text == ""
+
+
 def test_killed_inside_an_epoch_both_go_on_exactly(two, tmp_path):
     """The epoch's mean loss too, of which each process holds a part."""
     folder = tmp_path / "run"

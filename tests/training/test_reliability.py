@@ -368,6 +368,9 @@ def test_a_damaged_best_checkpoint(never_killed, tmp_path, monkeypatch, capsys, 
         (folder / "checkpoints/previous.ckpt").unlink()
         with pytest.raises(UserError, match=r"best\.ckpt: is damaged, and no other .*; delete the folder"):
             run(folder, *STATEFUL)
+        (folder / "checkpoints/best.ckpt").unlink()  # nothing is damaged, and nothing is to be deleted
+        with pytest.raises(UserError, match=r"best\.ckpt: is missing, and no other .*; put it back, or see to it that"):
+            run(folder, *STATEFUL)
     else:
         run(folder, *STATEFUL)
         assert "best.ckpt is damaged; " in capsys.readouterr().out
@@ -547,7 +550,8 @@ def test_pickled_code_in_a_run_folder_does_not_run(interrupted, never_killed, tm
 def sweep(folder: Path, jobs: list[list[str]]) -> subprocess.Popen:
     """run_jobs over a command that writes its first argument down and ends as its second says."""
     (folder / "job.py").write_text(
-        "import os, sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
         "open('done.txt', 'a').write(sys.argv[1] + chr(10))\n"
         "if sys.argv[2] == 'wait': time.sleep(60)\n"
         "sys.exit(int(sys.argv[2]))\n"
@@ -569,12 +573,14 @@ def test_a_failing_job_does_not_keep_the_others_from_running(tmp_path):
     assert err == "failed: python job.py a=2 2 (exit status 2)\nerror: 1 of 3 jobs failed\n"
 
 
-def test_a_signal_ends_the_sweep(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_sweep(tmp_path, number, status):
     process = sweep(tmp_path, [["a=1", "wait"], ["a=2", "0"]])
     wait_for(lambda: (tmp_path / "done.txt").exists() and (tmp_path / "done.txt").read_text())
-    process.terminate()
-    process.communicate()
-    assert process.returncode == 143
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == status
+    assert "Traceback" not in err
     assert (tmp_path / "done.txt").read_text() == "a=1\n"
 
 

@@ -174,6 +174,16 @@ def test_ema_is_the_moving_average_of_the_weights():
     assert not torch.allclose(by_hand.average, module.model.head.weight, atol=1e-3)
 
 
+def test_the_moving_average_of_a_short_training_leaves_its_first_weights():
+    """Without a warm-up 0.9999^30 = 99.7 % of them would be left."""
+    cfg = config("router=none", "schedule.ema_decay=0.9999", "schedule.lr=0.01")
+    module = Classifier(build(cfg, 10).model, cfg.schedule, 10, seed=0)
+    first = module.model.head.weight.detach().clone()
+    fit(module, small_data(cfg), epochs=30)
+    averaged, trained = (model.head.weight.detach() - first for model in (module.evaluated, module.model))
+    assert averaged.norm() > 0.7 * trained.norm()
+
+
 def fit(module: Classifier, data: DataModule, epochs: int, **arguments: Any) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",

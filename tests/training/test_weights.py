@@ -13,11 +13,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data import ImageNetInfo
 
 import fakes
 from amod.errors import UserError
 from amod.training.compose import train_config
-from amod.training.weights import build, create_vit, isoflop_blocks, read_state
+from amod.training.weights import build, create_vit, head_is_pretrained, isoflop_blocks, read_state
 from tiny import config
 
 SRC = Path(__file__).parents[2] / "src"
@@ -328,3 +329,14 @@ def test_saved_weights_load_into_plain_timm(checkpoint, tmp_path):
     save_file(made.state_dict(), tmp_path / "amod.safetensors")
     vit = create_vit(config().model, num_classes=10)
     vit.load_state_dict(load_file(tmp_path / "amod.safetensors"))
+
+
+def test_timms_head_is_reused_for_its_own_classes_only():
+    """As many classes are not the same classes."""
+    cfg = train_config(["model=deit_tiny", "data=folder"])
+    synsets = ImageNetInfo().label_names()
+    assert head_is_pretrained(cfg, 1000, synsets)
+    assert not head_is_pretrained(cfg, 1000, [f"species {i}" for i in range(1000)])
+    assert not head_is_pretrained(cfg, 1000, synsets[::-1])
+    assert not head_is_pretrained(cfg, 7, synsets[:7])
+    assert head_is_pretrained(train_config(["model=deit_tiny", "data=imagenet"]), 1000, ["tench"] * 1000)

@@ -25,7 +25,8 @@ from amod.training.loaders import DataModule, build_datamodule
 from amod.training.module import Classifier
 from amod.training.record import about, classes_of, fingerprint, read_record
 from amod.training.run import make_trainer, say_measured, weightless
-from amod.training.sources import Split, load_one
+from amod.training.sources import load_one
+from amod.training.splits import Split
 from amod.training.terminal import quiet, say
 from amod.training.troubles import known_troubles
 from amod.training.weights import build, input_config
@@ -170,7 +171,7 @@ def write_details(output: Path, rows: Tensor, split: Split, classes: Sequence[st
     except OSError as error:
         raise UserError(f"output={output}: cannot be written ({error.strerror}); name another folder") from error
     labels, predicted = rows[:, 1].long(), rows[:, 2].long()
-    matrix = MulticlassConfusionMatrix(len(classes))
+    matrix = MulticlassConfusionMatrix(len(classes), sync_on_compute=False)  # the rows are of all processes
     matrix.update(predicted, labels)
     counts = matrix.compute()
     table(

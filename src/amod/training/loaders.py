@@ -29,7 +29,8 @@ from amod.errors import UserError, one_line
 from amod.training.config import Data
 from amod.training.data import check_data
 from amod.training.images import kept_rng, open_rgb, transforms
-from amod.training.sources import Split, load
+from amod.training.sources import load
+from amod.training.splits import Split
 
 Key = tuple[int, int]  # (epoch, position in the split)
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from amod.errors import UserError
-from amod.training.sources import Split
+from amod.training.splits import Split
 
 # A fingerprint has the names of all images, and of so many the first so many bytes.
 LOOKED_INTO, BYTES = 256, 65_536
