@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -40,3 +41,15 @@ def shown(value: object) -> str:
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def misfits(wanted: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """In words, every key and shape in which ``state`` is not the state dict that is ``wanted``."""
+    problems = [f"{key} is missing" for key in wanted if key not in state]
+    problems += [f"{key} is not of this model" for key in state if key not in wanted]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    return problems

@@ -6,7 +6,6 @@ A folder holds timm's ``model.safetensors`` (timm's keys) and ``config.json``, w
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
-from amod.errors import UserError, one_line, reachable
+from amod.errors import UserError, misfits, one_line, reachable
 from amod.plan import as_data, from_data
-from amod.vit import RoutedViT, convert
+from amod.vit import RoutedViT, convert, dense
 
 FORMAT = 1
 """Of the entry ``amod`` in config.json; a library reads its own format and older ones."""
@@ -59,21 +58,21 @@ def save_pretrained(
     plan = model.plan if isinstance(model, RoutedViT) else {}
     learned = dict(training or {})
     ours = {"format": FORMAT, "version": _version(), "plan": as_data(plan), "training": learned}
-    dense: Any = _dense(model)
+    plain: Any = dense(model) if isinstance(model, RoutedViT) else model
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".amod-") as made:
         new = Path(made)
         config = {"amod": ours, **({"label_names": names} if names else {})}
         try:
             save_for_hf(
-                dense, made, model_config=config, model_args={"depth": len(dense.blocks)}, safe_serialization=True
+                plain, made, model_config=config, model_args={"depth": len(plain.blocks)}, safe_serialization=True
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{folder}: timm cannot describe this model ({one_line(error)})") from error
         routers = _routers(model)
         if routers:
             save_file(routers, new / ROUTERS)
-        (new / CARD).write_text(model_card(dense, plan, learned, folder.name), encoding="utf-8")
+        (new / CARD).write_text(model_card(plain, plan, learned, folder.name), encoding="utf-8")
         from_pretrained(new)  # what cannot be read again is not called saved
         folder.mkdir(exist_ok=True)
         (folder / ROUTERS).unlink(missing_ok=True)
@@ -162,14 +161,7 @@ def model_card(model: Any, plan: Mapping[int, Any], training: Mapping[str, Any],
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], wrong: str) -> None:
     """Load a state dict that has just this model's keys and shapes, or raise a UserError that begins with ``wrong``."""
-    wanted = model.state_dict()
-    problems = [f"{key} is missing" for key in wanted if key not in state]
-    problems += [f"{key} is not of this model" for key in state if key not in wanted]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
+    problems = misfits(model.state_dict(), state)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{wrong}: {', '.join(problems[:3])}{more}")
@@ -212,16 +204,6 @@ def head_size(state: Mapping[str, Tensor], source: Any) -> int:
 
 def _routers(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in model.state_dict().items() if key.startswith("routers.")}
-
-
-def _dense(model: nn.Module) -> Any:
-    """The timm model under a routed one: the same tensors, no routers."""
-    if not isinstance(model, RoutedViT):
-        return model
-    dense: Any = copy.copy(model)
-    dense._modules = {name: module for name, module in model._modules.items() if name != "routers"}
-    dense.__class__ = model.undressed
-    return dense
 
 
 def _version() -> str | None:

@@ -44,10 +44,7 @@ def measure(cfg: UntrainedConfig) -> None:
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-    write_atomically(
-        folder / "config.yaml",
-        OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode(),
-    )
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode())
     (found,) = trainer.test(module, datamodule=data, verbose=False)
     summary = {
         "model": cfg.model.label,

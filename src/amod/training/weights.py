@@ -21,7 +21,7 @@ from timm.models import VisionTransformer, load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from amod.errors import UserError, one_line
+from amod.errors import UserError, misfits, one_line
 from amod.flops import count_flops
 from amod.plan import read_plan
 from amod.training.config import Model, Variant
@@ -302,14 +302,7 @@ def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Model) -> 
         state = {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}
         state.update({key: wanted[key] for key in heads})
 
-    problems = [f"{key} is missing" for key in wanted if key not in state]
-    problems += [f"{key} is not of this model" for key in state if key not in wanted]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    if problems:
+    if problems := misfits(wanted, state):
         raise UserError(f"{wrong} as configured: {shortened(problems)}; choose the model= it was trained with")
     vit.load_state_dict(state)
     return adapted
