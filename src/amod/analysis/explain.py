@@ -16,8 +16,7 @@ from amod.analysis.routing_report import About, write_report
 from amod.analysis.subjects import data_pictures, own_pictures, subjects
 from amod.errors import UserError
 from amod.flops import count_flops
-from amod.training.checks import WITHOUT_CAPACITY
-from amod.training.config import ExplainConfig
+from amod.training.config import WITHOUT_CAPACITY, ExplainConfig
 from amod.training.folder import environment
 from amod.training.record import classes_of
 from amod.training.terminal import quiet, say
