@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from amod.attention import READABLE, ReadableAttention
 from amod.blocks import CutBlock
-from amod.dress import Dressed, dress
+from amod.dress import Dressed, dress, of_transformers
 from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan
@@ -150,8 +151,9 @@ def convert(
     Raises:
         UserError: the model, the plan or the budget cannot be served; the message says why.
     """
-    check_model(vit)
-    depth = len(vit.blocks)  # type: ignore[arg-type]
+    by = _served_by(vit)
+    by.check_model(vit)
+    depth = by.depth_of(vit)
     if plan is not None:
         said = {"router": router, "capacity": capacity, "placement": placement, "r": r, "keep_rate": keep_rate,
                 "last": last, "budget": budget, "keep_prefix": keep_prefix or None}  # fmt: skip
@@ -159,16 +161,29 @@ def convert(
             raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
         check_plan(plan, depth)
         plan = {int(i): plan[i] for i in sorted(plan)}
-        return routed(vit, plan)
+        return by.routed(vit, plan)
     router = "attention" if router is None else router
     if router not in ROUTERS and router not in ("tome", "evit", "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
     if budget is not None:
-        return routed(vit, plan_for_budget(vit, budget, router, placement, options, input_size))
+        return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}
-    return routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
+    return by.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
+
+
+def _served_by(model: Any) -> Any:
+    """The file that knows such models: this one, or ``huggingface.py``, which has the same functions."""
+    if not of_transformers(model):
+        return sys.modules[__name__]
+    from amod import huggingface
+
+    return huggingface
+
+
+def depth_of(vit: Any) -> int:
+    return len(vit.blocks)
 
 
 def routed(vit: ViT, plan: Plan) -> ViT:
@@ -197,6 +212,8 @@ def routed(vit: ViT, plan: Plan) -> ViT:
 
 def dense(model: ViT) -> ViT:
     """The timm model that a routed model's weights are, every block whole: a copy; the routers stay behind."""
+    if of_transformers(model):
+        return _served_by(model).dense(model)
     plain: Any = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, Dressed):
