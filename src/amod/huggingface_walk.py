@@ -1,15 +1,15 @@
 """One pass of a routed transformers model: transformers' own forwards, whose layers follow the plan.
 
-transformers hands the options that a forward does not know (``**kwargs``) on to every layer, and from there to the
-function that computes attention. That is how a pass runs here, without a line of any model's own:
+transformers hands the options that a forward does not know (``**kwargs``) on to every layer, and a layer's mask on to
+the function that computes attention. That is how a pass runs here, without a line of any model's own:
 
 - the module that owns the layers (:class:`RoutedEncoder`) gives each of them the same new :class:`Walk`, which holds
   what one layer leaves for the next; nothing of a pass is kept on a module, so threads and gradient checkpointing have
   their own;
 - a layer (:class:`RoutedLayer`) takes its K tokens with their rows of masks and rotary tables, calls its own class's
   forward on them and puts them back: whoever looks at a layer sees all N tokens, as ``output_hidden_states`` does;
-- its attention is handed a :class:`HubRequest` and answers it, because the model's attention implementation is
-  :func:`attention`, below.
+- its attention is handed a :class:`HubRequest` in the place of its mask and answers it, because the model's attention
+  implementation is :func:`attention`, below.
 
 Axes: B batch, N tokens, K tokens kept, D width. Of texts of different lengths: ``padding.py``.
 """
@@ -41,8 +41,12 @@ IMPLEMENTATION = "amod"
 
 
 class HubRequest(Request):
-    """A request to an attention of transformers'. ``first`` (B,): where each text begins; None: at 0."""
+    """A request to an attention of transformers', in the place of its mask.
 
+    ``mask`` is that mask, (B or 1, H or 1, N, N); ``first`` (B,) is where each text begins, None: at 0.
+    """
+
+    mask: Tensor | None = None
     first: Tensor | None = None
 
 
@@ -51,22 +55,22 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | HubRequest | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    request: HubRequest | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' ``sdpa``, which also answers a request. q, k, v (B, H, N, d) -> (B, N, H, d).
 
     Args:
-        attention_mask: (B, H or 1, N, N), True where row may look at column, or added to the logits.
+        attention_mask: (B or 1, H or 1, N, N), True where row may look at column, or added to the logits; or a request.
     """
-    if request is None:
+    if not isinstance(attention_mask, HubRequest):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    request = attention_mask
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    bias = attention_mask
+    bias = request.mask
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=query.dtype, device=bias.device).masked_fill(~bias, -torch.inf)
     drop = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -183,21 +187,19 @@ class RoutedLayer(Dressed):
         self, x: Tensor, mask: Tensor | None, real: Tensor | None, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's own forward on (B, n, D), and what its attention left for the next layer's router (B, n)."""
-        step, request = self.step, None
-        if step.read:
-            first = None if real is None else padding.first_of(real)
-            request = HubRequest(
-                want=(step.read,), differentiable=step.differentiable, class_token=step.class_token, first=first
-            )
-            kwargs = {**kwargs, "request": request}
-        out = super().forward(x, mask, *args, **kwargs)
-        if request is None:
-            return out, None
+        step = self.step
+        if not step.read:
+            return super().forward(x, mask, *args, **kwargs), None
+        request = HubRequest(
+            want=(step.read,),
+            differentiable=step.differentiable,
+            class_token=step.class_token,
+            mask=mask,
+            first=None if real is None else padding.first_of(real),
+        )
+        out = super().forward(x, request, *args, **kwargs)
         if step.read not in request.left:
-            raise UserError(
-                f"layer {step.index}: its attention left no scores; a routed model runs with "
-                f"set_attn_implementation({IMPLEMENTATION!r})"
-            )
+            raise UserError(f"layer {step.index}: its attention was not called with its mask and left no scores")
         left = request.left[step.read]
         return out, left if real is None or step.read != "column_mean" else padding.mean_of_real_rows(left, real)
 
@@ -236,6 +238,11 @@ class RoutedEncoder(Dressed):
             raise UserError(
                 "output_attentions: a routed layer has no map of all tokens; ask for return_routing=True, or use "
                 "amod.dense(model) with attn_implementation='eager'"
+            )
+        if self.config._attn_implementation != IMPLEMENTATION:
+            raise UserError(
+                f"attn_implementation={self.config._attn_implementation!r}: leaves no scores; a routed model runs with "
+                f"set_attn_implementation({IMPLEMENTATION!r})"
             )
         return super().forward(*args, walk=Walk(routing), **kwargs)
 
