@@ -34,7 +34,14 @@ from torch import Tensor, nn
 
 import amod
 
-MODULES = ["argparse", "ast", "asyncio", "collections", "concurrent", "contextlib", "csv", "ctypes", "dataclasses", "datetime", "decimal", "difflib", "email", "enum", "fractions", "functools", "hashlib", "heapq", "html", "http", "imaplib", "importlib", "inspect", "ipaddress", "json", "logging", "mailbox", "multiprocessing", "optparse", "os", "pathlib", "pickle", "pickletools", "pprint", "random", "shutil", "smtplib", "socket", "sqlite3", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tkinter", "trace", "traceback", "turtle", "typing", "unittest", "urllib", "uuid", "wave", "weakref", "xml", "zipfile", "zoneinfo"]  # fmt: skip
+MODULES = (
+    "argparse", "ast", "asyncio", "collections", "concurrent", "contextlib", "csv", "ctypes", "dataclasses",
+    "datetime", "decimal", "difflib", "email", "enum", "fractions", "functools", "hashlib", "heapq", "html", "http",
+    "imaplib", "importlib", "inspect", "ipaddress", "json", "logging", "mailbox", "multiprocessing", "optparse",
+    "os", "pathlib", "pickle", "pickletools", "pprint", "random", "shutil", "smtplib", "socket", "sqlite3",
+    "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "tkinter", "trace",
+    "traceback", "turtle", "typing", "unittest", "urllib", "uuid", "wave", "weakref", "xml", "zipfile", "zoneinfo",
+)  # fmt: skip
 LENGTHS = ((6, 12), (13, 24), (25, 48), (49, 128))
 """How many tokens, special ones included; as many texts of each."""
 CAPACITIES = (0.75, 0.5, 0.25)
@@ -164,16 +171,16 @@ def main() -> None:
         done.append({**cell, **found})
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(done[-1]) + "\n")
-    padding = 1 - sum(int(b["attention_mask"].sum()) for b in timed[32]) / sum(
-        b["input_ids"].numel() for b in timed[32]
-    )
+    real = sum(int(batch["attention_mask"].sum()) for batch in timed[32])
+    room = sum(batch["input_ids"].numel() for batch in timed[32])
+    between = (expected @ expected.T).fill_diagonal_(0).sum() / (len(texts) * (len(texts) - 1))
     about = {
         "texts": len(texts),
         "sha256 of the texts": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {torch.get_num_threads()} thread",
-        "padding in the batches of 32": f"{padding:.0%}",
-        "mean cosine of two texts, dense": f"{float((expected @ expected.T).fill_diagonal_(0).sum() / len(texts) / (len(texts) - 1)):.3f}",
+        "padding in the batches of 32": f"{1 - real / room:.0%}",
+        "mean cosine of two texts, dense": f"{between:.3f}",
     }
     (arguments.out / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     print(tables(done))
