@@ -483,3 +483,26 @@ def test_transformers_is_imported_only_when_a_model_of_it_is_given():
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_or_old_transformers_is_one_line(tmp_path, monkeypatch):
+    model = build("Bert")
+    amod.save_pretrained(amod.convert(model), tmp_path)
+    for name in [name for name in sys.modules if name.startswith("amod.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(amod, name.partition(".")[2], raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
+    for attempt in (lambda: amod.from_pretrained(tmp_path), lambda: amod.convert(model)):
+        with pytest.raises(amod.UserError, match=r"pip install 'amod\[transformers\]'") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_keeps_scores_in_float32(dtype):
+    model = amod.convert(build("ModernBert"), "attention", 0.4, "late").to(dtype)
+    out, routing = model(**padded(), return_routing=True)
+    assert out.last_hidden_state.dtype == dtype
+    assert out.last_hidden_state[0].isfinite().all()
+    assert all(layer.scores.dtype == torch.float32 for layer in routing)
