@@ -59,13 +59,11 @@ def test_a_padded_text_agrees_with_the_obvious_implementation_on_it_alone(family
     model = amod.convert(dense, router, 0.4, blocks)
     weights = weights_of(model) if router == "linear" else None
     inputs = padded(side)
-    if family in ("Bert", "ModernBert") and side == "left":  # their positions count from the first column
+    if family == "Bert" and side == "left":  # its positions count from the first column
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     out, routing = model(**inputs, return_routing=True)
     for b, length in enumerate(LENGTHS):
         alone = {"input_ids": WORDS[b : b + 1, :length]}
-        if family == "ModernBert" and side == "left":
-            continue  # its sliding window is by column, in transformers too; what remains is tested on the right
         expected, decisions = reference(dense, alone, router, blocks, 0.4, weights)
         start = 0 if side == "right" else max(LENGTHS) - length
         for layer in routing:
@@ -506,3 +504,13 @@ def test_half_precision_keeps_scores_in_float32(dtype):
     assert out.last_hidden_state.dtype == dtype
     assert out.last_hidden_state[0].isfinite().all()
     assert all(layer.scores.dtype == torch.float32 for layer in routing)
+
+
+@torch.no_grad()
+def test_export_serves_any_batch_with_padding():
+    model, inputs = amod.convert(build("Bert"), "attention", 0.4, [1, 2]), padded()
+    batch = {name: {0: torch.export.Dim("batch")} for name in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=batch)
+    assert not any("amod" in str(node.target) for node in program.graph.nodes)
+    two = {name: value[1:] for name, value in inputs.items()}
+    assert_close(program.module()(**two)[0], model(**two)[0], **CLOSE)

@@ -76,8 +76,8 @@ def attention(
     drop = nn.Dropout(dropout) if dropout else nn.Identity()
     out, request.left = attend(query, key, value, bias, request, drop)
     if request.first is not None and "class_attention" in request.want:  # padding stands before some class tokens
-        rows = torch.arange(len(query), device=query.device), slice(None), request.first
-        seen = None if bias is None else bias.expand(len(query), *bias.shape[1:])[rows].unsqueeze(2)
+        rows = torch.arange(query.shape[0], device=query.device), slice(None), request.first
+        seen = None if bias is None else bias.expand(query.shape[0], *bias.shape[1:])[rows].unsqueeze(2)
         request.left["class_attention"] = class_attention(query[rows].unsqueeze(2), key, seen, request)
     return out.transpose(1, 2).contiguous(), None
 
@@ -137,7 +137,7 @@ class RoutedLayer(Dressed):
             return super().forward(hidden_states, *args, **kwargs)
         mask = args[0] if args else kwargs.get("attention_mask")
         inputs = args[1:], {name: value for name, value in kwargs.items() if name != "attention_mask"}
-        real = None if mask is None else padding.real_tokens(mask, len(hidden_states))
+        real = None if mask is None else padding.real_tokens(mask, hidden_states.shape[0])
         if self.step.entry is not None:
             return self.route(self.step.entry, hidden_states, mask, real, walk, *inputs)
         if self.step.read and mask is not None and real is not None:
@@ -211,7 +211,7 @@ def rows_of(indices: Tensor, kwargs: Mapping[str, Any], tokens: int) -> dict[str
         cos, sin = kwargs["position_embeddings"]
         taken["position_embeddings"] = rotary_rows(cos, indices, tokens, 1), rotary_rows(sin, indices, tokens, 0)
     if kwargs.get("position_ids") is not None:
-        taken["position_ids"] = take(kwargs["position_ids"].expand(len(indices), -1), indices)
+        taken["position_ids"] = take(kwargs["position_ids"].expand(indices.shape[0], -1), indices)
     return taken
 
 
@@ -222,7 +222,7 @@ def rotary_rows(table: Tensor, indices: Tensor, tokens: int, still: int) -> Tens
         still: what turns nothing, 1 in a table of cosines and 0 in one of sines: for tokens in front of the patches.
     """
     if table.dim() == 3:
-        return take(table.expand(len(indices), -1, -1), indices)
+        return take(table.expand(indices.shape[0], -1, -1), indices)
     front = table.new_full((tokens - table.shape[0], table.shape[1]), still)
     return torch.cat([front, table])[indices].unsqueeze(1)
 
