@@ -468,6 +468,20 @@ def test_other_models_and_decoders_are_refused():
         amod.truncate(build("Bert"), 2)
 
 
+def test_what_is_timms_is_refused_in_one_line(tmp_path):
+    text, image = amod.convert(build("Bert")), build("ViT")
+    for attempt, words in (
+        (lambda: amod.export(text, tmp_path / "text.onnx"), "torch.export.export takes it"),
+        (lambda: amod.save_pretrained(text, tmp_path, class_names=["a"]), "id2label"),
+        (lambda: amod.count_flops(text, 500), "input_size=500: this model refuses"),
+        (lambda: amod.count_flops(image, (3, 40, 40)), "doesn't match model"),
+        (lambda: amod.count_flops(image, 20), "ViTModel reads no text"),
+    ):
+        with pytest.raises(amod.UserError, match=words) as error:
+            attempt()
+        assert "\n" not in str(error.value)
+
+
 def test_another_attention_implementation_is_noticed():
     model = amod.convert(build("Bert"), "attention", 0.4)
     model.set_attn_implementation("eager")

@@ -48,6 +48,8 @@ CAPACITIES = (0.75, 0.5, 0.25)
 PLACEMENTS = ("alternate", "late")
 ROUTERS = ("attention", "class_attention", "attention_weighted", "random", "reversed")
 SEEDS = (0, 1, 2)
+LEFT_OUT = ("1,3,5", "3,4,5", "5", "4,5", "3", "1,3")
+"""Layers that shorter models lack: those of both placements (C = 0), and one or two, late or in between."""
 
 
 def paragraphs() -> list[str]:
@@ -87,7 +89,7 @@ def embed(model: nn.Module, batches: list[Any]) -> Tensor:
 
 
 def without(dense: Any, layers: list[int]) -> Any:
-    """The control of C = 0: those layers are left out."""
+    """A shorter model: those layers are left out."""
     model = copy.deepcopy(dense)
     model.encoder.layer = nn.ModuleList(layer for i, layer in enumerate(model.encoder.layer) if i not in layers)
     return model
@@ -121,7 +123,7 @@ def times(model: Any, dense: Any, batches: list[Any], rounds: int) -> dict[str, 
 
 
 def cells_to_do() -> list[dict[str, Any]]:
-    cells: list[dict[str, Any]] = [{"what": "left out", "placement": placement} for placement in PLACEMENTS]
+    cells: list[dict[str, Any]] = [{"what": "left out", "layers": layers} for layers in LEFT_OUT]
     for placement in PLACEMENTS:
         for capacity in CAPACITIES:
             cell = {"what": "embeddings", "placement": placement, "capacity": capacity}
@@ -155,19 +157,20 @@ def main() -> None:
     file = arguments.out / "cells.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     todo = [cell for cell in cells_to_do() if not any(cell.items() <= found.items() for found in done)]
-    expected = embed(dense, batches)
+    expected, full = embed(dense, batches), amod.count_flops(dense, 64)
     for cell in track(todo, description="cells"):
         torch.manual_seed(cell.get("seed", 0))
         if cell["what"] == "left out":
-            routed = amod.convert(dense, "random", placement=cell["placement"])
-            found: dict[str, Any] = compare(embed(without(dense, [*routed.plan]), batches), expected)
+            shorter = without(dense, [int(i) for i in cell["layers"].split(",")])
+            found: dict[str, Any] = compare(embed(shorter, batches), expected)
+            found["flops"] = amod.count_flops(shorter, 64) / full
         else:
             model = amod.convert(dense, cell.get("router", "attention"), cell["capacity"], cell["placement"])
             if cell["what"] == "time":
                 found = times(model, dense, timed[cell["batch"]], arguments.rounds)
             else:
                 found = compare(embed(model, batches), expected)
-                found["flops"] = amod.count_flops(model, 64) / amod.count_flops(dense, 64)
+                found["flops"] = amod.count_flops(model, 64) / full
         done.append({**cell, **found})
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(done[-1]) + "\n")
@@ -198,9 +201,12 @@ def tables(cells: list[dict[str, Any]]) -> str:
                 found = [c for c in cells if key.items() <= c.items()]
                 row.append(" / ".join(_with_spread([c[name] for c in found]) for name in ("cosine", "spearman")))
         lines.append(f"| {router} | {' | '.join(row)} |")
+    flops = {(c["placement"], c["capacity"]): c["flops"] for c in cells if c["what"] == "embeddings"}
+    lines.append(f"| FLOPs at 64 tokens | {' | '.join(f'{flops[p, c]:.2f}' for p in PLACEMENTS for c in CAPACITIES)} |")
+    lines += ["", "| layers left out of 0 to 5 | cosine / Spearman | FLOPs at 64 tokens |", "|---|---:|---:|"]
     for c in cells:
         if c["what"] == "left out":
-            lines.append(f"| these layers left out, {c['placement']} | {c['cosine']:.3f} / {c['spearman']:.3f} |")
+            lines.append(f"| {c['layers']} | {c['cosine']:.3f} / {c['spearman']:.3f} | {c['flops']:.2f} |")
     lines += ["", "| time, ratio to dense | batch 1 | batch 32 |", "|---|---:|---:|"]
     for placement in PLACEMENTS:
         for capacity in CAPACITIES:

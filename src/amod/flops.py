@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amod.dress import of_transformers
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 
 Size = tuple[int, int, int]
 """(channels, height, width) of an image. For a model of text, an int is as much: how many tokens."""
@@ -86,14 +86,21 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
 
 def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
     """The same for a model that is on the meta device already (:func:`on_meta`)."""
+    refusals: Any = (ValueError, RuntimeError) if of_transformers(model) else AssertionError
     if isinstance(input_size, int):
-        return _count(model, torch.empty(1, input_size, dtype=torch.long, device="meta"))
-    if getattr(model, "in_chans", input_size[0]) != input_size[0]:
-        raise UserError(f"input_size={tuple(input_size)}: this model takes {model.in_chans} channels")
+        if getattr(model, "main_input_name", None) != "input_ids":
+            raise UserError(
+                f"input_size={input_size}: {type(model).__name__} reads no text; give (channels, height, width)"
+            )
+        given = torch.empty(1, input_size, dtype=torch.long, device="meta")
+    else:
+        if getattr(model, "in_chans", input_size[0]) != input_size[0]:
+            raise UserError(f"input_size={tuple(input_size)}: this model takes {model.in_chans} channels")
+        given = torch.empty(1, *input_size, device="meta")
     try:
-        return _count(model, torch.empty(1, *input_size, device="meta"))
-    except AssertionError as error:
-        raise UserError(f"input_size={tuple(input_size)}: this model refuses the image: {error}") from None
+        return _count(model, given)
+    except refusals as error:
+        raise UserError(f"input_size={input_size}: this model refuses such an input: {one_line(error)}") from None
 
 
 def _count(model: nn.Module, images: Tensor) -> int:

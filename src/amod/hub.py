@@ -1,5 +1,7 @@
 """Save a routed model with its plan, load it again, share it: timm's own folder, and what timm does not know beside it.
 
+A model of transformers' saves itself, as ever, its plan in its config.
+
 A folder holds timm's ``model.safetensors`` (timm's keys) and ``config.json``, whose entry ``amod`` has the plan, a
 ``routers.safetensors`` where routers have weights, and a model card. timm itself reads it as the dense model.
 """
@@ -38,7 +40,8 @@ def save_pretrained(
     """Write the model into ``folder``; :func:`from_pretrained` gives it back, ``timm.create_model`` the dense one.
 
     Args:
-        model: a model of :func:`amod.convert`, or a timm model.
+        model: a model of :func:`amod.convert`, or a timm model; or of transformers', which ``from_pretrained`` of its
+            class reads as the dense one.
         class_names: one per class; by default those that the model was loaded with.
         training: what is known of its training, for the card: plain values by name.
     """
@@ -46,7 +49,11 @@ def save_pretrained(
     with reachable(f"{folder}"):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; name a folder")
-    if of_transformers(model):  # its config has the plan; class names are transformers' id2label
+    if of_transformers(model):  # its config has the plan
+        if class_names is not None or training:
+            raise UserError(
+                "class_names, training: are of timm's models; transformers keeps names in model.config.id2label"
+            )
         model.save_pretrained(folder)  # type: ignore[operator]
         return folder
     cfg = getattr(model, "pretrained_cfg", None) or {}
