@@ -528,3 +528,18 @@ def test_export_serves_any_batch_with_padding():
     assert not any("amod" in str(node.target) for node in program.graph.nodes)
     two = {name: value[1:] for name, value in inputs.items()}
     assert_close(program.module()(**two)[0], model(**two)[0], **CLOSE)
+
+
+def test_lora_trains_and_is_merged():
+    peft = pytest.importorskip("peft")
+    base = amod.convert(build("Bert", "ForSequenceClassification"), "attention", 0.4)
+    config = peft.LoraConfig(r=2, target_modules=["query", "dense"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    model.train()(**padded(), labels=torch.tensor([0, 1, 0])).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    logits, routing = model.eval()(**padded(), return_routing=True)
+    assert len(routing) == 2
+    assert not torch.allclose(logits.logits, base(**padded()).logits)
+    merged = model.merge_and_unload()
+    assert merged.plan == base.plan
+    assert_close(merged(**padded()).logits, logits.logits, atol=1e-4, rtol=1e-3)

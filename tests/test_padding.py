@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.testing import assert_close
 
@@ -27,6 +29,13 @@ def test_each_text_keeps_its_share_and_at_least_one():
     assert counts(REAL, 0.1, 2).tolist() == [2, 2]
     assert counts(torch.zeros(1, 5, dtype=torch.bool), 0.5, 1).tolist() == [0]
     assert counts(torch.ones(1, 100, dtype=torch.bool), 0.29, 1).tolist() == [29]
+
+
+def test_each_texts_share_is_the_share_of_route():
+    real = torch.ones(700, 700, dtype=torch.bool).tril()
+    for capacity in (1 / 3, 0.29, 0.07, 0.125, 1 / 7, 0.999999999, 1.0):
+        found = counts(real, capacity, 0).tolist()
+        assert found == [math.floor(round(capacity * n, 9)) for n in range(1, 701)]
 
 
 def test_padding_is_chosen_last_and_is_a_filler():

@@ -31,7 +31,7 @@ def real_tokens(mask: Tensor, batch: int) -> Tensor:
 def counts(real: Tensor, capacity: float, least: int) -> Tensor:
     """K_b = floor(C n_b) of each text (B,), as ``Route.kept`` rounds it; at least ``least``, at most what there is."""
     there = real.sum(dim=1)
-    share = torch.round(there.double() * capacity, decimals=9).floor().long()
+    share = (there * round(float(capacity) * 10**12) + 500) // 10**12  # whole numbers: not every device has float64
     return share.clamp(min=least).minimum(there)
 
 
