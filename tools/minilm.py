@@ -45,11 +45,11 @@ MODULES = (
 LENGTHS = ((6, 12), (13, 24), (25, 48), (49, 128))
 """How many tokens, special ones included; as many texts of each."""
 CAPACITIES = (0.75, 0.5, 0.25)
-PLACEMENTS = ("alternate", "late")
+PLACEMENTS: dict[str, str | list[int]] = {"alternate": "alternate", "late": "late", "1 and 3": [1, 3]}
 ROUTERS = ("attention", "class_attention", "attention_weighted", "random", "reversed")
 SEEDS = (0, 1, 2)
-LEFT_OUT = ("1,3,5", "3,4,5", "5", "4,5", "3", "1,3")
-"""Layers that shorter models lack: those of both placements (C = 0), and one or two, late or in between."""
+LEFT_OUT = ("1", "2", "3", "4", "5", "1,3", "4,5", "1,3,5", "3,4,5")
+"""Layers that shorter models lack: one, two, and all of a placement, which is C = 0."""
 
 
 def paragraphs() -> list[str]:
@@ -129,7 +129,7 @@ def cells_to_do() -> list[dict[str, Any]]:
             cell = {"what": "embeddings", "placement": placement, "capacity": capacity}
             for router in ROUTERS:
                 cells += [{**cell, "router": router, "seed": s} for s in (SEEDS if router == "random" else SEEDS[:1])]
-    for placement in PLACEMENTS:
+    for placement in ("alternate", "late"):
         for capacity in CAPACITIES:
             for batch in (1, 32):
                 cells.append({"what": "time", "placement": placement, "capacity": capacity, "batch": batch})
@@ -165,7 +165,9 @@ def main() -> None:
             found: dict[str, Any] = compare(embed(shorter, batches), expected)
             found["flops"] = amod.count_flops(shorter, 64) / full
         else:
-            model = amod.convert(dense, cell.get("router", "attention"), cell["capacity"], cell["placement"])
+            model = amod.convert(
+                dense, cell.get("router", "attention"), cell["capacity"], PLACEMENTS[cell["placement"]]
+            )
             if cell["what"] == "time":
                 found = times(model, dense, timed[cell["batch"]], arguments.rounds)
             else:
@@ -191,24 +193,24 @@ def main() -> None:
 
 def tables(cells: list[dict[str, Any]]) -> str:
     """Markdown: cosine / Spearman per router, capacity and placement, and the times."""
-    head = " | ".join(f"{p}, {c:.0%}" for p in PLACEMENTS for c in CAPACITIES)
-    lines = [f"| router | {head} |", "|---" + "|---:" * 6 + "|"]
-    for router in ROUTERS:
-        row = []
-        for placement in PLACEMENTS:
+    lines = []
+    for placement in PLACEMENTS:
+        lines += [f"| layers: {placement} | {' | '.join(f'{c:.0%}' for c in CAPACITIES)} |", "|---|---:|---:|---:|"]
+        for router in ROUTERS:
+            row = []
             for capacity in CAPACITIES:
                 key = {"what": "embeddings", "router": router, "placement": placement, "capacity": capacity}
                 found = [c for c in cells if key.items() <= c.items()]
                 row.append(" / ".join(_with_spread([c[name] for c in found]) for name in ("cosine", "spearman")))
-        lines.append(f"| {router} | {' | '.join(row)} |")
-    flops = {(c["placement"], c["capacity"]): c["flops"] for c in cells if c["what"] == "embeddings"}
-    lines.append(f"| FLOPs at 64 tokens | {' | '.join(f'{flops[p, c]:.2f}' for p in PLACEMENTS for c in CAPACITIES)} |")
-    lines += ["", "| layers left out of 0 to 5 | cosine / Spearman | FLOPs at 64 tokens |", "|---|---:|---:|"]
-    for c in cells:
-        if c["what"] == "left out":
-            lines.append(f"| {c['layers']} | {c['cosine']:.3f} / {c['spearman']:.3f} | {c['flops']:.2f} |")
+            lines.append(f"| {router} | {' | '.join(row)} |")
+        cost = {c["capacity"]: c["flops"] for c in cells if c["what"] == "embeddings" and c["placement"] == placement}
+        lines += [f"| FLOPs at 64 tokens | {' | '.join(f'{cost[c]:.2f}' for c in CAPACITIES)} |", ""]
+    lines += ["| layers left out of 0 to 5 | cosine / Spearman | FLOPs at 64 tokens |", "|---|---:|---:|"]
+    for layers in LEFT_OUT:
+        for c in (c for c in cells if c.get("layers") == layers):
+            lines.append(f"| {layers} | {c['cosine']:.3f} / {c['spearman']:.3f} | {c['flops']:.2f} |")
     lines += ["", "| time, ratio to dense | batch 1 | batch 32 |", "|---|---:|---:|"]
-    for placement in PLACEMENTS:
+    for placement in ("alternate", "late"):
         for capacity in CAPACITIES:
             key = {"what": "time", "placement": placement, "capacity": capacity}
             found = [c for size in (1, 32) for c in cells if {**key, "batch": size}.items() <= c.items()]
