@@ -142,6 +142,32 @@ def test_skipped_tokens_pass_bit_for_bit_and_are_not_computed(family):
     assert (seen["after"][~skipped] != seen["before"][~skipped]).any(dim=-1).all()
 
 
+@pytest.mark.parametrize("router", ["attention", "attention_weighted", "class_attention", "linear"])
+@pytest.mark.parametrize("family", ["Bert", "ModernBert", "DINOv3ViT"])
+def test_gradients_are_the_slopes(family, router):
+    """Along a random direction, of the real tokens' output: through the weights r too, where there are any."""
+    model = amod.convert(build(family), router, 0.4, [1, 3]).double()
+    inputs = padded() if family in TEXTS else {k: v.double() for k, v in inputs_of(model).items()}
+    real = inputs["attention_mask"].bool() if family in TEXTS else slice(None)
+    generator = torch.Generator().manual_seed(4)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    along = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    goal = torch.randn(3, max(LENGTHS) if family in TEXTS else 20, 32, generator=generator, dtype=torch.float64)
+
+    def value():
+        return (model(**inputs).last_hidden_state * goal)[real].sum()
+
+    found = torch.autograd.grad(value(), parameters, allow_unused=True)
+    slope = sum((g * v).sum() for g, v in zip(found, along, strict=True) if g is not None)
+    values = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            for p, v in zip(parameters, along, strict=True):
+                p.add_(v, alpha=step)
+            values.append(value())
+    assert_close((values[0] - values[1]) / 2e-6, slope, atol=1e-4, rtol=1e-4)
+
+
 HEADS = [
     ("ViT", "ForImageClassification"),
     ("ViT", "ForMaskedImageModeling"),
@@ -309,10 +335,9 @@ def test_threads_do_not_meet():
     assert all(torch.equal(out, expected[i]) for i, outs in found.items() for out in outs)
 
 
-@pytest.mark.parametrize("router", ["attention", "linear"])
 @torch.no_grad()
-def test_compile_has_no_graph_break_with_padding(router):
-    model = amod.convert(build("Bert"), router, 0.4, [1, 2])
+def test_compile_has_no_graph_break_with_padding():
+    model = amod.convert(build("Bert", num_hidden_layers=3), "attention", 0.4, [1, 2])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     ids, mask = padded().values()
     mask = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)  # a 2D one is looked at by transformers
