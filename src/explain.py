@@ -11,9 +11,13 @@ from amod.training.config import ExplainConfig
 
 
 def job(cfg: ExplainConfig) -> None:
+    if cfg.text is not None:
+        from amod.analysis.words import explain_text
+
+        return explain_text(cfg)
     from amod.analysis.explain import explain  # torch, timm and Lightning take seconds: only once the config is checked
 
-    explain(cfg, f"python src/explain.py {shlex.join(sys.argv[1:])}")
+    return explain(cfg, f"python src/explain.py {shlex.join(sys.argv[1:])}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ class Dressed(nn.Module):
 
     undressed: type[nn.Module]
     over: type[Dressed]
+    named_alike = False
+    """Whether the made class is also called what ``undressed`` is called, for libraries that go by a class's name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self.over, self.undressed), self.__dict__
@@ -28,6 +30,8 @@ def dressed(over: Any, own: Any) -> type[nn.Module]:
     if (over, own) not in _MADE:
         name = over.__name__.removesuffix("ViT").removesuffix("Attention").removesuffix("Block") + own.__name__
         members = {"undressed": own, "over": over, "__module__": over.__module__}
+        if over.named_alike:
+            name, members["__module__"] = own.__name__, own.__module__
         _MADE[over, own] = type(name, (over, own), members)
     return _MADE[over, own]
 
@@ -41,3 +45,8 @@ def dress(module: nn.Module, over: type[Dressed]) -> None:
 def _blank(over: type[Dressed], own: type[nn.Module]) -> nn.Module:
     made = dressed(over, own)
     return made.__new__(made)
+
+
+def of_transformers(model: Any) -> bool:
+    """Whether it is a model of transformers', which this does not import."""
+    return any(kind.__module__.partition(".")[0] == "transformers" for kind in type(model).__mro__)

@@ -20,6 +20,7 @@ from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from amod.dress import of_transformers
 from amod.errors import UserError, one_line, reachable
 from amod.flops import Size, default_input_size
 from amod.plan import Merge, Plan, Prune, Route, as_data
@@ -108,6 +109,10 @@ def export(
     Raises:
         UserError: the model, path or format cannot be served, or the file gives other logits. No file is left then.
     """
+    if of_transformers(model):
+        raise UserError(
+            f"{type(model).__name__}: is of transformers'; torch.export.export takes it, any batch at one length"
+        )
     path = Path(path)
     form = format_of(path, format)
     size = input_size or default_input_size(model)

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amod.errors import UserError
+from amod.dress import of_transformers
+from amod.errors import UserError, one_line
 
 Size = tuple[int, int, int]
+"""(channels, height, width) of an image. For a model of text, an int is as much: how many tokens."""
 T = TypeVar("T")
 
 
@@ -66,27 +68,39 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def count_flops(model: nn.Module, input_size: Size | Tensor | None = None) -> int:
-    """Multiply-accumulates of one image, in the convention above.
+def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None) -> int:
+    """Multiply-accumulates of one image or text, in the convention above.
 
     Args:
         model: any model of timm's or of :func:`amod.convert`'s, on any device; it is left as it is.
         input_size: (channels, height, width), by default the model's own; or images (B, 3, H, W), for a model whose
-            cost depends on them: they are run, and the mean over them is counted.
+            cost depends on them: they are run, and the mean over them is counted. For a model of text, how many
+            tokens, or token ids (B, N): each text costs what N tokens cost, padding as well.
     """
+    if isinstance(input_size, Tensor) and not input_size.is_floating_point():
+        return count_on_meta(on_meta(model), input_size.shape[1])
     if isinstance(input_size, Tensor):
         return _count(model, input_size) // len(input_size)
     return count_on_meta(on_meta(model), input_size or default_input_size(model))
 
 
-def count_on_meta(model: nn.Module, input_size: Size) -> int:
+def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
     """The same for a model that is on the meta device already (:func:`on_meta`)."""
-    if getattr(model, "in_chans", input_size[0]) != input_size[0]:
-        raise UserError(f"input_size={tuple(input_size)}: this model takes {model.in_chans} channels")
+    refusals: Any = (ValueError, RuntimeError) if of_transformers(model) else AssertionError
+    if isinstance(input_size, int):
+        if getattr(model, "main_input_name", None) != "input_ids":
+            raise UserError(
+                f"input_size={input_size}: {type(model).__name__} reads no text; give (channels, height, width)"
+            )
+        given = torch.empty(1, input_size, dtype=torch.long, device="meta")
+    else:
+        if getattr(model, "in_chans", input_size[0]) != input_size[0]:
+            raise UserError(f"input_size={tuple(input_size)}: this model takes {model.in_chans} channels")
+        given = torch.empty(1, *input_size, device="meta")
     try:
-        return _count(model, torch.empty(1, *input_size, device="meta"))
-    except AssertionError as error:
-        raise UserError(f"input_size={tuple(input_size)}: this model refuses the image: {error}") from None
+        return _count(model, given)
+    except refusals as error:
+        raise UserError(f"input_size={input_size}: this model refuses such an input: {one_line(error)}") from None
 
 
 def _count(model: nn.Module, images: Tensor) -> int:
@@ -112,6 +126,13 @@ def _count(model: nn.Module, images: Tensor) -> int:
 
 def default_input_size(model: Any) -> Size:
     """The image that the model was made for."""
+    if of_transformers(model):
+        config = model.config
+        config = getattr(config, "vision_config", config)
+        if not hasattr(config, "image_size"):
+            raise UserError(f"input_size: {type(model).__name__} reads text; say how many tokens, or give token ids")
+        size = config.image_size
+        return (config.num_channels, *((size, size) if isinstance(size, int) else size))
     embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:
         return (model.in_chans, *embed.img_size)

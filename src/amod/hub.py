@@ -1,5 +1,7 @@
 """Save a routed model with its plan, load it again, share it: timm's own folder, and what timm does not know beside it.
 
+A model of transformers' saves itself, as ever, its plan in its config.
+
 A folder holds timm's ``model.safetensors`` (timm's keys) and ``config.json``, whose entry ``amod`` has the plan, a
 ``routers.safetensors`` where routers have weights, and a model card. timm itself reads it as the dense model.
 """
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
+from amod.dress import of_transformers
 from amod.errors import UserError, misfits, one_line, reachable
 from amod.plan import as_data, from_data
 from amod.vit import RoutedViT, convert, dense
@@ -37,7 +40,8 @@ def save_pretrained(
     """Write the model into ``folder``; :func:`from_pretrained` gives it back, ``timm.create_model`` the dense one.
 
     Args:
-        model: a model of :func:`amod.convert`, or a timm model.
+        model: a model of :func:`amod.convert`, or a timm model; or of transformers', which ``from_pretrained`` of its
+            class reads as the dense one.
         class_names: one per class; by default those that the model was loaded with.
         training: what is known of its training, for the card: plain values by name.
     """
@@ -45,6 +49,13 @@ def save_pretrained(
     with reachable(f"{folder}"):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; name a folder")
+    if of_transformers(model):  # its config has the plan
+        if class_names is not None or training:
+            raise UserError(
+                "class_names, training: are of timm's models; transformers keeps names in model.config.id2label"
+            )
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return folder
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture"):
         raise UserError(
@@ -94,6 +105,8 @@ def from_pretrained(source: str | Path) -> Any:
             folder = _fetched(str(source))
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if "model_type" in config:
+            return _from_transformers(folder, config)
         ours = config.get("amod", {})
         found, form = config["architecture"], ours.get("format", 1)
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -181,6 +194,17 @@ def _fetched(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=[WEIGHTS, ROUTERS, CONFIG]))
     except Exception as error:  # no such place, no network, a name that no hub allows
         raise UserError(f"{repo}: no such folder, and the hub gives no such model ({one_line(error)})") from error
+
+
+def _from_transformers(folder: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        from amod import huggingface
+    except ImportError as error:
+        raise UserError(
+            f"{folder}: a model of transformers', which cannot be imported ({one_line(error)}); "
+            "pip install 'amod[transformers]'"
+        ) from error
+    return huggingface.from_pretrained(folder, config)
 
 
 def _from_run(folder: Path) -> Any:

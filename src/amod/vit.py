@@ -1,5 +1,7 @@
 """``convert``: a timm transformer whose blocks follow a plan, still a model of its own class with its own names.
 
+Models of transformers' go to ``huggingface.py``, by the same verb.
+
 The copy has timm's modules, parameters and state dict; its class is a subclass of its own class, :class:`RoutedViT`
 over it, and so are those of the attentions that must leave scores and of the blocks that drop tokens in the middle.
 How a pass runs is in ``walk.py``.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,8 +20,8 @@ from torch import Tensor, nn
 
 from amod.attention import READABLE, ReadableAttention
 from amod.blocks import CutBlock
-from amod.dress import Dressed, dress
-from amod.errors import UserError
+from amod.dress import Dressed, dress, of_transformers
+from amod.errors import UserError, one_line
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan
 from amod.routers import ROUTERS, make_router
@@ -120,16 +123,17 @@ def convert(
     fuse: bool = True,
     last: str | None = None,
     budget: float | None = None,
-    input_size: Size | None = None,
+    input_size: Size | int | None = None,
 ) -> ViT:
-    """A copy of a timm transformer that follows a plan; ``vit`` itself is left as it is.
+    """A copy of a transformer of timm's or transformers' that follows a plan; ``vit`` itself is left as it is.
 
     The copy is of ``vit``'s class with ``vit``'s parameter names. The arguments other than ``plan`` are ways to say a
     plan: ``convert(vit, "attention", 0.5)`` is ``convert(vit, plan={1: Route(0.5), 3: Route(0.5), ...})``.
 
     Args:
         vit: timm's ``VisionTransformer`` (ViT, DeiT, DINOv2, CLIP, SigLIP, ...), ``Eva`` (EVA-02, DINOv3, Perception
-            Encoder), ``Beit`` or ``VisionTransformerRelPos``, its weights loaded.
+            Encoder), ``Beit`` or ``VisionTransformerRelPos``, its weights loaded; or an encoder of transformers', with
+            any head (``docs/transformers.md``).
         router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
             ``class_attention`` (the class token's row in the place of Eq. 4), ``random`` (control), ``tome``
             (:class:`Merge` in every block), ``evit`` (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
@@ -145,13 +149,15 @@ def convert(
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that
             costs most without exceeding it.
-        input_size: (channels, height, width) of the budget's image; default is the model's own.
+        input_size: (channels, height, width) of the budget's image, by default the model's own; of text, how many
+            tokens.
 
     Raises:
         UserError: the model, the plan or the budget cannot be served; the message says why.
     """
-    check_model(vit)
-    depth = len(vit.blocks)  # type: ignore[arg-type]
+    by = _served_by(vit)
+    by.check_model(vit)
+    depth = by.depth_of(vit)
     own = {
         "capacity": capacity,
         "keep_prefix": keep_prefix or None,
@@ -166,7 +172,7 @@ def convert(
             raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
         check_plan(plan, depth)
         plan = {int(i): plan[i] for i in sorted(plan)}
-        return routed(vit, plan)
+        return by.routed(vit, plan)
     router = "attention" if router is None else router
     if router not in ROUTERS and router not in ("tome", "evit", "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
@@ -179,9 +185,27 @@ def convert(
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
     if budget is not None:
-        return routed(vit, plan_for_budget(vit, budget, router, placement, options, input_size))
+        return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}
-    return routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
+    return by.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
+
+
+def _served_by(model: Any) -> Any:
+    """The file that knows such models: this one, or ``huggingface.py``, which has the same functions."""
+    if not of_transformers(model):
+        return sys.modules[__name__]
+    try:
+        from amod import huggingface
+    except ImportError as error:  # an older one has no attention interface
+        raise UserError(
+            f"{type(model).__name__}: this transformers cannot be served ({one_line(error)}); "
+            "pip install 'amod[transformers]'"
+        ) from error
+    return huggingface
+
+
+def depth_of(vit: Any) -> int:
+    return len(vit.blocks)
 
 
 def routed(vit: ViT, plan: Plan) -> ViT:
@@ -210,6 +234,8 @@ def routed(vit: ViT, plan: Plan) -> ViT:
 
 def dense(model: ViT) -> ViT:
     """The timm model that a routed model's weights are, every block whole: a copy; the routers stay behind."""
+    if of_transformers(model):
+        return _served_by(model).dense(model)
     plain: Any = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, Dressed):
@@ -269,6 +295,8 @@ def check_model(vit: Any) -> None:
     reason = "it does not pass one sequence of tokens through like blocks"
     if type(vit).__name__ in {family.__name__ for family in FAMILIES}:
         reason = "it is not timm's class of that name; load its weights into timm's model"
+    elif of_transformers(vit):
+        reason = "of transformers' models, convert alone takes some"
     elif type(vit).__name__ in REFUSED:
         reason = REFUSED[type(vit).__name__]
     names = ", ".join(family.__name__ for family in FAMILIES)

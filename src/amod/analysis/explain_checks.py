@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from amod.errors import UserError, shown
+from amod.plan import READS_ATTENTION
 from amod.training.checks import check_checkpoint, check_variant
 from amod.training.compose import compose_config
 from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig, parse
 from amod.training.data import check_data
 from amod.training.folder import flat, read_config
 
+ROUTED = (*READS_ATTENTION, "random")
+"""What an untrained model of text can be routed by."""
+
 
 def check_explain(composed: Any) -> ExplainConfig:
     cfg = parse(ExplainConfig, composed)
+    if cfg.text is not None:
+        return check_text(cfg)
     runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
     for key, others in (("mod", mods), ("dense", denses)):
         if others and len(others) != max(1, len(runs)):
@@ -38,6 +44,18 @@ def check_explain(composed: Any) -> ExplainConfig:
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     if cfg.images is None:
         check_data(data_config(cfg, saved(runs[0]) if runs else cfg), test_only=cfg.split == "test")
+    return cfg
+
+
+def check_text(cfg: ExplainConfig) -> ExplainConfig:
+    """With text=, run= is the one folder that a text model of transformers' and its tokenizer were saved into."""
+    for key in ("mod", "dense", "images"):
+        if getattr(cfg, key) is not None:
+            raise UserError(f"{key}={shown(getattr(cfg, key))}: is of images, text= of words; leave one of them out")
+    if not isinstance(cfg.run, str) or not (Path(cfg.run).expanduser() / "config.json").is_file():
+        raise UserError(f"run={shown(cfg.run)}: name the folder of a text model of transformers', with its tokenizer")
+    if cfg.router.name not in ROUTED:
+        raise UserError(f"router={cfg.router.name}: keeps no words; choose one of {', '.join(ROUTED)}")
     return cfg
 
 

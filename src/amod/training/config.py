@@ -306,6 +306,7 @@ class ExplainConfig(Variant):
     mod: str | list[str] | None = None
     dense: str | list[str] | None = None
     images: Text | None = None
+    text: Text | None = None
     split: Literal["test", "val"] = "test"
     images_max: Count = 200
     tokens: Annotated[int, Field(ge=2)] | None = None

@@ -1,0 +1,203 @@
+"""``convert`` for transformers' encoders of images and text; how a pass runs is in ``huggingface_walk.py``.
+
+The copy is of the model's own class, by an on-the-fly subclass of the same name, with its parameter names; a linear
+router adds ``<its layer>.router.weight``. The plan is also in its config, so that whatever saves the model saves it.
+These files are imported when such a model is given.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amod.dress import Dressed, dress
+from amod.errors import UserError, one_line
+from amod.flops import count_on_meta, default_input_size, on_meta, within_budget
+from amod.huggingface_walk import IMPLEMENTATION, RoutedBaseModel, RoutedEncoder, RoutedLayer, RoutedModel, Step
+from amod.plan import READS_ATTENTION, Plan, Route, as_data, from_data, make_plan
+from amod.routers import ROUTERS, make_router
+
+SERVED = {
+    "vit": 1,
+    "deit": 2,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+    "siglip_vision_model": 0,
+    "clip_vision_model": 1,
+    "bert": 1,
+    "roberta": 1,
+    "xlm-roberta": 1,
+    "camembert": 1,
+    "modernbert": 1,
+}
+"""``config.model_type`` -> how many class tokens there are; register tokens come on top."""
+LAYERS = ("layers", "layer")
+"""What transformers calls the list of an encoder's layers."""
+
+
+def check_model(model: Any) -> None:
+    """UserError unless there is one encoder in the model that can be routed."""
+    if any(isinstance(module, Dressed) for module in model.modules()):
+        raise UserError("the model is routed already: convert the model it was made from, or amod.dense(model)")
+    find_encoder(model)
+
+
+def find_encoder(model: Any) -> tuple[Any, Any]:
+    """The module that owns the layers, and the list of its layers."""
+    found = {}
+    for name, module in model.named_modules():
+        layers = next(
+            (getattr(module, at) for at in LAYERS if isinstance(getattr(module, at, None), nn.ModuleList)), None
+        )
+        if layers is not None and getattr(getattr(module, "config", None), "model_type", None) in SERVED:
+            found[name] = module, layers
+    kind = f"transformers' {type(model).__name__}"
+    if not found:
+        raise UserError(
+            f"{kind} cannot be routed: its model_type is {model.config.model_type}; served are {', '.join(SERVED)}"
+        )
+    if len(found) > 1:
+        raise UserError(f"{kind} has several encoders, {' and '.join(found)}: convert one of them and put it back")
+    ((encoder, layers),) = found.values()
+    config = encoder.config
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UserError(
+            f"{kind} cannot be routed as a decoder: which token is kept depends on later ones; use an encoder"
+        )
+    return encoder, layers
+
+
+def depth_of(model: Any) -> int:
+    return len(find_encoder(model)[1])
+
+
+def routed(model: Any, plan: Plan) -> Any:
+    """The copy of ``model`` that follows a checked plan."""
+    routes: dict[int, Route] = {}
+    for i, entry in plan.items():
+        if not isinstance(entry, Route):
+            raise UserError(
+                f"plan: block {i}, {entry}: transformers' models are served by Route alone; use the model in timm"
+            )
+        if entry.router not in ROUTERS:
+            raise UserError(f"plan: block {i} has router={entry.router!r}; choose one of {', '.join(ROUTERS)}")
+        routes[i] = entry
+    model = copy.deepcopy(model)
+    encoder, layers = find_encoder(model)
+    config, device = encoder.config, next(model.parameters()).device
+    classes = SERVED[config.model_type]
+    prefix = classes + getattr(config, "num_register_tokens", 0)
+    for i, layer in enumerate(layers):
+        dress(layer, RoutedLayer)
+        if i in routes:
+            layer.router = make_router(routes[i].router, config.hidden_size, routes[i].activation)
+            layer.router.to(device).train(model.training)
+        reader = routes[i + 1].router if i + 1 in routes else ""
+        differentiable = reader != "" and ROUTERS[reader].differentiable
+        layer.step = Step(i, routes.get(i), prefix, bool(classes), READS_ATTENTION.get(reader), differentiable)
+    dress(encoder, RoutedBaseModel if encoder is model else RoutedEncoder)
+    if encoder is not model:
+        dress(model, RoutedModel)
+    model.plan = dict(plan)
+    model.attention_before = config._attn_implementation
+    model.config.amod = {"plan": as_data(plan)}
+    owner_of(model, encoder).set_attn_implementation(IMPLEMENTATION)
+    return model
+
+
+def owner_of(model: Any, encoder: Any) -> PreTrainedModel:
+    """The smallest of transformers' models in which the encoder is."""
+    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(e is encoder for e in m.modules())]
+    return owners[-1]
+
+
+def dense(model: Any) -> Any:
+    """The model that a routed one's weights are, every layer whole: a copy; the routers stay behind."""
+    plain = copy.deepcopy(model)
+    encoder, layers = find_encoder(plain)
+    for module in [*plain.modules()]:
+        if isinstance(module, Dressed):
+            module.__class__ = module.undressed  # type: ignore[assignment]
+    for layer in layers:
+        layer.__dict__.pop("step")
+        layer._modules.pop("router", None)
+    plain.__dict__.pop("plan")
+    del plain.config.amod
+    owner_of(plain, encoder).set_attn_implementation(plain.__dict__.pop("attention_before"))
+    return plain
+
+
+def plan_for_budget(
+    model: Any,
+    budget: float,
+    router: str,
+    placement: str | Sequence[int] | None,
+    options: Mapping[str, Any],
+    input_size: Any = None,
+) -> Plan:
+    """The plan of the capacity which costs most without exceeding ``budget`` MACs at ``input_size``."""
+    size, (encoder, layers) = input_size or default_input_size(model), find_encoder(model)
+    if isinstance(size, int):
+        tokens, what = size, f"{size} tokens"
+    else:
+        patch, config = encoder.config.patch_size, encoder.config
+        tokens = size[1] // patch * (size[2] // patch) + SERVED[config.model_type]
+        tokens += getattr(config, "num_register_tokens", 0)
+        what = f"{size[1]} x {size[2]} pixels"
+    plans = [make_plan(len(layers), router, kept / tokens, placement, **options) for kept in range(1, tokens + 1)]
+    bare = on_meta(model)
+    what = f"router={router} in blocks {[*plans[0]]} of this model at {what}"
+    return within_budget(
+        plans if router != "none" else [], lambda plan: count_on_meta(routed(bare, plan), size), budget, what
+    )
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
+    """The model of a folder or hub id whose ``config.json`` is given, routed by the plan that it holds, if any."""
+    name = next(iter(config.get("architectures") or []), None)
+    kind = getattr(transformers, name or "AutoModel", None)
+    if kind is None:
+        raise UserError(
+            f"{source}: transformers {transformers.__version__} has no {name}; install the one that saved it"
+        )
+    try:
+        model = kind.from_pretrained(source, use_safetensors=True)
+    except Exception as error:  # whatever transformers makes of the files
+        raise UserError(f"{source}: transformers cannot load its {name} ({one_line(error)})") from error
+    ours = config.get("amod") or {}
+    if not ours.get("plan"):
+        return model.eval()
+    model = routed(model, from_data(ours["plan"]))
+    layers, missing = find_encoder(model)[1], []
+    saved = saved_routers(Path(source))
+    for i, layer in enumerate(layers):
+        for key, value in layer.router.named_parameters() if i in model.plan else ():
+            if saved.get((i, key), value[:0]).shape != value.shape:
+                missing.append(f"layer {i}'s router.{key}")
+            else:
+                value.data.copy_(saved[i, key])
+    if missing:
+        raise UserError(f"{source}: has no weights of {', '.join(missing)} that its plan needs; save the model again")
+    return model.eval()
+
+
+def saved_routers(folder: Path) -> dict[tuple[int, str], Tensor]:
+    """What the weight files of a folder hold of routers: by layer and name, whatever the layers are called there."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for key, value in load_file(file).items():
+            if match := re.search(r"\.(\d+)\.router\.(\w+)$", key):
+                found[int(match[1]), match[2]] = value
+    return found
