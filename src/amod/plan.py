@@ -105,7 +105,7 @@ class ClassOnly:
 @lru_cache
 def fraction(share: float) -> tuple[int, int]:
     """The simplest fraction that a float stands for: 29/100 for 0.29, whose float is a little less."""
-    return Fraction(float(share)).limit_denominator(10**6).as_integer_ratio()
+    return Fraction(float(share)).limit_denominator(10**9).as_integer_ratio()
 
 
 Entry = Route | Merge | Prune | ClassOnly
