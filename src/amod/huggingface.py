@@ -40,6 +40,8 @@ SERVED = {
     "modernbert": 1,
 }
 """``config.model_type`` -> how many class tokens there are; register tokens come on top."""
+FORMAT = 1
+"""Of the entry ``amod`` in config.json, as in ``hub.py``."""
 LAYERS = ("layers", "layer")
 """What transformers calls the list of an encoder's layers."""
 
@@ -109,7 +111,7 @@ def routed(model: Any, plan: Plan) -> Any:
         dress(model, RoutedModel)
     model.plan = dict(plan)
     model.attention_before = config._attn_implementation
-    model.config.amod = {"plan": as_data(plan)}
+    model.config.amod = {"format": FORMAT, "plan": as_data(plan)}
     owner_of(model, encoder).set_attn_implementation(IMPLEMENTATION)
     return model
 
@@ -123,16 +125,17 @@ def owner_of(model: Any, encoder: Any) -> PreTrainedModel:
 def dense(model: Any) -> Any:
     """The model that a routed one's weights are, every layer whole: a copy; the routers stay behind."""
     plain = copy.deepcopy(model)
-    encoder, layers = find_encoder(plain)
+    before = "sdpa"
     for module in [*plain.modules()]:
         if isinstance(module, Dressed):
             module.__class__ = module.undressed  # type: ignore[assignment]
-    for layer in layers:
-        layer.__dict__.pop("step")
-        layer._modules.pop("router", None)
-    plain.__dict__.pop("plan")
-    del plain.config.amod
-    owner_of(plain, encoder).set_attn_implementation(plain.__dict__.pop("attention_before"))
+            module._modules.pop("router", None)
+            before = module.__dict__.pop("attention_before", before)
+            for name in ("step", "plan"):
+                module.__dict__.pop(name, None)
+        if "amod" in vars(getattr(module, "config", None) or object):
+            del module.config.amod
+    owner_of(plain, find_encoder(plain)[0]).set_attn_implementation(before)
     return plain
 
 
@@ -162,6 +165,17 @@ def plan_for_budget(
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(model: Any, folder: str | Path) -> None:
+    """transformers' own; the plan is in the config."""
+    if not isinstance(model, RoutedModel):
+        for name, module in model.named_modules():
+            if isinstance(module, RoutedModel):
+                raise UserError(
+                    f"{name}: was converted by itself, and its plan would not be found; convert the whole model"
+                )
+    model.save_pretrained(folder)
 
 
 def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
