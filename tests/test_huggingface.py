@@ -8,12 +8,11 @@ import threading
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 import amod
 from hub_models import CONFIGS, LENGTHS, TEXTS, WORDS, build, inputs_of, layers_of, padded, reference
-
-transformers = pytest.importorskip("transformers")
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 PLACEMENTS = {"alternate": (1, 3), "consecutive": (1, 2, 3)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +22,7 @@ from amod.dress import Dressed, dress
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, default_input_size, on_meta, within_budget
 from amod.huggingface_walk import IMPLEMENTATION, RoutedBaseModel, RoutedEncoder, RoutedLayer, RoutedModel, Step
-from amod.plan import READS_ATTENTION, Plan, Route, as_data, from_data, make_plan
+from amod.plan import READS_ATTENTION, Plan, Route, as_data, check_plan, from_data, make_plan
 from amod.routers import ROUTERS, make_router
 
 SERVED = {
@@ -41,7 +41,7 @@ SERVED = {
 }
 """``config.model_type`` -> how many class tokens there are; register tokens come on top."""
 FORMAT = 1
-"""Of the entry ``amod`` in config.json, as in ``hub.py``."""
+"""Of the entry ``amod`` in config.json; ``hub.py`` checks it."""
 LAYERS = ("layers", "layer")
 """What transformers calls the list of an encoder's layers."""
 
@@ -57,11 +57,9 @@ def find_encoder(model: Any) -> tuple[Any, Any]:
     """The module that owns the layers, and the list of its layers."""
     found = {}
     for name, module in model.named_modules():
-        layers = next(
-            (getattr(module, at) for at in LAYERS if isinstance(getattr(module, at, None), nn.ModuleList)), None
-        )
-        if layers is not None and getattr(getattr(module, "config", None), "model_type", None) in SERVED:
-            found[name] = module, layers
+        lists = [value for at in LAYERS if isinstance(value := getattr(module, at, None), nn.ModuleList)]
+        if lists and getattr(getattr(module, "config", None), "model_type", None) in SERVED:
+            found[name] = module, lists[0]
     kind = f"transformers' {type(model).__name__}"
     if not found:
         raise UserError(
@@ -193,7 +191,9 @@ def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
     ours = config.get("amod") or {}
     if not ours.get("plan"):
         return model.eval()
-    model = routed(model, from_data(ours["plan"]))
+    plan = from_data(ours["plan"])
+    check_plan(plan, depth_of(model))
+    model = routed(model, plan)
     layers, missing = find_encoder(model)[1], []
     saved = saved_routers(Path(source))
     for i, layer in enumerate(layers):
@@ -211,7 +211,8 @@ def saved_routers(folder: Path) -> dict[tuple[int, str], Tensor]:
     """What the weight files of a folder hold of routers: by layer and name, whatever the layers are called there."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for key, value in load_file(file).items():
-            if match := re.search(r"\.(\d+)\.router\.(\w+)$", key):
-                found[int(match[1]), match[2]] = value
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118, it is no dict
+                if match := re.search(r"\.(\d+)\.router\.(\w+)$", key):
+                    found[int(match[1]), match[2]] = weights.get_tensor(key)
     return found
