@@ -517,6 +517,16 @@ def test_another_attention_implementation_is_noticed():
         model(**padded())
 
 
+def test_an_encoder_that_hands_nothing_on_is_noticed(monkeypatch):
+    """As DINOv2's did before transformers 5.24: without a word, every layer would be whole."""
+    encoder = type(build("Dinov2").encoder)
+    own = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda self, *args, walk=None, **kwargs: own(self, *args, **kwargs))
+    model = amod.convert(build("Dinov2"), "attention", 0.4)
+    with pytest.raises(amod.UserError, match="Dinov2Encoder: hands no options on"):
+        model(**inputs_of(model))
+
+
 def test_transformers_is_imported_only_when_a_model_of_it_is_given():
     code = (
         "import sys, amod, timm; amod.convert(timm.create_model('vit_tiny_patch16_224', depth=2))\n"
