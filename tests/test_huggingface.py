@@ -8,12 +8,11 @@ import threading
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 import amod
 from hub_models import CONFIGS, LENGTHS, TEXTS, WORDS, build, inputs_of, layers_of, padded, reference
-
-transformers = pytest.importorskip("transformers")
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 PLACEMENTS = {"alternate": (1, 3), "consecutive": (1, 2, 3)}
@@ -222,8 +221,12 @@ def test_one_tower_of_two(tower):
     model, routing = amod.convert(dense, "attention", 0.5)(**inputs, return_routing=True)
     assert len(routing) == 2
     assert_close(model.text_embeds, dense(**inputs).text_embeds, **CLOSE)
+    expected = dense(**inputs)[0]
     dense.vision_model = amod.convert(dense.vision_model, "attention", 0.5)
     assert_close(dense(**inputs)[0], model[0], **CLOSE)
+    with pytest.raises(amod.UserError, match="vision_model: was converted by itself"):
+        amod.save_pretrained(dense, "nowhere")
+    assert torch.equal(amod.dense(dense)(**inputs)[0], expected)
     classifier = getattr(transformers, f"{tower}ForImageClassification")(config).eval()
     routed = amod.convert(classifier, "attention", 0.5)
     assert len(routed(pixel_values=inputs["pixel_values"], return_routing=True)[1]) == 2
@@ -299,7 +302,7 @@ def test_saving_keeps_the_plan_and_transformers_reads_the_dense_model(family, he
 def test_routers_that_were_not_saved_are_missed(tmp_path):
     model = amod.convert(build("Bert"), "linear", 0.4)
     model.save_pretrained(tmp_path, state_dict=build("Bert").state_dict())
-    with pytest.raises(amod.UserError, match=r"no weights of layer 1's router.weight"):
+    with pytest.raises(amod.UserError, match=r"^[^ ]*: has no weights of layer 1's router.weight"):
         amod.from_pretrained(tmp_path)
 
 
@@ -512,6 +515,16 @@ def test_another_attention_implementation_is_noticed():
     model.set_attn_implementation("eager")
     with pytest.raises(amod.UserError, match=r"attn_implementation='eager'.*set_attn_implementation\('amod'\)"):
         model(**padded())
+
+
+def test_an_encoder_that_hands_nothing_on_is_noticed(monkeypatch):
+    """As DINOv2's did before transformers 5.24: without a word, every layer would be whole."""
+    encoder = type(build("Dinov2").encoder)
+    own = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda self, *args, walk=None, **kwargs: own(self, *args, **kwargs))
+    model = amod.convert(build("Dinov2"), "attention", 0.4)
+    with pytest.raises(amod.UserError, match="Dinov2Encoder: hands no options on"):
+        model(**inputs_of(model))
 
 
 def test_transformers_is_imported_only_when_a_model_of_it_is_given():

@@ -54,7 +54,7 @@ def save_pretrained(
             raise UserError(
                 "class_names, training: are of timm's models; transformers keeps names in model.config.id2label"
             )
-        model.save_pretrained(folder)  # type: ignore[operator]
+        _huggingface(type(model).__name__).save_pretrained(model, folder)
         return folder
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture"):
@@ -105,10 +105,8 @@ def from_pretrained(source: str | Path) -> Any:
             folder = _fetched(str(source))
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if "model_type" in config:
-            return _from_transformers(folder, config)
-        ours = config.get("amod", {})
-        found, form = config["architecture"], ours.get("format", 1)
+        ours, hub = config.get("amod", {}), "model_type" in config
+        found, form = None if hub else config["architecture"], ours.get("format", 1)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{source}: no saved model (config.json: {one_line(error)}); name a folder of save_pretrained, a hub id "
@@ -119,6 +117,8 @@ def from_pretrained(source: str | Path) -> Any:
             f"{source}: its plan is of format {form}, saved by amod {ours.get('version')}; this is amod {_version()}, "
             f"which reads up to format {FORMAT}: install a newer amod"
         )
+    if hub:
+        return _huggingface(source).from_pretrained(folder, config)
     if not (folder / WEIGHTS).is_file():
         pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]
         hint = (
@@ -196,15 +196,15 @@ def _fetched(repo: str) -> Path:
         raise UserError(f"{repo}: no such folder, and the hub gives no such model ({one_line(error)})") from error
 
 
-def _from_transformers(folder: Path, config: Mapping[str, Any]) -> Any:
+def _huggingface(what: object) -> Any:
     try:
         from amod import huggingface
     except ImportError as error:
         raise UserError(
-            f"{folder}: a model of transformers', which cannot be imported ({one_line(error)}); "
+            f"{what}: is of transformers', which cannot be imported ({one_line(error)}); "
             "pip install 'amod[transformers]'"
         ) from error
-    return huggingface.from_pretrained(folder, config)
+    return huggingface
 
 
 def _from_run(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +22,7 @@ from amod.dress import Dressed, dress
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, default_input_size, on_meta, within_budget
 from amod.huggingface_walk import IMPLEMENTATION, RoutedBaseModel, RoutedEncoder, RoutedLayer, RoutedModel, Step
-from amod.plan import READS_ATTENTION, Plan, Route, as_data, from_data, make_plan
+from amod.plan import READS_ATTENTION, Plan, Route, as_data, check_plan, from_data, make_plan
 from amod.routers import ROUTERS, make_router
 
 SERVED = {
@@ -40,6 +40,8 @@ SERVED = {
     "modernbert": 1,
 }
 """``config.model_type`` -> how many class tokens there are; register tokens come on top."""
+FORMAT = 1
+"""Of the entry ``amod`` in config.json; ``hub.py`` checks it."""
 LAYERS = ("layers", "layer")
 """What transformers calls the list of an encoder's layers."""
 
@@ -55,11 +57,9 @@ def find_encoder(model: Any) -> tuple[Any, Any]:
     """The module that owns the layers, and the list of its layers."""
     found = {}
     for name, module in model.named_modules():
-        layers = next(
-            (getattr(module, at) for at in LAYERS if isinstance(getattr(module, at, None), nn.ModuleList)), None
-        )
-        if layers is not None and getattr(getattr(module, "config", None), "model_type", None) in SERVED:
-            found[name] = module, layers
+        lists = [value for at in LAYERS if isinstance(value := getattr(module, at, None), nn.ModuleList)]
+        if lists and getattr(getattr(module, "config", None), "model_type", None) in SERVED:
+            found[name] = module, lists[0]
     kind = f"transformers' {type(model).__name__}"
     if not found:
         raise UserError(
@@ -109,7 +109,7 @@ def routed(model: Any, plan: Plan) -> Any:
         dress(model, RoutedModel)
     model.plan = dict(plan)
     model.attention_before = config._attn_implementation
-    model.config.amod = {"plan": as_data(plan)}
+    model.config.amod = {"format": FORMAT, "plan": as_data(plan)}
     owner_of(model, encoder).set_attn_implementation(IMPLEMENTATION)
     return model
 
@@ -123,16 +123,17 @@ def owner_of(model: Any, encoder: Any) -> PreTrainedModel:
 def dense(model: Any) -> Any:
     """The model that a routed one's weights are, every layer whole: a copy; the routers stay behind."""
     plain = copy.deepcopy(model)
-    encoder, layers = find_encoder(plain)
+    before = "sdpa"
     for module in [*plain.modules()]:
         if isinstance(module, Dressed):
             module.__class__ = module.undressed  # type: ignore[assignment]
-    for layer in layers:
-        layer.__dict__.pop("step")
-        layer._modules.pop("router", None)
-    plain.__dict__.pop("plan")
-    del plain.config.amod
-    owner_of(plain, encoder).set_attn_implementation(plain.__dict__.pop("attention_before"))
+            module._modules.pop("router", None)
+            before = module.__dict__.pop("attention_before", before)
+            for name in ("step", "plan"):
+                module.__dict__.pop(name, None)
+        if "amod" in vars(getattr(module, "config", None) or object):
+            del module.config.amod
+    owner_of(plain, find_encoder(plain)[0]).set_attn_implementation(before)
     return plain
 
 
@@ -164,6 +165,17 @@ def plan_for_budget(
 # --- files --------------------------------------------------------------------------------------------------------
 
 
+def save_pretrained(model: Any, folder: str | Path) -> None:
+    """transformers' own; the plan is in the config."""
+    if not isinstance(model, RoutedModel):
+        for name, module in model.named_modules():
+            if isinstance(module, RoutedModel):
+                raise UserError(
+                    f"{name}: was converted by itself, and its plan would not be found; convert the whole model"
+                )
+    model.save_pretrained(folder)
+
+
 def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
     """The model of a folder or hub id whose ``config.json`` is given, routed by the plan that it holds, if any."""
     name = next(iter(config.get("architectures") or []), None)
@@ -179,7 +191,9 @@ def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
     ours = config.get("amod") or {}
     if not ours.get("plan"):
         return model.eval()
-    model = routed(model, from_data(ours["plan"]))
+    plan = from_data(ours["plan"])
+    check_plan(plan, depth_of(model))
+    model = routed(model, plan)
     layers, missing = find_encoder(model)[1], []
     saved = saved_routers(Path(source))
     for i, layer in enumerate(layers):
@@ -197,7 +211,8 @@ def saved_routers(folder: Path) -> dict[tuple[int, str], Tensor]:
     """What the weight files of a folder hold of routers: by layer and name, whatever the layers are called there."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for key, value in load_file(file).items():
-            if match := re.search(r"\.(\d+)\.router\.(\w+)$", key):
-                found[int(match[1]), match[2]] = value
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118, it is no dict
+                if match := re.search(r"\.(\d+)\.router\.(\w+)$", key):
+                    found[int(match[1]), match[2]] = weights.get_tensor(key)
     return found

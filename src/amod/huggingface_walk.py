@@ -95,6 +95,8 @@ class Walk:
     def __init__(self, routing: dict[int, routing.RoutedLayer] | None) -> None:
         self.left: dict[int, Tensor] = {}
         """(B, N) for the next layer's router."""
+        self.met = False
+        """Whether it came to any layer."""
         self.routing = {} if routing is None else routing
 
 
@@ -135,6 +137,7 @@ class RoutedLayer(Dressed):
         """(B, N, D) -> (B, N, D); without a walk, where somebody calls the layer by itself, its own forward."""
         if walk is None:
             return super().forward(hidden_states, *args, **kwargs)
+        walk.met = True
         mask = args[0] if args else kwargs.get("attention_mask")
         inputs = args[1:], {name: value for name, value in kwargs.items() if name != "attention_mask"}
         real = None if mask is None else padding.real_tokens(mask, hidden_states.shape[0])
@@ -244,7 +247,14 @@ class RoutedEncoder(Dressed):
                 f"attn_implementation={self.config._attn_implementation!r}: leaves no scores; a routed model runs with "
                 f"set_attn_implementation({IMPLEMENTATION!r})"
             )
-        return super().forward(*args, walk=Walk(routing), **kwargs)
+        walk = Walk(routing)
+        out = super().forward(*args, walk=walk, **kwargs)
+        if not walk.met:
+            raise UserError(
+                f"{type(self).__name__}: hands no options on to its layers, so they cannot be routed; install a newer "
+                "transformers: pip install 'amod[transformers]'"
+            )
+        return out
 
 
 class RoutedModel(Dressed):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
 import amod
 from amod.analysis.explain_checks import check_explain
@@ -8,7 +9,6 @@ from amod.analysis.words import explain_text, kept_words
 from amod.training.compose import compose_config
 from hub_models import build
 
-transformers = pytest.importorskip("transformers")
 WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "a", "short", "text", "of", "word", "##s"]
 
 
