@@ -32,12 +32,22 @@ class Route:
     """Class, distillation and register tokens are always kept, among the K. The paper's are not."""
     activation: str = "none"
     """Of the linear router: ``none`` as in the paper, or ``sigmoid``."""
+    memory: float = 0.0
+    """Of routers that read attention: share of the routed block before in the scores, an exponential mean over depth.
+    The first routed block has nothing to remember."""
 
     def __post_init__(self) -> None:
         if not _is_number(self.capacity) or not 0 < self.capacity <= 1:
             raise UserError(f"capacity={self.capacity!r}: must be a number in (0, 1], e.g. 0.125")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r}: choose none (as in the paper) or sigmoid")
+        if (
+            not _is_number(self.memory)
+            or not 0 <= self.memory < 1
+            or (self.memory and self.router not in READS_ATTENTION)
+        ):
+            readers = ", ".join(READS_ATTENTION)
+            raise UserError(f"memory={self.memory!r}: must be a number in [0, 1), above 0 with router={readers} only")
 
     def kept(self, tokens: int, prefix: int = 0) -> int:
         """K for N tokens, N counting the ``prefix`` (class, register) tokens: 24 of 197 at C = 0.125.
@@ -105,6 +115,7 @@ READS_ATTENTION = {
     "attention": "column_mean",
     "attention_weighted": "column_mean",
     "class_attention": "class_attention",
+    "class_attention_value": "class_attention_value",
     "reversed": "column_mean",
 }
 """The routers that score tokens by the attention of the block before, and what of it they read."""
@@ -154,6 +165,7 @@ def make_plan(
     *,
     keep_prefix: bool = False,
     activation: str = "none",
+    memory: float = 0.0,
     r: int = 13,
     keep_rate: float = 0.7,
     fuse: bool = True,
@@ -169,7 +181,7 @@ def make_plan(
     elif router == "evit":
         entry, blocks = Prune(keep_rate, fuse), blocks or tuple(depth * part // 4 for part in (1, 2, 3))
     else:
-        entry = Route(capacity, router, keep_prefix, activation)
+        entry = Route(capacity, router, keep_prefix, activation, memory)
         blocks = () if router == "none" else blocks or routed_blocks("alternate", depth)
     plan: Plan = dict.fromkeys(blocks, entry)
     if last == "class":

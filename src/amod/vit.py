@@ -115,6 +115,7 @@ def convert(
     plan: Mapping[int, Entry] | None = None,
     keep_prefix: bool = False,
     activation: str = "none",
+    memory: float = 0.0,
     r: int | None = None,
     keep_rate: float | None = None,
     fuse: bool = True,
@@ -131,14 +132,16 @@ def convert(
         vit: timm's ``VisionTransformer`` (ViT, DeiT, DINOv2, CLIP, SigLIP, ...), ``Eva`` (EVA-02, DINOv3, Perception
             Encoder), ``Beit`` or ``VisionTransformerRelPos``, its weights loaded.
         router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
-            ``class_attention`` (the class token's row in the place of Eq. 4), ``random`` (control), ``tome``
-            (:class:`Merge` in every block), ``evit`` (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
+            ``class_attention`` (the class token's row in the place of Eq. 4), ``class_attention_value`` (that row
+            times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``evit``
+            (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
         placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
             ``late`` (the second half), or 0-based indices.
         plan: what each block does, block by block.
         keep_prefix: class, distillation and register tokens are always kept, among the K. The paper's are not.
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.
+        memory: of routers that read attention, in [0, 1): share of the scores of the routed block before.
         r: of ``tome``, tokens merged per block, by default 13.
         keep_rate: of ``evit``, the share of the patches that stay, by default 0.7.
         fuse: of ``evit``, the others become one token.
@@ -154,7 +157,8 @@ def convert(
     depth = len(vit.blocks)  # type: ignore[arg-type]
     if plan is not None:
         said = {"router": router, "capacity": capacity, "placement": placement, "r": r, "keep_rate": keep_rate,
-                "last": last, "budget": budget, "keep_prefix": keep_prefix or None}  # fmt: skip
+                "last": last, "budget": budget, "keep_prefix": keep_prefix or None,
+                "memory": memory or None}  # fmt: skip
         if given := [name for name, value in said.items() if value is not None]:
             raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
         check_plan(plan, depth)
@@ -164,7 +168,8 @@ def convert(
     if router not in ROUTERS and router not in ("tome", "evit", "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
-    options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
+    options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
+    options |= {"fuse": fuse, "last": last}
     if budget is not None:
         return routed(vit, plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}

@@ -139,6 +139,7 @@ class Router(Group):
     name: Annotated[str, AfterValidator(OneOf(*choices("router")))]
     keep_prefix: bool = False
     activation: Literal["none", "sigmoid"] = "none"
+    memory: Annotated[float, Field(ge=0, le=0.99)] = 0.0  # of the scores by class attention
     depth: Count | None = None  # of isoflop
     r: WholeNumber | None = None  # of tome
     keep_rate: Share | None = None  # of evit
