@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from amod.errors import UserError
@@ -249,8 +250,8 @@ def from_data(data: Any) -> Plan:
     return plan
 
 
-def read_plan(file: str) -> Plan:
-    """The plan of a YAML (or JSON) file."""
+def read_plan(file: str | Path) -> Plan:
+    """The plan of a YAML (or JSON) file: its blocks, or ``plan`` with them beside what ``amod.search`` says of it."""
     import yaml
 
     try:
@@ -260,6 +261,6 @@ def read_plan(file: str) -> Plan:
         raise UserError(f"{file}: no such file; name a plan's YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as a plan ({' '.join(str(error).split())})") from None
-    if isinstance(data, Mapping) and {*data} == {"plan"}:
+    if isinstance(data, Mapping) and {"plan"} <= {*data} <= {"plan", "search"}:
         data = data["plan"]
     return from_data(data)

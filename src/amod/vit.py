@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from timm.models import Beit, Eva, VisionTransformer, VisionTransformerRelPos
@@ -20,7 +21,7 @@ from amod.blocks import CutBlock
 from amod.dress import Dressed, dress
 from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
-from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan
+from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan, read_plan
 from amod.routers import ROUTERS, make_router
 from amod.walk import MASKS, Walk, class_tokens
 
@@ -112,7 +113,7 @@ def convert(
     capacity: float | None = None,
     placement: str | Sequence[int] | None = None,
     *,
-    plan: Mapping[int, Entry] | None = None,
+    plan: Mapping[int, Entry] | str | Path | None = None,
     keep_prefix: bool = False,
     activation: str = "none",
     memory: float = 0.0,
@@ -138,7 +139,7 @@ def convert(
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
         placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
             ``late`` (the second half), or 0-based indices.
-        plan: what each block does, block by block.
+        plan: what each block does, block by block; or the YAML file that says it, of :func:`amod.search` for one.
         keep_prefix: class, distillation and register tokens are always kept, among the K. The paper's are not.
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.
         memory: of routers that read attention, in [0, 1): share of the scores of the routed block before.
@@ -161,6 +162,7 @@ def convert(
                 "memory": memory or None}  # fmt: skip
         if given := [name for name, value in said.items() if value is not None]:
             raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
+        plan = read_plan(plan) if isinstance(plan, str | Path) else plan
         check_plan(plan, depth)
         plan = {int(i): plan[i] for i in sorted(plan)}
         return routed(vit, plan)

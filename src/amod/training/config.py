@@ -317,6 +317,22 @@ class ExportConfig(Variant):
     schedule: Schedule
 
 
+class SearchConfig(Group):
+    """Of src/search.py; ``budget`` is a share of the dense cost below 1, else GFLOPs or milliseconds."""
+
+    budget: Positive
+    runtime: Literal["flops", "eager", "openvino", "onnx"] = "flops"
+    run: Text | None = None
+    images: Text | None = None
+    images_max: Annotated[int, Field(ge=8)] = 128
+    effort: Positive = 60
+    seed: Seed = 0
+    output: Text | None = None
+    model: Model
+    data: Data
+    schedule: Schedule
+
+
 # --- from a composed config to these, and what is wrong with it on one line -----------------------------------------
 
 Kind = TypeVar("Kind", bound=Group)
