@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -71,7 +72,7 @@ class Judge:
         self.ledger = None if ledger is None else Path(ledger)
         if self.ledger is not None:
             self.read_ledger(self.ledger)
-        self.target: Tensor | None = None
+        self.seen: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
 
     # - cost
@@ -145,12 +146,14 @@ class Judge:
                 here -= entry.r
                 skip = not entry.r
             elif kind in ("fuse", "prune"):
-                entry = Prune(max(round(1 - share, 4), 0.02), kind == "fuse")
+                count = max(round((1 - share) * (here - self.prefix)), 1)
+                entry = Prune(math.floor(1e4 * count / (here - self.prefix)) / 1e4, kind == "fuse")
                 stay = self.prefix + entry.kept(here, self.prefix)
                 skip = stay == here
                 here = min(here, stay + entry.fuse)
             else:
-                entry = Route(max(round(1 - share, 4), 0.05), kind, keep_prefix=self.prefix > 0)
+                count = max(round((1 - share) * here), self.prefix + 1)
+                entry = Route(math.ceil(1e4 * count / here) / 1e4, kind, keep_prefix=self.prefix > 0)
                 skip = entry.capacity == 1
             if not skip:
                 plan[block] = entry
@@ -174,24 +177,27 @@ class Judge:
                 self.write_ledger(plan, known)
         return [known[part] or 0.0 for part in parts]
 
-    @torch.inference_mode()
     def loss(self, plan: Plan, part: int) -> float:
-        if self.target is None:
-            self.look()
-        assert self.target is not None
-        start = self.start_of(plan)
+        quarter = len(self.images) // 4
+        rows = slice(0, quarter) if part == 0 else slice(quarter, len(self.images))
+        return fmean(disagreement(self.target[rows], self.outputs(plan, rows), self.has_head).tolist())
+
+    @torch.inference_mode()
+    def outputs(self, plan: Plan, rows: slice = slice(None)) -> Tensor:
+        """What the plan's model says of those images: (rows, C) logits, or features where there is no head."""
+        target, start = self.target, self.start_of(plan)
+        if not plan:
+            return target[rows]
         model: Any = routed(self.vit, plan)
         given = Given()
         for i in range(start):
             model.blocks[i] = given
-        found: list[float] = []
-        quarter = len(self.images) // 4
-        for at in range(0, quarter, BATCH) if part == 0 else range(quarter, len(self.images), BATCH):
-            rows = slice(at, min(at + BATCH, quarter) if part == 0 else at + BATCH)
+        found: list[Tensor] = []
+        for at in torch.arange(len(self.images))[rows].split(BATCH):
             if start:
-                given.x = self.inputs[start][rows]
-            found += disagreement(self.target[rows], model(self.images[rows]), self.has_head).tolist()
-        return fmean(found)
+                given.x = self.inputs[start][at]
+            found.append(model(self.images[at]))
+        return torch.cat(found)
 
     def start_of(self, plan: Plan) -> int:
         """The last block up to which nothing changes and whose input is remembered; 0: all must be run."""
@@ -207,6 +213,18 @@ class Judge:
         each = len(self.images) * self.tokens * self.vit.embed_dim * 4
         return max(1, -(-each * self.depth // CACHE_BYTES))
 
+    @property
+    def target(self) -> Tensor:
+        """(B, C): what the dense model says."""
+        if self.seen is None:
+            self.look()
+        assert self.seen is not None
+        return self.seen
+
+    def show(self, images: Tensor) -> None:
+        """Judge on other images of the same size from now on; for ``outputs`` alone."""
+        self.images, self.seen, self.inputs = images, None, {}
+
     @torch.inference_mode()
     def look(self) -> None:
         """The dense model's own output, and the tokens (B, N, D) that enter its blocks."""
@@ -216,7 +234,7 @@ class Judge:
             for i in kept
         ]
         try:
-            self.target = torch.cat([self.vit(batch) for batch in self.images.split(BATCH)])
+            self.seen = torch.cat([self.vit(batch) for batch in self.images.split(BATCH)])
         finally:
             for hook in hooks:
                 hook.remove()

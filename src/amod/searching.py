@@ -258,15 +258,17 @@ def milliseconds(judge: Judge, plan: Plan, runtime: str) -> dict[str, float]:
     return {"dense": round(dense, 3), "plan": round(dense / paired(seconds["dense"], seconds["plan"]).median, 3)}
 
 
-def runner(model: nn.Module, images: Tensor, runtime: str, place: Path) -> Callable[[], Any]:
-    """One image through the model in that runtime; ``place``: a file of it, without suffix."""
+def runner(model: nn.Module, images: Tensor, runtime: str, place: Path, batch: int = 1) -> Callable[[], Any]:
+    """The first images through the model in that runtime; ``place``: a file of it, without suffix.
+
+    ``images`` (at least 4) are what an exported file is checked on."""
     suffix = RUNTIMES[runtime]
     if suffix is None:
-        return torch.inference_mode()(lambda: model(images[:1]))
+        return torch.inference_mode()(lambda: model(images[:batch]))
     from amod.exporting import export
     from amod.runtimes import open_session
 
-    file, image = place.with_suffix(suffix), images[:1].numpy()
+    file, image = place.with_suffix(suffix), images[:batch].numpy()
     export(model, file, input_size=(images.shape[1], images.shape[2], images.shape[3]), images=images)
     session = open_session(file, threads=torch.get_num_threads())
     return lambda: session(image)

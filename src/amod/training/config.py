@@ -333,6 +333,22 @@ class SearchConfig(Group):
     schedule: Schedule
 
 
+class FrontierConfig(Group):
+    run: Text | None = None
+    shares: list[Part] = [0.74, 0.5]
+    images: Count = 3000
+    split: Literal["test", "val"] = "test"
+    search_images: Annotated[int, Field(ge=8)] = 128
+    effort: Positive = 60
+    seed: Seed = 0
+    data_root: Text | None = None
+    runtimes: list[Literal["eager", "openvino", "onnx"]] = []
+    batches: list[Count] = [1, 8]
+    timed: list[str] = []
+    rounds: Count = 15
+    output: Text
+
+
 # --- from a composed config to these, and what is wrong with it on one line -----------------------------------------
 
 Kind = TypeVar("Kind", bound=Group)
