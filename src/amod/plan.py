@@ -123,6 +123,7 @@ READS_ATTENTION = {
 PLACEMENTS = {
     "alternate": "every second block, the first one dense: 1, 3, 5, ... (the paper)",
     "last8": "every second of the last eight blocks: 4, 6, 8, 10 of 12, the first four dense (Sec. 4.5)",
+    "few": "three blocks, the last ones of the first three quarters: 2, 5, 8 of 12 (for merging)",
     "late": "the second half of the blocks, one after the other: 6 to 11 of 12",
 }
 
@@ -138,8 +139,12 @@ def routed_blocks(placement: str | Sequence[int], depth: int) -> tuple[int, ...]
             raise UserError(
                 f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}, or a list of block indices"
             )
-        named = {"alternate": range(1, depth, 2), "last8": range(max(depth - 8, 0), depth, 2)}
-        blocks: Sequence[int] = named.get(placement, range(depth // 2, depth))
+        named: dict[str, Sequence[int]] = {"alternate": range(1, depth, 2), "last8": range(max(depth - 8, 0), depth, 2)}
+        named |= {
+            "few": sorted({max(depth * part // 4 - 1, 0) for part in (1, 2, 3)}),
+            "late": range(depth // 2, depth),
+        }
+        blocks = named[placement]
     elif isinstance(placement, Iterable):
         blocks = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in placement]
     else:

@@ -138,7 +138,7 @@ def convert(
             (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
         placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
-            ``late`` (the second half), or 0-based indices.
+            ``late`` (the second half), ``few`` (2, 5, 8 of 12), or 0-based indices.
         plan: what each block does, block by block; or the YAML file that says it, of :func:`amod.search` for one.
         keep_prefix: class, distillation and register tokens are always kept, among the K. The paper's are not.
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.

@@ -82,7 +82,7 @@ def write_report(
         f"GFLOPs dense; {about['images']} images of {about['split']}, which neither training nor the search saw. The "
         f"searches: {about['search_images']} training images without labels. One fine-tuned model; 95 % intervals by "
         "bootstrap over images, those of the differences paired. Disagreement: mean KL divergence of the classes from "
-        "the dense model's, in nats. Times: one thread, all in turns, median and quartiles of dense / plan within a round.",
+        "the dense model's, in nats. Times: one thread, in turns; median and quartiles of dense / plan within a round.",
         "",
         "| share | method | GFLOPs | top-1 (%) | points below dense | disagreement | plan |"
         + "".join(f" {c} |" for c in clocks),
