@@ -45,8 +45,8 @@ def frontier(cfg: FrontierConfig) -> None:
     judge = Judge(vit, searched_on)
     split = data.splits[cfg.split]
     about = {"model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
-             "images": min(cfg.images, len(split)), "search_images": len(searched_on), "effort": cfg.effort,
-             "seed": cfg.seed, "dense_gflops": judge.whole / 1e9}  # fmt: skip
+             "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9}  # fmt: skip
+    told = {**about, "search_images": len(searched_on), "effort": cfg.effort}
     plans: dict[tuple[str, float], Plan] = {("dense", 1.0): {}}
     for share in cfg.shares:
         found = search(
@@ -73,8 +73,8 @@ def frontier(cfg: FrontierConfig) -> None:
             if times.get(key, {}) is None:
                 times.add(key, {}, 0, *clock(judge, timed, runtime, batch, cfg.rounds))
             print(f"timed: {key[0]}", flush=True)
-            write_report(output, about, environment(), rows, times.all())
-    write_report(output, about, environment(), rows, times.all())
+            write_report(output, told, environment(), rows, times.all())
+    write_report(output, told, environment(), rows, times.all())
     print(f"{output / 'README.md'}")
 
 
