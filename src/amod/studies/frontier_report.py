@@ -24,10 +24,17 @@ NAMES = {
     "late": "class attention, last half",
     "evit": "EViT",
     "tome": "ToMe",
+    "tome_above": "ToMe, one token less (above the budget)",
     "few_merges": "few merges + class token alone",
     "searched": "searched plan",
 }
-LOOKS = {"amod": "attention", "late": "attention_weighted", "evit": "random", "searched": "linear"}
+LOOKS = {
+    "amod": "attention",
+    "late": "attention_weighted",
+    "evit": "random",
+    "tome_above": "tome",
+    "searched": "linear",
+}
 """Colour and marker where the method has none of its own."""
 RESAMPLES = 2000
 

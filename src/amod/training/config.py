@@ -346,6 +346,7 @@ class FrontierConfig(Group):
     batches: list[Count] = [1, 8]
     timed: list[str] = []
     rounds: Count = 15
+    clock: Literal["wall", "processor"] = "wall"
     output: Text
 
 
