@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 STUDIES := $(patsubst conf/study/%.yaml,reproduce-%,$(wildcard conf/study/*.yaml))
 SCALE ?= small
-.PHONY: help setup demo test test-slow test-oldest lint benchmark benchmark-ddp sweep clean $(STUDIES)
+.PHONY: help setup demo test test-slow test-oldest lint benchmark benchmark-ddp frontier sweep clean $(STUDIES)
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 15
@@ -33,6 +33,9 @@ benchmark-ddp: $(VENV)/.ready ## time training in two processes against one, one
 reproduce-all: ## every table and figure; SCALE=small, medium or paper, DRY=1 lists the commands, ARGS="'scale.seeds=[0]'"
 $(STUDIES): reproduce-%: $(VENV)/.ready
 	$(RUN) src/reproduce.py study=$* scale=$(SCALE) dry=$(if $(filter 1 true yes,$(DRY)),true,false) $(ARGS)
+
+frontier: $(VENV)/.ready ## plans without training, agreement and accuracy against FLOPs and time: ARGS="run=RUN_FOLDER"
+	$(RUN) src/frontier.py $(ARGS)
 
 sweep: $(VENV)/.ready ## run a sweep file without W&B: make sweep SWEEP=sweeps/lr.yaml ARGS="data=digits"
 	$(RUN) src/sweep.py $(SWEEP) $(ARGS)

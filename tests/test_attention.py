@@ -8,7 +8,7 @@ import torch
 from timm.layers import Attention
 
 from amod import attention
-from amod.attention import ReadableAttention, Request, attend, column_mean, explicit, tiled_attention
+from amod.attention import ReadableAttention, Request, attend, class_scores, column_mean, explicit, tiled_attention
 from amod.dress import dress
 
 
@@ -98,7 +98,7 @@ def test_training_has_timms_gradient_and_none_through_the_scores(n):
 
 
 def test_a_gradient_through_the_scores_where_it_is_asked_for():
-    for want in ("column_mean", "class_attention"):
+    for want in ("column_mean", "class_attention", "class_attention_value"):
         attn = readable(16, num_heads=2)
         scores = ask(attn, torch.randn(1, 150, 16), want, differentiable=True)[1]
         scores[0, 3].backward()
@@ -120,6 +120,21 @@ def test_class_attention_is_a_row_of_the_map_or_the_mean_querys(class_token, fus
         else:
             expected = torch.einsum("bhd,bhjd->bhj", q.mean(2), k).div(8**0.5).softmax(-1).mean(1)
     torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("map_at_hand", [True, False])
+def test_class_attention_times_the_values_by_hand(map_at_hand):
+    """Two heads, three tokens: rows (.5 .25 .25) and (.25 .25 .5), norms of the values (1 2 4) and (2 0 1)."""
+    log = torch.tensor([[[[2.0, 1.0, 1.0]], [[1.0, 1.0, 2.0]]]]).log()
+    q, k = torch.ones(1, 2, 3, 1), log.transpose(2, 3)  # the logits are the keys themselves
+    v = torch.tensor([[[[1.0, 0], [0, -2], [4, 0]], [[0, 2], [0, 0], [0.6, 0.8]]]])
+    request = Request(want=("class_attention", "class_attention_value"))
+    row = torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]]) if map_at_hand else None
+    left = class_scores(q, k, v, None, request, row)
+    torch.testing.assert_close(left["class_attention"], torch.tensor([[0.375, 0.25, 0.375]]))
+    # (.5 1 + .25 2, .25 2 + .25 0, .25 4 + .5 1) = (1, .5, 1.5), of 3
+    torch.testing.assert_close(left["class_attention_value"], torch.tensor([[1.0, 0.5, 1.5]]) / 3)
+    assert class_scores(q, k, v, None, Request(want=("keys",)), row) == {}
 
 
 def test_one_query_is_that_row_of_the_whole():

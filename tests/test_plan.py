@@ -74,6 +74,9 @@ def test_placements():
     assert routed_blocks("alternate", 7) == (1, 3, 5)
     assert routed_blocks("last8", 12) == (4, 6, 8, 10)
     assert routed_blocks("late", 12) == (6, 7, 8, 9, 10, 11)
+    assert routed_blocks("few", 12) == (2, 5, 8)
+    assert routed_blocks("few", 24) == (5, 11, 17)
+    assert routed_blocks("few", 3) == (0, 1)
     assert routed_blocks([7, 1, 4], 12) == (1, 4, 7)
     assert routed_blocks([0, 1], 12) == (0, 1)
 

@@ -377,3 +377,25 @@ def test_numbers_of_numpy_are_numbers():
 
 def test_tokens_of_the_models_own_size():
     assert default_tokens(small(reg_tokens=3)) == 20
+
+
+@torch.no_grad()
+def test_memory_is_an_exponential_mean_over_routed_blocks():
+    """With every token kept nothing is skipped, so each block's scores are half its own and half what came before."""
+    vit = small()
+    plain = amod.convert(vit, "class_attention", 1.0, [2, 3, 4])(IMAGES, return_routing=True)[1]
+    mixed = amod.convert(vit, "class_attention", 1.0, [2, 3, 4], memory=0.5)(IMAGES, return_routing=True)[1]
+    own = [layer.scores for layer in plain]
+    torch.testing.assert_close(mixed[0].scores, own[0])
+    torch.testing.assert_close(mixed[1].scores, own[0] / 2 + own[1] / 2)
+    torch.testing.assert_close(mixed[2].scores, own[0] / 4 + own[1] / 4 + own[2] / 2)
+    plan = {
+        2: amod.Route(0.5, "class_attention", memory=0.5),
+        3: amod.Merge(3),
+        4: amod.Route(0.5, "class_attention", memory=0.5),
+    }
+    layers = amod.convert(vit, plan=plan)(IMAGES, return_routing=True)[1]
+    torch.testing.assert_close(layers[-1].scores.sum(dim=1), torch.ones(3))  # what merges adds up what it remembers
+    for wrong in ({"memory": 1.0}, {"memory": 0.5, "router": "linear"}):
+        with pytest.raises(amod.UserError, match="memory="):
+            amod.convert(vit, **wrong)

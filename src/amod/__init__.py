@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.hub import from_pretrained, push_to_hub, save_pretrained
     from amod.plan import ClassOnly, Merge, Prune, Route, read_plan
     from amod.routing import RoutedLayer, Routing
+    from amod.searching import Found, search
     from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
 
 _HOME = {
@@ -34,6 +35,8 @@ _HOME = {
     "read_plan": "plan",
     "RoutedLayer": "routing",
     "Routing": "routing",
+    "Found": "searching",
+    "search": "searching",
     "PAPER_DEPTHS": "vit",
     "RoutedViT": "vit",
     "convert": "vit",
@@ -44,6 +47,7 @@ _HOME = {
 __all__ = [
     "PAPER_DEPTHS",
     "ClassOnly",
+    "Found",
     "Merge",
     "Prune",
     "Route",
@@ -60,6 +64,7 @@ __all__ = [
     "push_to_hub",
     "read_plan",
     "save_pretrained",
+    "search",
     "truncate",
 ]
 

@@ -3,6 +3,7 @@
     A_h = softmax(Q_h K_h^T / sqrt(d) + bias)                                  Eq. 3
     column mean      R_j = 1/(H N) sum_h sum_i A_h[i, j]                       Eq. 4: "how much the others look at j"
     class attention  R_j = 1/H sum_h A_h[c, j]                                 c the class token
+    ... with values  R_j = sum_h A_h[c, j] |v_hj|, divided by its sum over j   what the class token really takes from j
 
 Axes: B batch, H heads, N tokens, R query rows (N, or the class token's alone), d head width.
 q (B, H, R, d), k, v (B, H, N, d) -> output (B, H, R, d); scores (B, N) are float32 or wider.
@@ -60,7 +61,8 @@ class Request:
 
     def __init__(self, **given: Any) -> None:
         self.want: tuple[str, ...] = ()
-        """What is put into ``left``: ``column_mean``, ``class_attention``, ``keys`` (head-averaged, (B, N, d))."""
+        """What is put into ``left``: ``column_mean``, ``class_attention``, ``class_attention_value``, ``keys``
+        (head-averaged, (B, N, d))."""
         self.differentiable = False
         """Whether a gradient flows back through the scores."""
         self.class_token = True
@@ -217,13 +219,8 @@ def attend(
         maps = maps if request.differentiable else maps.detach()
         if column:
             left["column_mean"] = maps.mean(dim=(1, 2))
-        if "class_attention" in request.want:
-            left["class_attention"] = (
-                maps[:, :, 0].mean(dim=1) if request.class_token else class_attention(q, k, bias, request)
-            )
-        return out, left
-    if "class_attention" in request.want:
-        left["class_attention"] = class_attention(q, k, bias, request)
+        return out, left | class_scores(q, k, v, bias, request, maps[:, :, 0] if request.class_token else None)
+    left |= class_scores(q, k, v, bias, request)
     if not column:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias), left
     if q.device.type == "cpu" and not gradient:
@@ -255,7 +252,7 @@ def explicit(
 
 
 def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, request: Request) -> Tensor:
-    """(B, N) float32: the class token's row of the map, or the mean query's, averaged over heads."""
+    """(B, H, N) float32: the class token's row of the map, or the mean query's."""
     if not request.differentiable:
         q, k = q.detach(), k.detach()
     if bias is not None and bias.shape[-2] > 1:
@@ -263,7 +260,27 @@ def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, request: Request)
     with no_autocast(q.device.type):
         query = q[:, :, :1] if request.class_token else q.mean(dim=2, keepdim=True)
         logits = (wide(query) * q.shape[-1] ** -0.5) @ wide(k).transpose(-2, -1)
-        return (logits if bias is None else logits + wide(bias)).softmax(dim=-1).mean(dim=(1, 2))
+        return (logits if bias is None else logits + wide(bias)).softmax(dim=-1).squeeze(2)
+
+
+def class_scores(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, request: Request, row: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Those of the scores by the class token that the request wants, (B, N) float32, each summing to one.
+
+    Args:
+        row: (B, H, N), the class token's row of the map, where it is there already.
+    """
+    wanted = [name for name in ("class_attention", "class_attention_value") if name in request.want]
+    if not wanted:
+        return {}
+    row = class_attention(q, k, bias, request) if row is None else row
+    left = {"class_attention": row.mean(dim=1)}
+    if "class_attention_value" in wanted:
+        v = v if request.differentiable else v.detach()
+        taken = (row * wide(v).norm(dim=-1)).sum(dim=1)
+        left["class_attention_value"] = taken / taken.sum(dim=1, keepdim=True)
+    return {name: left[name] for name in wanted}
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from amod.errors import UserError, one_line
+from amod.flops import default_input_size
 from amod.runtimes import Session
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"}
@@ -32,7 +33,8 @@ def calibration_images(model: Any, folder: Path, most: int) -> Tensor:
     if len(files) < 4:
         raise UserError(f"images={folder}: has {len(files)} pictures; at least 4 are needed")
     files = files[:: max(1, len(files) // most)][:most]
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    inputs = {**resolve_model_data_config(model), "input_size": default_input_size(model)}
+    transform = create_transform(**inputs, is_training=False)
     return torch.stack([picture(file, transform) for file in files])
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from amod.errors import UserError
@@ -34,12 +35,22 @@ class Route:
     """Class, distillation and register tokens are always kept, among the K. The paper's are not."""
     activation: str = "none"
     """Of the linear router: ``none`` as in the paper, or ``sigmoid``."""
+    memory: float = 0.0
+    """Of routers that read attention: share of the routed block before in the scores, an exponential mean over depth.
+    The first routed block has nothing to remember."""
 
     def __post_init__(self) -> None:
         if not _is_number(self.capacity) or not 0 < self.capacity <= 1:
             raise UserError(f"capacity={self.capacity!r}: must be a number in (0, 1], e.g. 0.125")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r}: choose none (as in the paper) or sigmoid")
+        if (
+            not _is_number(self.memory)
+            or not 0 <= self.memory < 1
+            or (self.memory and self.router not in READS_ATTENTION)
+        ):
+            readers = ", ".join(READS_ATTENTION)
+            raise UserError(f"memory={self.memory!r}: must be a number in [0, 1), above 0 with router={readers} only")
 
     def kept(self, tokens: int, prefix: int = 0) -> int:
         """K for N tokens, N counting the ``prefix`` (class, register) tokens: 24 of 197 at C = 0.125.
@@ -116,12 +127,14 @@ READS_ATTENTION = {
     "attention": "column_mean",
     "attention_weighted": "column_mean",
     "class_attention": "class_attention",
+    "class_attention_value": "class_attention_value",
     "reversed": "column_mean",
 }
 """The routers that score tokens by the attention of the block before, and what of it they read."""
 PLACEMENTS = {
     "alternate": "every second block, the first one dense: 1, 3, 5, ... (the paper)",
     "last8": "every second of the last eight blocks: 4, 6, 8, 10 of 12, the first four dense (Sec. 4.5)",
+    "few": "three blocks, the last ones of the first three quarters: 2, 5, 8 of 12 (for merging)",
     "late": "the second half of the blocks, one after the other: 6 to 11 of 12",
 }
 
@@ -137,8 +150,12 @@ def routed_blocks(placement: str | Sequence[int], depth: int) -> tuple[int, ...]
             raise UserError(
                 f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}, or a list of block indices"
             )
-        named = {"alternate": range(1, depth, 2), "last8": range(max(depth - 8, 0), depth, 2)}
-        blocks: Sequence[int] = named.get(placement, range(depth // 2, depth))
+        named: dict[str, Sequence[int]] = {"alternate": range(1, depth, 2), "last8": range(max(depth - 8, 0), depth, 2)}
+        named |= {
+            "few": sorted({max(depth * part // 4 - 1, 0) for part in (1, 2, 3)}),
+            "late": range(depth // 2, depth),
+        }
+        blocks = named[placement]
     elif isinstance(placement, Iterable):
         blocks = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in placement]
     else:
@@ -165,6 +182,7 @@ def make_plan(
     *,
     keep_prefix: bool = False,
     activation: str = "none",
+    memory: float = 0.0,
     r: int = 13,
     keep_rate: float = 0.7,
     fuse: bool = True,
@@ -180,7 +198,7 @@ def make_plan(
     elif router == "evit":
         entry, blocks = Prune(keep_rate, fuse), blocks or tuple(depth * part // 4 for part in (1, 2, 3))
     else:
-        entry = Route(capacity, router, keep_prefix, activation)
+        entry = Route(capacity, router, keep_prefix, activation, memory)
         blocks = () if router == "none" else blocks or routed_blocks("alternate", depth)
     plan: Plan = dict.fromkeys(blocks, entry)
     if last == "class":
@@ -248,8 +266,8 @@ def from_data(data: Any) -> Plan:
     return plan
 
 
-def read_plan(file: str) -> Plan:
-    """The plan of a YAML (or JSON) file."""
+def read_plan(file: str | Path) -> Plan:
+    """The plan of a YAML (or JSON) file: its blocks, or ``plan`` with them beside what ``amod.search`` says of it."""
     import yaml
 
     try:
@@ -259,6 +277,6 @@ def read_plan(file: str) -> Plan:
         raise UserError(f"{file}: no such file; name a plan's YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as a plan ({' '.join(str(error).split())})") from None
-    if isinstance(data, Mapping) and {*data} == {"plan"}:
+    if isinstance(data, Mapping) and {"plan"} <= {*data} <= {"plan", "search"}:
         data = data["plan"]
     return from_data(data)

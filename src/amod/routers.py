@@ -31,7 +31,8 @@ class Router(nn.Module):
 class AttentionRouter(Router):
     """A-MoD (Eq. 4 and 5): R_j is the column mean of the previous block's attention; nothing multiplies.
 
-    The same class serves ``class_attention``, which reads the class token's row instead (EViT's score).
+    The same class serves ``class_attention``, which reads the class token's row instead (EViT's score), and
+    ``class_attention_value``, that row times the norm of the values.
     """
 
     def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
@@ -88,6 +89,7 @@ ROUTERS: dict[str, type[Router]] = {
     "attention": AttentionRouter,
     "attention_weighted": AttentionWeightedRouter,
     "class_attention": AttentionRouter,
+    "class_attention_value": AttentionRouter,
     "linear": LinearRouter,
     "random": RandomRouter,
     "reversed": ReversedRouter,

@@ -13,6 +13,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from timm.models import Beit, Eva, VisionTransformer, VisionTransformerRelPos
@@ -23,7 +24,7 @@ from amod.blocks import CutBlock
 from amod.dress import Dressed, dress, of_transformers
 from amod.errors import UserError, one_line
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
-from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan
+from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan, read_plan
 from amod.routers import ROUTERS, make_router
 from amod.walk import MASKS, Walk, class_tokens
 
@@ -115,9 +116,10 @@ def convert(
     capacity: float | None = None,
     placement: str | Sequence[int] | None = None,
     *,
-    plan: Mapping[int, Entry] | None = None,
+    plan: Mapping[int, Entry] | str | Path | None = None,
     keep_prefix: bool = False,
     activation: str = "none",
+    memory: float = 0.0,
     r: int | None = None,
     keep_rate: float | None = None,
     fuse: bool = True,
@@ -135,14 +137,16 @@ def convert(
             Encoder), ``Beit`` or ``VisionTransformerRelPos``, its weights loaded; or an encoder of transformers', with
             any head (``docs/transformers.md``).
         router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
-            ``class_attention`` (the class token's row in the place of Eq. 4), ``random`` (control), ``tome``
-            (:class:`Merge` in every block), ``evit`` (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
+            ``class_attention`` (the class token's row in the place of Eq. 4), ``class_attention_value`` (that row
+            times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``evit``
+            (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
         placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
-            ``late`` (the second half), or 0-based indices.
-        plan: what each block does, block by block.
+            ``late`` (the second half), ``few`` (2, 5, 8 of 12), or 0-based indices.
+        plan: what each block does, block by block; or the YAML file that says it, of :func:`amod.search` for one.
         keep_prefix: class, distillation and register tokens are always kept, among the K. The paper's are not.
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.
+        memory: of routers that read attention, in [0, 1): share of the scores of the routed block before.
         r: of ``tome``, tokens merged per block, by default 13.
         keep_rate: of ``evit``, the share of the patches that stay, by default 0.7.
         fuse: of ``evit``, the others become one token.
@@ -162,6 +166,7 @@ def convert(
         "capacity": capacity,
         "keep_prefix": keep_prefix or None,
         "activation": None if activation == "none" else activation,
+        "memory": memory or None,
         "r": r,
         "keep_rate": keep_rate,
         "fuse": None if fuse else fuse,
@@ -170,6 +175,7 @@ def convert(
         said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
         if given := [name for name, value in said.items() if value is not None]:
             raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
+        plan = read_plan(plan) if isinstance(plan, str | Path) else plan
         check_plan(plan, depth)
         plan = {int(i): plan[i] for i in sorted(plan)}
         return by.routed(vit, plan)
@@ -177,13 +183,16 @@ def convert(
     if router not in ROUTERS and router not in ("tome", "evit", "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
-    takes = {"tome": ("r",), "evit": ("keep_rate", "fuse")}.get(router, ("capacity", "keep_prefix", "activation"))
+    takes = {"tome": ("r",), "evit": ("keep_rate", "fuse")}.get(
+        router, ("capacity", "keep_prefix", "activation", "memory")
+    )
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
         if value is not None and budget is not None and name == takes[0]:
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
-    options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
+    options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
+    options |= {"fuse": fuse, "last": last}
     if budget is not None:
         return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}

@@ -74,6 +74,7 @@ class Walk:
         self.x: Tensor | None = None  # with restore: the tokens that really are here (B, n, D)
         self.whole: Tensor | None = None  # with restore: all N, dropped ones as they were when they went
         self.scores: Tensor | None = None  # (B, n) what the block before left for this block's router
+        self.remembered: Tensor | None = None  # (B, n) the scores that the last block with a memory went by
         self.size: Tensor | None = None  # (B, n) how many patches each token stands for; None: one
         self.positions: Tensor | None = None  # (B, n) where each stood among the N, -1 for a fused one; None: in place
         self.owner: Tensor | None = None  # (B, N) which of the n stands for each, -1 for none; None: itself
@@ -107,7 +108,7 @@ class Walk:
             raise UserError("is_causal: a routed model has no causal pass; leave it out")
         if self.x is not None:
             x = self.x
-        for name in ("scores", "size", "positions", "owner"):  # the blocks may live on several devices
+        for name in ("scores", "remembered", "size", "positions", "owner"):  # the blocks may live on several devices
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value.to(x.device))
         entry = self.model.plan.get(i)
@@ -122,6 +123,10 @@ class Walk:
     def route(self, i: int, block: nn.Module, entry: Route, x: Tensor, inputs: dict[str, Any]) -> Tensor:
         """K tokens go through the block, the others stay as they are."""
         router = self.model.routers[str(i)]
+        if entry.memory and self.scores is not None:
+            if self.remembered is not None:
+                self.scores = entry.memory * self.remembered + (1 - entry.memory) * self.scores
+            self.remembered = self.scores
         scores = router(x, self.scores)
         prefix = self.model.num_prefix_tokens
         indices = top_k(scores.detach(), entry.kept(tokens_in(x), prefix), prefix if entry.keep_prefix else 0)
@@ -167,7 +172,7 @@ class Walk:
         if not done:
             raise UserError(f"block {i}: {type(block).__name__} was put there after convert and cannot do {entry}")
         self.size = done["size"]
-        if self.record or self.restore or self.placed or self.scores is not None:
+        if self.record or self.restore or self.placed or self.scores is not None or self.remembered is not None:
             self.follow(i, done, count, x.shape[1])
         return x
 
@@ -179,9 +184,11 @@ class Walk:
         here: Reduction = (
             merge_places(done["pairs"], count, prefix) if "pairs" in done else prune_places(done["kept"], count, remain)
         )
-        if self.scores is not None:  # a token has the scores of all that it stands for
-            scores = self.scores.masked_fill(here.owner < 0, 0)
-            self.scores = scores.new_zeros(scores.shape[0], remain).scatter_add(1, here.owner.clamp(min=0), scores)
+        for name in ("scores", "remembered"):  # a token has the scores of all that it stands for
+            if (scores := getattr(self, name)) is not None:
+                scores = scores.masked_fill(here.owner < 0, 0)
+                summed = scores.new_zeros(scores.shape[0], remain).scatter_add(1, here.owner.clamp(min=0), scores)
+                setattr(self, name, summed)
         self.positions = here.kept if self.positions is None else moved(self.positions, here.kept)
         self.owner = here.owner if self.owner is None else moved(here.owner, self.owner)
         own = done["kept"].shape[1] if "kept" in done else remain  # a fused token is the last, and nobody's own

@@ -75,7 +75,12 @@ def test_every_placement_is_built(choice):
     cfg = train_config(["model=vit_pico", f"placement={choice}"])
     blocks = build(cfg, num_classes=10).model.blocks_routed
     own = (1, 3, 5, 7, 9, 11)
-    assert blocks == {"alternate": own, "last8": (4, 6, 8, 10), "late": (6, 7, 8, 9, 10, 11), "own": own}[choice]
+    assert (
+        blocks
+        == {"alternate": own, "last8": (4, 6, 8, 10), "few": (2, 5, 8), "late": (6, 7, 8, 9, 10, 11), "own": own}[
+            choice
+        ]
+    )
 
 
 def trainer(epochs: int, batches: int, accumulate: int, world: int) -> Any:

@@ -143,6 +143,7 @@ class Router(Group):
     name: Annotated[str, AfterValidator(OneOf(*choices("router")))]
     keep_prefix: bool = False
     activation: Literal["none", "sigmoid"] = "none"
+    memory: Annotated[float, Field(ge=0, le=0.99)] = 0.0  # of the scores by class attention
     depth: Count | None = None  # of isoflop
     r: WholeNumber | None = None  # of tome
     keep_rate: Share | None = None  # of evit
@@ -326,6 +327,39 @@ class ExportConfig(Variant):
     example: Text | None = None
     rounds: Count = 20
     schedule: Schedule
+
+
+class SearchConfig(Group):
+    """Of src/search.py; ``budget`` is a share of the dense cost below 1, else GFLOPs or milliseconds."""
+
+    budget: Positive
+    runtime: Literal["flops", "eager", "openvino", "onnx"] = "flops"
+    run: Text | None = None
+    images: Text | None = None
+    images_max: Annotated[int, Field(ge=8)] = 128
+    effort: Positive = 60
+    seed: Seed = 0
+    output: Text | None = None
+    model: Model
+    data: Data
+    schedule: Schedule
+
+
+class FrontierConfig(Group):
+    run: Text | None = None
+    shares: list[Part] = [0.74, 0.5]
+    images: Count = 3000
+    split: Literal["test", "val"] = "test"
+    search_images: Annotated[int, Field(ge=8)] = 128
+    effort: Positive = 60
+    seed: Seed = 0
+    data_root: Text | None = None
+    runtimes: list[Literal["eager", "openvino", "onnx"]] = []
+    batches: list[Count] = [1, 8]
+    timed: list[str] = []
+    rounds: Count = 15
+    clock: Literal["wall", "processor"] = "wall"
+    output: Text
 
 
 # --- from a composed config to these, and what is wrong with it on one line -----------------------------------------

@@ -127,6 +127,7 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         placement=placement_of(cfg),
         keep_prefix=router.keep_prefix,
         activation=router.activation,
+        memory=router.memory,
         r=None if cfg.budget is not None else router.r,
         keep_rate=None if cfg.budget is not None else router.keep_rate,
         fuse=router.fuse,

@@ -1,0 +1,292 @@
+"""What a plan costs, and how far its model is from the dense one, on unlabelled images: what ``amod.search`` asks.
+
+Axes: B images, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amod.errors import UserError, one_line, reachable
+from amod.flops import count_on_meta, on_meta
+from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, as_data, check_plan
+from amod.vit import dense, routed, tokens_at
+from amod.walk import class_tokens
+
+BATCH, CACHE_BYTES = 32, 1 << 30
+"""Images at once; features of the dense model that are kept."""
+
+
+class Gene(NamedTuple):
+    block: int
+    kind: str
+    weight: float
+    """In (0, 1]: its share of the patches that go, against the strongest block's."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    genes: tuple[Gene, ...] = ()
+    proportional: bool = True
+    """Of its merges (:class:`amod.Merge`)."""
+
+
+def name_of(plan: Plan) -> str:
+    return json.dumps(as_data(plan), sort_keys=True)
+
+
+class Judge:
+    """The dense model on the images, against which plans are judged.
+
+    Args:
+        ledger: a file of losses by plan, read at first, then written line by line.
+    """
+
+    def __init__(self, vit: Any, images: Tensor, ledger: str | Path | None = None) -> None:
+        self.vit = dense(vit).eval().requires_grad_(False)
+        self.images, self.size = images, (images.shape[1], images.shape[2], images.shape[3])
+        self.depth, self.prefix = len(vit.blocks), vit.num_prefix_tokens
+        self.tokens = tokens_at(vit, self.size)
+        self.bare = on_meta(self.vit)
+        self.whole = count_on_meta(self.bare, self.size)
+        try:
+            class_tokens(vit)
+            routed(self.bare, {self.depth - 1: ClassOnly()})
+            self.exact = True
+        except UserError:
+            self.exact = False
+        self.has_head = getattr(vit, "num_classes", 0) > 0
+        self.measure = "KL of the classes (nats)" if self.has_head else "1 - cosine of the features"
+        self.costs: dict[str, int] = {}
+        self.prices = self.price_list()
+        self.known: dict[str, list[float | None]] = {}
+        self.ledger = None if ledger is None else Path(ledger)
+        if self.ledger is not None:
+            self.read_ledger(self.ledger)
+        self.seen: Tensor | None = None
+        self.inputs: dict[int, Tensor] = {}
+
+    # - cost
+
+    def cost(self, plan: Plan) -> int:
+        """Multiply-accumulates of one image."""
+        key = name_of(plan)
+        if key not in self.costs:
+            self.costs[key] = count_on_meta(routed(self.bare, plan), self.size) if plan else self.whole
+        return self.costs[key]
+
+    def price_list(self) -> Tensor:
+        """What ``tallies`` cost, learned from the counts of a few plans: counting each candidate would take longer than
+        judging it."""
+        last: Plan = {self.depth - 1: ClassOnly()} if self.exact else {}
+        blocks = (0, self.depth // 2, max(self.depth - 2, 0))
+        plans = [last, *({i: Prune(keep, False), **last} for i in blocks for keep in (0.5, 0.25))]
+        plans.append({0: Merge(self.tokens // 4), **last})
+        tallies = torch.tensor([self.tallies(plan) for plan in plans], dtype=torch.float64)
+        costs = torch.tensor([[self.cost(plan)] for plan in plans], dtype=torch.float64)
+        scale = tallies.amax(dim=0).clamp(min=1)
+        return torch.linalg.lstsq(tallies / scale, costs, driver="gelsd").solution[:, 0] / scale
+
+    def tallies(self, plan: Plan) -> list[float]:
+        """[1, tokens n that attention sees in all blocks, their n^2, tokens that MLPs see, pairs that merges compare,
+        n of a last block that is the class token's alone]."""
+        here, seen, pairs, through, compared, last = self.tokens, 0, 0, 0, 0, 0
+        for i in range(self.depth):
+            entry, n, left = plan.get(i), here, here
+            if isinstance(entry, ClassOnly):
+                last = here
+                continue
+            if isinstance(entry, Route):
+                n = left = entry.kept(here, self.prefix)
+            elif isinstance(entry, Merge):
+                compared += (here // 2) * (here - here // 2)
+                left = here = here - entry.merged(here, self.prefix)
+            elif isinstance(entry, Prune):
+                stay = self.prefix + entry.kept(here, self.prefix)
+                left = here = min(here, stay + entry.fuse)
+            seen, pairs, through = seen + n, pairs + n * n, through + left
+        return [1, seen, pairs, through, compared, last]
+
+    def within(self, shape: Shape, macs: float) -> Plan | None:
+        """The shape's plan that costs most within the budget; None: it cannot be had."""
+        try:
+            weak, low, high = self.plan_of(shape, 0.0), 0.0, 1.0
+            if self.cost(weak) <= macs:
+                return weak
+            for _ in range(12):
+                middle = (low + high) / 2
+                tallies = torch.tensor(self.tallies(self.plan_of(shape, middle)), dtype=torch.float64)
+                low, high = (low, middle) if float(tallies @ self.prices) <= macs else (middle, high)
+            while self.cost(plan := self.plan_of(shape, high)) > macs:  # the list is right to a few parts in 1e5
+                if high >= 1:
+                    return None
+                high = min(high + 0.01, 1.0)
+            return plan
+        except UserError:  # entries that cannot stand together, or not in this model
+            return None
+
+    def plan_of(self, shape: Shape, strength: float) -> Plan:
+        """The plan in which the strongest block lets ``strength`` of the model's patches go."""
+        plan: Plan = {}
+        here, patches = self.tokens, self.tokens - self.prefix
+        for block, kind, weight in shape.genes:
+            entry: Entry
+            share = strength * weight
+            if kind == "merge":
+                entry = Merge(Merge(round(share * patches)).merged(here, self.prefix), shape.proportional)
+                here -= entry.r
+                skip = not entry.r
+            elif kind in ("fuse", "prune"):
+                count = max(round((1 - share) * (here - self.prefix)), 1)
+                entry = Prune(math.floor(1e4 * count / (here - self.prefix)) / 1e4, kind == "fuse")
+                stay = self.prefix + entry.kept(here, self.prefix)
+                skip = stay == here
+                here = min(here, stay + entry.fuse)
+            else:
+                count = max(round((1 - share) * here), self.prefix + 1)
+                entry = Route(math.ceil(1e4 * count / here) / 1e4, kind, keep_prefix=self.prefix > 0)
+                skip = entry.capacity == 1
+            if not skip:
+                plan[block] = entry
+        if self.exact:
+            plan[self.depth - 1] = ClassOnly()
+        check_plan(plan, self.depth)
+        return plan
+
+    def effort(self, plan: Plan) -> float:
+        """What judging it takes, in dense passes over all images: its cost without what is remembered."""
+        return max(self.cost(plan) / self.whole - self.start_of(plan) / self.depth, 0.05)
+
+    # - agreement
+
+    def losses(self, plan: Plan, parts: tuple[int, ...]) -> list[float]:
+        """Mean disagreement on the first quarter of the images (part 0) and on the others (part 1)."""
+        known = self.known.setdefault(name_of(plan), [None, None])
+        for part in parts:
+            if known[part] is None:
+                known[part] = self.loss(plan, part)
+                self.write_ledger(plan, known)
+        return [known[part] or 0.0 for part in parts]
+
+    def loss(self, plan: Plan, part: int) -> float:
+        quarter = len(self.images) // 4
+        rows = slice(0, quarter) if part == 0 else slice(quarter, len(self.images))
+        return fmean(disagreement(self.target[rows], self.outputs(plan, rows), self.has_head).tolist())
+
+    @torch.inference_mode()
+    def outputs(self, plan: Plan, rows: slice = slice(None)) -> Tensor:
+        """What the plan's model says of those images: (rows, C) logits, or features where there is no head."""
+        target, start = self.target, self.start_of(plan)
+        if not plan:
+            return target[rows]
+        model: Any = routed(self.vit, plan)
+        given = Given()
+        for i in range(start):
+            model.blocks[i] = given
+        found: list[Tensor] = []
+        for at in torch.arange(len(self.images))[rows].split(BATCH):
+            if start:
+                given.x = self.inputs[start][at]
+            found.append(model(self.images[at]))
+        return torch.cat(found)
+
+    def start_of(self, plan: Plan) -> int:
+        """The last block up to which nothing changes and whose input is remembered; 0: all must be run."""
+        first = min(plan, default=self.depth - 1)
+        entry = plan.get(first)
+        if isinstance(entry, Route) and entry.router in READS_ATTENTION:
+            first -= 1  # the block before leaves its scores
+        return first - first % self.stride
+
+    @property
+    def stride(self) -> int:
+        """Every so many blocks the tokens that enter are kept, so that all fit ``CACHE_BYTES``."""
+        each = len(self.images) * self.tokens * self.vit.embed_dim * 4
+        return max(1, -(-each * self.depth // CACHE_BYTES))
+
+    @property
+    def target(self) -> Tensor:
+        """(B, C): what the dense model says."""
+        if self.seen is None:
+            self.look()
+        assert self.seen is not None
+        return self.seen
+
+    def show(self, images: Tensor) -> None:
+        """Judge on other images of the same size from now on; for ``outputs`` alone."""
+        self.images, self.seen, self.inputs = images, None, {}
+
+    @torch.inference_mode()
+    def look(self) -> None:
+        """The dense model's own output, and the tokens (B, N, D) that enter its blocks."""
+        kept: dict[int, list[Tensor]] = {i: [] for i in range(self.stride, self.depth, self.stride)}
+        hooks = [
+            self.vit.blocks[i].register_forward_pre_hook(lambda module, args, i=i: kept[i].append(args[0]))
+            for i in kept
+        ]
+        try:
+            self.seen = torch.cat([self.vit(batch) for batch in self.images.split(BATCH)])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.inputs = {i: torch.cat(batches) for i, batches in kept.items()}
+
+    # - the file
+
+    def read_ledger(self, file: Path) -> None:
+        """What is known already; a last line that was cut off while it was written is dropped."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.images, *self.vit.state_dict().values()):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        head = {"model and images": digest.hexdigest()}
+        lines: list[Any] = []
+        with reachable(f"{file}"):
+            if file.is_dir():
+                raise UserError(f"{file}: is a folder; name a file for the plans that were judged")
+            text = file.read_text(encoding="utf-8") if file.exists() else ""
+            for line in text.splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    if line != text.splitlines()[-1]:
+                        raise UserError(f"{file}: is no file of a search; name another") from None
+            if lines and lines[0] != head:
+                raise UserError(f"{file}: is of another model or of other images; name another file, or remove it")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file.write_text("".join(json.dumps(line) + "\n" for line in lines or [head]), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
+        for line in lines[1:]:
+            self.known[line["plan"]] = line["losses"]
+
+    def write_ledger(self, plan: Plan, losses: list[float | None]) -> None:
+        if self.ledger is not None:
+            with self.ledger.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"plan": name_of(plan), "losses": losses}) + "\n")
+
+
+class Given(nn.Module):
+    """In the place of blocks whose outcome is known."""
+
+    x: Tensor
+
+    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
+        return self.x
+
+
+def disagreement(dense: Tensor, other: Tensor, has_head: bool) -> Tensor:
+    """(B, C) logits or features, twice -> (B,): Kullback-Leibler divergence in nats, or 1 - cosine; 0 if the same."""
+    if has_head:
+        wanted, found = dense.float().log_softmax(-1), other.float().log_softmax(-1)
+        return (wanted.exp() * (wanted - found)).sum(-1)
+    return 1 - torch.cosine_similarity(dense.float(), other.float(), dim=-1)

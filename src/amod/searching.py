@@ -1,0 +1,274 @@
+"""``amod.search``: the plan for a budget, found on unlabelled images by agreement with the dense model.
+
+What is searched are *shapes*: which blocks merge, prune or route, and how strongly against each other. The one number
+that all of a shape's blocks share, its strength, follows from the budget, so every candidate spends all of it. The
+search starts from the plans that people make by hand, changes the best ones a little at a time, looks at a quarter of
+the images first, and at the others only where the quarter looks as good as the best so far. The class token is alone in
+the last block wherever the head reads nothing else: that costs nothing.
+
+B counts images. Costs and losses of a plan are ``judge.py``'s.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from amod.errors import UserError, reachable
+from amod.judge import Gene, Judge, Shape, name_of
+from amod.plan import Plan, as_data
+from amod.vit import check_model, convert
+
+KINDS = ("merge", "fuse", "prune", "class_attention")
+"""What a block of a shape may do: Merge, Prune with and without the fused token, Route by class attention."""
+ELITE = 5
+"""Shapes that are changed further."""
+RUNTIMES = {"eager": None, "openvino": ".xml", "onnx": ".onnx"}
+"""Those whose time can be a budget, and the suffix of their files."""
+TRIES, ROUNDS = 4, 15
+"""Of a measured runtime: searches with another budget of FLOPs, and rounds of dense and plan in turns."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What :func:`search` found. ``str`` is one line, ``save`` writes the plan file."""
+
+    plan: Plan
+    flops: int
+    dense_flops: int
+    disagreement: float
+    """Mean over the images: Kullback-Leibler divergence of the plan's classes from the dense model's, in nats; of a
+    model without a head 1 - cosine of its features to the dense model's."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What it was found on: images, their size, seed, ..., and for a measured runtime the milliseconds of one image."""
+
+    def __str__(self) -> str:
+        timed = self.about.get("milliseconds")
+        clock = f", {timed['plan']:.1f} of {timed['dense']:.1f} ms ({self.about['runtime']})" if timed else ""
+        share = self.flops / self.dense_flops
+        return (
+            f"{self.flops / 1e9:.4f} of {self.dense_flops / 1e9:.4f} GFLOPs ({share:.1%}){clock}, "
+            f"{self.about['measure']} {self.disagreement:.4g} on {self.about['images']} images"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """The plan as YAML for ``amod.convert(vit, plan=path)`` and ``router=plan router.file=path``."""
+        costs = {"gflops": round(self.flops / 1e9, 6), "dense_gflops": round(self.dense_flops / 1e9, 6)}
+        about = {**costs, "disagreement": float(f"{self.disagreement:.6g}"), **self.about}
+        data = {"plan": as_data(self.plan), "search": about}
+        path = Path(path)
+        with reachable(f"{path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.part")
+            part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+            part.replace(path)
+
+
+def search(
+    vit: nn.Module,
+    images: Tensor,
+    budget: float,
+    runtime: str = "flops",
+    *,
+    seed: int = 0,
+    effort: float = 60,
+    ledger: str | Path | None = None,
+    progress: bool = True,
+) -> Found:
+    """The plan within a budget whose model says most nearly what the dense model says.
+
+    Args:
+        vit: as for :func:`amod.convert`, its weights loaded; it is left as it is.
+        images: (B, C, H, W), prepared for the model; no labels. A few hundred; 128 do.
+        budget: below 1 a share of the dense model's cost; from 1 on multiply-accumulates of one image, or for a
+            measured runtime milliseconds of one image.
+        runtime: ``flops``, or what is timed on this machine: ``eager``, ``openvino``, ``onnx``.
+        seed: of the changes; the same seed, images and effort give the same plan (of ``flops``).
+        effort: how long to look, in passes of the dense model over all images.
+        ledger: a file of every plan that was judged; a search that was stopped goes on from it, and one of another
+            budget uses it.
+        progress: show a bar.
+
+    Raises:
+        UserError: the model, budget or file cannot be served.
+    """
+    check_model(vit)
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
+        raise UserError(f"budget={budget!r}: must be a number above 0; below 1 it is a share of the dense model's cost")
+    if runtime not in ("flops", *RUNTIMES):
+        raise UserError(f"runtime={runtime!r}: choose one of flops, {', '.join(RUNTIMES)}")
+    if images.dim() != 4 or len(images) < 8:
+        raise UserError(f"images: {tuple(images.shape)}; at least 8 prepared images (B, C, H, W) are needed")
+    judge = Judge(vit, images, ledger)
+    about = {"measure": judge.measure, "images": len(images), "image_size": [*images.shape[1:]], "seed": seed}
+    about |= {"effort": effort, "model": (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")}
+    about |= {"runtime": runtime, "budget": budget}
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("search", total=effort)
+
+        def spent(amount: float, best: float) -> None:
+            bar.update(task, advance=amount, description=f"{judge.measure} {best:.4g}")
+
+        if runtime == "flops":
+            macs = budget * judge.whole if budget < 1 else budget
+            plan, loss = evolve(judge, macs, random.Random(seed), effort, spent)
+        else:
+            plan, loss, about["milliseconds"] = by_the_clock(judge, budget, runtime, effort, seed, spent)
+    return Found(plan, judge.cost(plan), judge.whole, loss, about)
+
+
+# --- the search ---------------------------------------------------------------------------------------------------
+
+
+def evolve(
+    judge: Judge, macs: float, rng: random.Random, effort: float, spent: Callable[[float, float], None]
+) -> tuple[Plan, float]:
+    """(plan, loss): the hand-made shapes, then changes of the best of them until the effort is spent."""
+    ranked: list[tuple[float, float, Shape, Plan]] = []  # loss, that of the first quarter, ...
+    seen: set[str] = set()
+    left, idle = effort, 0
+
+    def judged(shape: Shape, screen: bool) -> None:
+        nonlocal left, idle
+        plan = judge.within(shape, macs)
+        idle += 1
+        if plan is None or (key := name_of(plan)) in seen:
+            return
+        seen.add(key)
+        idle = 0
+        before = left
+        (first,), left = judge.losses(plan, (0,)), left - judge.effort(plan) / 4
+        if not screen or first <= max(quarter for _, quarter, _, _ in ranked[:ELITE]):
+            (rest,), left = judge.losses(plan, (1,)), left - judge.effort(plan) * 3 / 4
+            ranked.append(((first + 3 * rest) / 4, first, shape, plan))
+            ranked.sort(key=lambda entry: entry[0])
+        spent(before - left, ranked[0][0])
+
+    for shape in by_hand(judge.depth, judge.exact):
+        judged(shape, screen=False)
+    if not ranked:
+        raise UserError(
+            f"budget of {macs / 1e9:.4g} GFLOPs: no plan of this model ({judge.whole / 1e9:.4g} GFLOPs) at "
+            f"{judge.size[1]} x {judge.size[2]} pixels costs so little; raise it"
+        )
+    while left > 0 and idle < 200 and ranked[0][0] > 1e-9:
+        parent = ranked[min(int(rng.expovariate(1)), min(ELITE, len(ranked)) - 1)][2]
+        judged(changed(parent, judge.depth - judge.exact, rng), screen=True)
+    return ranked[0][3], ranked[0][0]
+
+
+def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
+    """The plans that people make, for any depth; ``exact``: the last block is the class token's alone."""
+
+    def at(*twelfths: int) -> list[int]:
+        return sorted({block * depth // 12 for block in twelfths if block * depth // 12 < depth - exact})
+
+    yield Shape()  # nothing at all, where that fits
+    for proportional in (True, False):
+        for merging in ([*range(12)], [2, 5, 8], [1, 4, 7], [0, 2, 4, 6, 8], [1, 2, 3, 4]):  # ToMe, then few merges
+            yield Shape(tuple(Gene(block, "merge", 1.0) for block in at(*merging)), proportional)
+    others: tuple[tuple[str, Sequence[int]], ...]
+    others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
+              ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip
+    for kind, places in others:
+        yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*places) if block or kind in KINDS[:3]))
+    merges = [Gene(block, "merge", 1.0) for block in at(1, 3, 5)]
+    yield Shape((*merges, *(Gene(block, "class_attention", 0.5) for block in at(8, 9, 10))))
+
+
+def changed(shape: Shape, end: int, rng: random.Random) -> Shape:
+    """One small change: a place moves, is added, goes, weighs more or less, does something else, or all move."""
+    genes = {gene.block: gene for gene in shape.genes}
+    free = [block for block in range(end) if block not in genes]
+    step = rng.choice(("move", "weigh", "weigh", "weigh", "add", "drop", "kind", "shift", "proportional"))
+    gene = rng.choice(shape.genes) if shape.genes else Gene(end // 2, "merge", 1.0)
+    if step == "move" and (near := [block for block in free if abs(block - gene.block) <= 2]):
+        genes.pop(gene.block, None)
+        block = rng.choice(near)
+        genes[block] = gene._replace(block=block)
+    elif step == "weigh":
+        genes[gene.block] = gene._replace(weight=gene.weight * rng.choice((0.5, 0.7, 0.85, 1.2, 1.5, 2.0)))
+    elif step == "add" and free:
+        block = rng.choice(free)
+        genes[block] = Gene(block, gene.kind, gene.weight * rng.choice((0.5, 1.0)))
+    elif step == "drop" and len(genes) > 1:
+        del genes[gene.block]
+    elif step == "kind":
+        genes[gene.block] = gene._replace(kind=rng.choice([kind for kind in KINDS if kind != gene.kind]))
+    elif step == "shift":
+        by = rng.choice((-1, 1))
+        genes = {g.block + by: g._replace(block=g.block + by) for g in shape.genes if 0 <= g.block + by < end}
+    elif step == "proportional":
+        shape = replace(shape, proportional=not shape.proportional)
+    heaviest = max((g.weight for g in genes.values()), default=1.0)
+    return replace(
+        shape, genes=tuple(genes[i]._replace(weight=round(genes[i].weight / heaviest, 3)) for i in sorted(genes))
+    )
+
+
+# --- a budget of time ---------------------------------------------------------------------------------------------
+
+
+def by_the_clock(
+    judge: Judge, budget: float, runtime: str, effort: float, seed: int, spent: Callable[[float, float], None]
+) -> tuple[Plan, float, dict[str, float]]:
+    """(plan, loss, milliseconds of one image): FLOPs are searched for, and their budget follows the measured time."""
+    share, best = budget if budget < 1 else None, None
+    macs = judge.whole * (share or 0.7)
+    fastest = 0.0
+    for _ in range(TRIES):
+        try:
+            plan, loss = evolve(judge, macs, random.Random(seed), effort / TRIES, spent)
+        except UserError:  # so few FLOPs cannot be had
+            break
+        took = milliseconds(judge, plan, runtime)
+        share = budget / took["dense"] if share is None else share
+        ratio = took["plan"] / took["dense"]
+        fastest = min(fastest or ratio, ratio)
+        if ratio <= share and (best is None or loss < best[1]):
+            best = plan, loss, took
+        if share * 0.97 <= ratio <= share:
+            break
+        macs = min(macs * share * 0.99 / ratio, judge.whole * 0.9999)
+    if best is None:
+        raise UserError(
+            f"budget={budget:g}: no plan was so fast in runtime={runtime}, the fastest took {fastest:.0%} of dense"
+        )
+    return best
+
+
+def milliseconds(judge: Judge, plan: Plan, runtime: str) -> dict[str, float]:
+    """Of one image, dense and by the plan: the dense median, and that times the median ratio within a round."""
+    from amod.analysis.throughput.timing import alternate, paired, quartiles
+
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"dense": judge.vit, "plan": convert(judge.vit, plan=plan)}
+        steps = {name: runner(model, judge.images[:4], runtime, Path(folder) / name) for name, model in models.items()}
+        seconds, _ = alternate(steps, ROUNDS, fill=0.05)
+    dense = quartiles(seconds["dense"]).median * 1e3
+    return {"dense": round(dense, 3), "plan": round(dense / paired(seconds["dense"], seconds["plan"]).median, 3)}
+
+
+def runner(model: nn.Module, images: Tensor, runtime: str, place: Path, batch: int = 1) -> Callable[[], Any]:
+    """The first images through the model in that runtime; ``place``: a file of it, without suffix.
+
+    ``images`` (at least 4) are what an exported file is checked on."""
+    suffix = RUNTIMES[runtime]
+    if suffix is None:
+        return torch.inference_mode()(lambda: model(images[:batch]))
+    from amod.exporting import export
+    from amod.runtimes import open_session
+
+    file, image = place.with_suffix(suffix), images[:batch].numpy()
+    export(model, file, input_size=(images.shape[1], images.shape[2], images.shape[3]), images=images)
+    session = open_session(file, threads=torch.get_num_threads())
+    return lambda: session(image)

@@ -1,0 +1,191 @@
+"""What src/frontier.py does: one row for each method and budget, of one fine-tuned model without any training.
+
+The plans of a budget cost the same to within a token. The searched plan is found on training images without labels;
+accuracy and agreement are of images that neither it nor the model has seen. Intervals are by bootstrap over images.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amod.errors import UserError
+from amod.judge import Gene, Judge, Shape, disagreement
+from amod.plan import Merge, Plan, as_data
+from amod.searching import runner, search
+from amod.studies.frontier_report import write_report
+from amod.training.config import FrontierConfig
+from amod.training.evaluation import load_run
+from amod.training.folder import environment, read_config
+from amod.training.loaders import Samples
+from amod.vit import convert, plan_for_budget
+
+CHUNK, COARSE = 256, 0.03
+"""Images whose dense features are remembered at once. Where ToMe, a whole number of tokens in every block, leaves more
+than this share of the dense cost unspent, the number below is measured too, above the budget."""
+
+
+def frontier(cfg: FrontierConfig) -> None:
+    folder, output = Path(cfg.run or ""), Path(cfg.output)
+    run = read_config(folder / "config.yaml")
+    if cfg.data_root is not None:
+        run.data.root = cfg.data_root
+    run, vit, data = load_run(folder, run)
+    if run.router.name != "none":
+        raise UserError(f"run={cfg.run}: its router is {run.router.name}; name a run of router=none")
+    output.mkdir(parents=True, exist_ok=True)
+    samples = Samples(data.splits["train"], data.eval_transform, None, False, False)
+    searched_on = pictures(samples, cfg.search_images, cfg.seed)[0]
+    judge = Judge(vit, searched_on)
+    split = data.splits[cfg.split]
+    about = {"model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
+             "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9}  # fmt: skip
+    told = {**about, "search_images": len(searched_on), "effort": cfg.effort}
+    plans: dict[tuple[str, float], Plan] = {("dense", 1.0): {}}
+    for share in cfg.shares:
+        found = search(
+            vit, searched_on, share, seed=cfg.seed, effort=cfg.effort, ledger=output / "search.jsonl",
+            progress=sys.stdout.isatty(),
+        )  # fmt: skip
+        found.save(output / f"plan-{share:g}.yaml")
+        print(f"searched, {share:g}: {found}", flush=True)
+        for name, plan in methods(judge, share):
+            plans[name, share] = plan
+        plans["searched", share] = found.plan
+    records = Records(output / "records.jsonl", about)
+    todo = {key: plan for key, plan in plans.items() if records.get(key, plan) is None}
+    if todo:
+        measured = Samples(split, data.eval_transform, None, False, False)
+        for key, losses, right in measure(judge, todo, measured, cfg):
+            records.add(key, todo[key], judge.cost(todo[key]), losses, right)
+    times = Records(output / "times.jsonl", about)
+    rows = [records.get(key, plan) for key, plan in plans.items()]
+    timed = {key: plan for key, plan in plans.items() if key[0] in ("dense", *cfg.timed)}
+    for runtime in cfg.runtimes:
+        for batch in cfg.batches:
+            key = (f"{runtime}, batch {batch}, {cfg.clock} time", 0.0)
+            if times.get(key, {}) is None:
+                times.add(key, {}, 0, *clock(judge, timed, runtime, batch, cfg.rounds, cfg.clock))
+            print(f"timed: {key[0]}", flush=True)
+            write_report(output, told, environment(), rows, times.all())
+    write_report(output, told, environment(), rows, times.all())
+    print(f"{output / 'README.md'}")
+
+
+def methods(judge: Judge, share: float) -> Iterator[tuple[str, Plan]]:
+    """The methods that need no search, at that share of the dense FLOPs; one that cannot cost so little is left out."""
+    macs = share * judge.whole
+    prefix = {"keep_prefix": judge.prefix > 0}
+    last = {"last": "class"} if judge.exact else {}
+    named: dict[str, tuple[str, Any, dict[str, Any]]] = {
+        "amod": ("attention", "alternate", {}),
+        "late": ("class_attention", "late", {**prefix, **last}),
+        "evit": ("evit", None, {}),
+        "tome": ("tome", None, {}),
+    }
+    for name, (router, placement, options) in named.items():
+        try:
+            plan = plan_for_budget(judge.bare, macs, router, placement, options, judge.size)
+            yield name, plan
+            if name == "tome" and macs - judge.cost(plan) > COARSE * judge.whole:
+                yield "tome_above", {i: Merge(entry.r - 1) for i, entry in plan.items() if isinstance(entry, Merge)}
+        except UserError as error:
+            print(f"{name}, {share:g}: left out, {error}", flush=True)
+    genes = tuple(Gene(judge.depth * twelfth // 12, "merge", 1.0) for twelfth in (2, 5, 8))
+    few = judge.within(Shape(genes), macs)
+    if few is not None:
+        yield "few_merges", few
+
+
+def measure(
+    judge: Judge, plans: Mapping[tuple[str, float], Plan], samples: Samples, cfg: FrontierConfig
+) -> Iterator[tuple[tuple[str, float], list[float], list[int]]]:
+    """Per plan: every image's disagreement with the dense model, and whether its class was right."""
+    losses: dict[tuple[str, float], list[float]] = {key: [] for key in plans}
+    right: dict[tuple[str, float], list[int]] = {key: [] for key in plans}
+    order = np.random.RandomState(cfg.seed).permutation(len(samples))[: cfg.images]
+    for at in range(0, len(order), CHUNK):
+        images, labels = stacked(samples, order[at : at + CHUNK])
+        judge.show(images)
+        for key, plan in plans.items():
+            outputs = judge.outputs(plan)
+            losses[key] += disagreement(judge.target, outputs, judge.has_head).tolist()
+            right[key] += (outputs.argmax(dim=1) == labels).int().tolist()
+        print(f"measured {min(at + CHUNK, len(order))} of {len(order)} images", flush=True)
+    for key in plans:
+        yield key, losses[key], right[key]
+
+
+def pictures(samples: Samples, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """At most so many images (B, C, H, W), drawn by the seed, and their labels (B,)."""
+    return stacked(samples, np.random.RandomState(seed).permutation(len(samples))[:most])
+
+
+def stacked(samples: Samples, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    found = [samples[0, position] for position in positions.tolist()]
+    return torch.stack([image for image, _, _ in found]), torch.tensor([label for _, label, _ in found])
+
+
+def clock(
+    judge: Judge, plans: Mapping[tuple[str, float], Plan], runtime: str, batch: int, rounds: int, kind: str
+) -> tuple[list[Any], list[int]]:
+    """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...]."""
+    from amod.analysis.throughput.timing import alternate, paired, quartiles
+
+    images = judge.images[: max(batch, 4)]
+    timer = time.process_time if kind == "processor" else time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {
+            key: runner(convert(judge.vit, plan=plan), images, runtime, Path(folder) / str(i), batch)
+            for i, (key, plan) in enumerate(plans.items())
+        }
+        seconds, _ = alternate({json.dumps(key): step for key, step in steps.items()}, rounds, fill=0.1, clock=timer)
+    dense = seconds[json.dumps(["dense", 1.0])]
+    table: list[Any] = []
+    for name, taken in seconds.items():
+        table.append([*json.loads(name), 1e3 * quartiles(taken).median, *paired(dense, taken)])
+    return table, []
+
+
+class Records:
+    """A file of what was measured, a line each; the first says of what. One that was cut off is dropped."""
+
+    def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
+        self.file = file
+        lines: list[dict[str, Any]] = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        if lines and lines[0] != json.loads(json.dumps(about)):
+            raise UserError(f"{file}: is of other settings ({lines[0]}); name another output, or remove it")
+        self.found: list[dict[str, Any]] = lines[1:]
+        file.write_text("".join(json.dumps(line) + "\n" for line in [about, *self.found]))
+
+    def get(self, key: tuple[str, float], plan: Plan) -> dict[str, Any] | None:
+        wanted = json.loads(json.dumps([*key, as_data(plan)]))
+        return next((r for r in self.found if [r["method"], r["share"], r["plan"]] == wanted), None)
+
+    def all(self) -> list[dict[str, Any]]:
+        return self.found
+
+    def add(self, key: tuple[str, float], plan: Plan, flops: int, values: list[Any], right: list[int]) -> None:
+        record = {"method": key[0], "share": key[1], "plan": as_data(plan), "flops": flops}
+        if right:
+            record |= {"disagreement": float(np.mean(values)), "right": "".join(map(str, right))}
+        else:
+            record |= {"times": values}
+        line = json.dumps(record)
+        self.found.append(json.loads(line))
+        with self.file.open("a") as file:
+            file.write(line + "\n")

@@ -1,0 +1,121 @@
+"""The plan for a budget, found on unlabelled images: python src/search.py --help"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from amod.errors import UserError
+from amod.training.checks import check_checkpoint, check_model
+from amod.training.command import launch
+from amod.training.config import SearchConfig, parse
+from amod.training.data import check_data
+
+
+def check(composed: DictConfig) -> SearchConfig:
+    """Everything that is known without reading weights or images."""
+    cfg = parse(SearchConfig, composed)
+    if cfg.run is None:
+        check_model(cfg.model)
+        if cfg.model.checkpoint is not None:
+            check_checkpoint(cfg.model.checkpoint)
+        if cfg.images is None:
+            check_data(cfg.data)
+    elif cfg.images is None and not (Path(cfg.run) / "config.yaml").is_file():
+        raise UserError(f"run={cfg.run}: is no run of src/train.py, whose images could be had; name images=FOLDER")
+    if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
+        raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
+    output = output_of(cfg)
+    if output.is_dir() or output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"output={output}: must be a file that ends in .yaml")
+    return cfg
+
+
+def job(cfg: SearchConfig) -> None:
+    from amod.deploy import calibration_images
+    from amod.searching import search
+
+    model, split, transform = subject(cfg)
+    if cfg.images is not None:
+        images = calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
+    else:
+        images = drawn(split, transform, cfg.images_max, cfg.seed)
+    gflops = cfg.runtime == "flops" and cfg.budget >= 1
+    output = output_of(cfg)
+    found = search(
+        model,
+        images,
+        cfg.budget * 1e9 if gflops else cfg.budget,
+        cfg.runtime,
+        seed=cfg.seed,
+        effort=cfg.effort,
+        ledger=output.with_suffix(".jsonl"),
+        progress=sys.stdout.isatty(),
+    )
+    found.save(output)
+    for block, entry in sorted(found.plan.items()):
+        print(f"  {block}: {entry}")
+    print(f"{output}: {found}")
+
+
+def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
+    """The model in evaluation mode, and the training images and how they are prepared where ``images`` names none."""
+    import timm
+
+    from amod.hub import from_pretrained
+    from amod.training.config import Placement, Router, Variant
+    from amod.training.evaluation import load_run
+    from amod.training.loaders import build_datamodule
+    from amod.training.weights import build, input_config, read_state
+    from amod.vit import RoutedViT, dense
+
+    data: Any = None
+    if cfg.run is not None and cfg.images is not None:
+        model = from_pretrained(cfg.run)
+    elif cfg.run is not None:
+        _, model, data = load_run(Path(cfg.run))
+    else:
+        if cfg.images is None:
+            data = build_datamodule(cfg.data, input_config(cfg.model), {}, 32, 32, cfg.seed)
+        variant = Variant(
+            capacity=1.0, model=cfg.model, router=Router(name="none"), placement=Placement(name="own"), data=cfg.data
+        )
+        known = timm.get_pretrained_cfg(cfg.model.name)
+        classes = cfg.data.num_classes if known is None else known.num_classes
+        if cfg.model.checkpoint is not None:
+            state = read_state(Path(cfg.model.checkpoint))
+            classes = next((len(state[key]) for key in ("head.weight", "head.fc.weight") if key in state), 0)
+        elif not cfg.model.pretrained:
+            raise UserError(f"model={cfg.model.label}: has random weights; name a run=, or model.checkpoint=")
+        model = build(variant, classes or 0).model
+        if not classes:
+            print("the weights have no head: agreement is that of the features")
+    model = dense(model) if isinstance(model, RoutedViT) else model
+    return model.eval(), data and data.splits["train"], data and data.eval_transform
+
+
+def drawn(split: Any, transform: Any, most: int, seed: int) -> Any:
+    """(B, C, H, W): at most so many of the images, drawn without looking at their labels."""
+    import numpy as np
+    import torch
+
+    from amod.training.loaders import Samples
+
+    samples = Samples(split, transform, None, False, False)
+    order = np.random.RandomState(seed).permutation(len(split))[:most]
+    return torch.stack([samples[0, position][0] for position in order.tolist()])
+
+
+def output_of(cfg: SearchConfig) -> Path:
+    if cfg.output is not None:
+        return Path(cfg.output).expanduser()
+    unit = "" if cfg.budget < 1 else "GFLOPs" if cfg.runtime == "flops" else "ms"
+    runtime = "" if cfg.runtime == "flops" else f"-{cfg.runtime}"
+    return Path("plans") / f"{Path(cfg.run).name if cfg.run else cfg.model.label}-{cfg.budget:g}{unit}{runtime}.yaml"
+
+
+if __name__ == "__main__":
+    launch(job, "search", check)

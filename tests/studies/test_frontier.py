@@ -1,0 +1,76 @@
+"""The frontier's rows cost the same, its report says what was measured, and it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import amod
+import frontier as command
+import tiny
+from amod.plan import ClassOnly, Merge, Prune, Route
+from amod.studies.frontier_report import in_words, interval
+from amod.training.compose import compose_config
+
+
+def asked(*settings):
+    return command.check(compose_config("frontier", list(settings)))
+
+
+def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
+    run, output = tmp_path / "run", tmp_path / "frontier"
+    tiny.run(run, "router=none", "schedule.epochs=1")
+    wanted = [f"run={run}", f"output={output}", "shares=[0.8]", "effort=2", "images=40", "search_images=16"]
+    wanted += ["runtimes=[eager]", "batches=[2]", "rounds=2"]
+    command.job(asked(*wanted))
+    records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()][1:]
+    dense = records[0]
+    assert dense["method"] == "dense"
+    assert dense["disagreement"] == 0
+    assert {record["method"] for record in records} >= {"tome", "few_merges", "searched"}
+    assert all(record["flops"] <= 0.8 * dense["flops"] for record in records[1:])
+    assert all(len(record["right"]) == 40 for record in records)
+    text = (output / "README.md").read_text()
+    assert "eager, batch 2" in text
+    assert text.count("\n| ") == 1 + len(records)
+    assert (output / "frontier.png").is_file()
+    assert amod.read_plan(output / "plan-0.8.yaml")
+
+    before = (output / "records.jsonl").read_text()
+    capsys.readouterr()
+    command.job(asked(*wanted))
+    assert "measured" not in capsys.readouterr().out
+    assert (output / "records.jsonl").read_text() == before
+    with pytest.raises(amod.UserError, match="of other settings"):
+        command.job(asked(*wanted[:4], "images=41", *wanted[5:]))
+
+
+def test_plans_in_words():
+    assert in_words({}) == "every block whole"
+    plan = {0: Merge(5), 1: Merge(5), 2: Merge(5), 4: Merge(5), 5: Prune(0.5), 6: Route(0.25), 11: ClassOnly()}
+    assert in_words(plan) == "merge 5 in 0, 1, 2, 4; keep 0.50 in 5; C = 25 % in 6; class token alone in 11"
+    assert in_words(dict.fromkeys(range(3, 7), Merge(2, proportional=False))) == "merge 2 (not proportional) in 3 to 6"
+
+
+def test_the_interval_is_of_the_mean():
+    values = np.array([0.0] * 50 + [100.0] * 50)  # standard error 5 points
+    mean, low, high = interval(values)
+    assert mean == 50
+    assert 38 <= low <= 42
+    assert 58 <= high <= 62
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "run: say which run"),
+        (["run=nowhere"], "no config.yaml there"),
+        (["shares=[1.5]"], "shares"),
+    ],
+)
+def test_mistakes_are_one_line(settings, words):
+    with pytest.raises(amod.UserError, match=words) as error:
+        asked(*settings)
+    assert "\n" not in str(error.value)

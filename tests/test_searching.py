@@ -1,0 +1,229 @@
+"""The search gives a plan that fits, no worse than what people write by hand, the same one every time."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from timm.models.vision_transformer import VisionTransformer
+
+import amod
+import search as command
+import tiny
+from amod import ClassOnly, Merge, Prune, Route
+from amod.judge import Judge, disagreement
+from amod.plan import read_plan
+from amod.searching import by_hand, changed
+from amod.training.compose import compose_config
+
+IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def small(**kwargs):
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5} | kwargs
+    vit = VisionTransformer(**kwargs).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    return vit
+
+
+def find(vit, budget=0.7, **kwargs):
+    return amod.search(vit, IMAGES, budget, **{"effort": 6, "progress": False, **kwargs})
+
+
+def test_the_plan_fits_and_is_no_worse_than_those_made_by_hand(tmp_path):
+    vit = small()
+    found = find(vit)
+    assert found.flops == amod.count_flops(amod.convert(vit, plan=found.plan))
+    assert 0.9 * 0.7 < found.flops / amod.count_flops(vit) <= 0.7
+    assert found.plan[5] == ClassOnly()
+    judge = Judge(vit, IMAGES)
+    plans = [judge.within(shape, 0.7 * judge.whole) for shape in by_hand(6, True)]
+    assert len([plan for plan in plans if plan]) > 8
+    with torch.no_grad():
+        dense = vit(IMAGES)
+        losses = [
+            disagreement(dense, amod.convert(vit, plan=plan)(IMAGES), True).mean() for plan in plans if plan is not None
+        ]
+        ours = disagreement(dense, amod.convert(vit, plan=found.plan)(IMAGES), True).mean()
+    assert ours <= min(losses) + 1e-6
+    assert found.disagreement == pytest.approx(float(ours), rel=1e-3)
+
+    found.save(tmp_path / "plan.yaml")
+    again = amod.convert(vit, plan=tmp_path / "plan.yaml")
+    assert again.plan == found.plan == read_plan(tmp_path / "plan.yaml")
+    about = yaml.safe_load((tmp_path / "plan.yaml").read_text())["search"]
+    assert about["images"] == 16
+    assert about["image_size"] == [3, 32, 32]
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.yaml"]
+
+
+def test_a_stopped_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+    vit, ledger = small(), tmp_path / "judged.jsonl"
+    whole = find(vit, ledger=ledger)
+    assert find(vit) == whole
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[:10]) + lines[10][:20])  # killed while it wrote
+    judged = []
+    loss = Judge.loss
+    monkeypatch.setattr(Judge, "loss", lambda self, plan, part: judged.append(plan) or loss(self, plan, part))
+    assert find(vit, ledger=ledger) == whole
+    assert len(judged) == len(lines) - 10
+    assert sorted(ledger.read_text().splitlines()) == sorted(line.strip() for line in lines)
+    judged.clear()
+    assert find(vit, ledger=ledger) == whole
+    assert judged == []
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {3: Merge(3), 5: ClassOnly()},
+        {2: Route(0.5, "class_attention"), 3: Route(0.5, "class_attention")},
+        {1: Route(0.5)},
+        {0: Prune(0.5)},
+        {5: ClassOnly()},
+        {},
+    ],
+)
+@torch.no_grad()
+def test_what_is_remembered_of_early_blocks_changes_nothing(plan):
+    vit = small()
+    judge = Judge(vit, IMAGES)
+    expected = disagreement(vit(IMAGES), amod.convert(vit, plan=plan)(IMAGES), True)
+    first, rest = judge.losses(plan, (0, 1))
+    assert first == pytest.approx(float(expected[:4].mean()), rel=1e-3, abs=1e-6)
+    assert rest == pytest.approx(float(expected[4:].mean()), rel=1e-3, abs=1e-6)
+
+
+def test_disagreement_by_hand():
+    dense, other = torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 1.0]]).log()
+    expected = 0.75 * torch.log(torch.tensor(1.5)) + 0.25 * torch.log(torch.tensor(0.5))
+    torch.testing.assert_close(disagreement(dense, other, True), expected[None])
+    cosine = disagreement(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), False)
+    torch.testing.assert_close(cosine, torch.tensor([0.4]))
+
+
+def test_without_a_head_or_a_class_token():
+    features = find(small(num_classes=0), effort=6)
+    assert "cosine" in features.about["measure"]
+    averaged = find(small(global_pool="avg", class_token=False), effort=6)
+    assert not any(isinstance(entry, ClassOnly) for entry in averaged.plan.values())
+    nothing = find(small(), 0.999, effort=6)
+    assert nothing.plan == {5: ClassOnly()}  # the same logits, so there is nothing to search for
+    assert nothing.disagreement < 1e-6
+
+
+def test_changes_stay_within_the_model():
+    rng, shapes = random.Random(0), list(by_hand(12, True))
+    for _ in range(500):
+        shapes.append(changed(rng.choice(shapes), 11, rng))
+        blocks = [gene.block for gene in shapes[-1].genes]
+        assert blocks == sorted(set(blocks))
+        assert all(0 <= block < 11 for block in blocks)
+        assert all(0 < gene.weight <= 1 for gene in shapes[-1].genes)
+    assert len(set(shapes)) > 200
+
+
+def test_a_budget_of_time_is_kept(monkeypatch):
+    """With a clock that is dearer than FLOPs by a tenth."""
+    vit = small()
+
+    def milliseconds(judge, plan, runtime):
+        return {"dense": 10.0, "plan": 11 * judge.cost(plan) / judge.whole}
+
+    monkeypatch.setattr("amod.searching.milliseconds", milliseconds)
+    for budget in (0.7, 7.0):
+        found = find(vit, budget, runtime="eager", effort=4)
+        assert 6.5 <= found.about["milliseconds"]["plan"] <= 7
+        assert "ms (eager)" in str(found)
+    monkeypatch.setattr("amod.searching.milliseconds", lambda *_: {"dense": 10.0, "plan": 9.0})
+    with pytest.raises(amod.UserError, match="no plan was so fast"):
+        find(vit, 0.7, runtime="eager", effort=8)
+
+
+def test_eager_time_is_measured():
+    found = find(small(), 1000, runtime="eager", effort=2)  # milliseconds: anything is that fast
+    assert set(found.about["milliseconds"]) == {"dense", "plan"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"budget": 0}, "budget=0"),
+        ({"budget": True}, "budget=True"),
+        ({"budget": "half"}, "budget='half'"),
+        ({"budget": 0.001}, "no plan of this model"),
+        ({"budget": 0.7, "runtime": "cuda"}, "runtime='cuda'"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, words):
+    with pytest.raises(amod.UserError, match=words) as error:
+        find(small(), **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_images_models_and_files_are_one_line(tmp_path):
+    with pytest.raises(amod.UserError, match="at least 8 prepared images"):
+        amod.search(small(), IMAGES[:4], 0.7)
+    with pytest.raises(amod.UserError, match="cannot be routed"):
+        amod.search(torch.nn.Linear(2, 2), IMAGES, 0.7)
+    ledger = tmp_path / "judged.jsonl"
+    find(small(), ledger=ledger, effort=1)
+    with pytest.raises(amod.UserError, match="of another model or of other images"):
+        find(small(num_classes=4), ledger=ledger)
+    with pytest.raises(amod.UserError, match="is a folder"):
+        find(small(), ledger=tmp_path)
+    ledger.write_text("not\njson\n")
+    with pytest.raises(amod.UserError, match="no file of a search"):
+        find(small(), ledger=ledger)
+    assert ledger.read_text() == "not\njson\n"
+
+
+# --- the command
+
+
+def test_the_command_finds_a_plan_that_others_take(tmp_path, capsys):
+    run = tmp_path / "run"
+    tiny.run(run, "router=none", "schedule.epochs=1")
+    output = tmp_path / "plan.yaml"
+    wanted = ["model=vit_pico", f"run={run}", "budget=0.8", "effort=6", "images_max=16", f"output={output}"]
+    command.job(command.check(compose_config("search", wanted)))
+    assert f"{output}: " in capsys.readouterr().out
+    plan = read_plan(output)
+    assert plan[3] == ClassOnly()
+    assert len(json.loads((tmp_path / "plan.jsonl").read_text().splitlines()[-1])["losses"]) == 2
+    summary = tiny.run(
+        tmp_path / "tuned", "router=plan", f"router.file={output}", "schedule.epochs=1", f"model.checkpoint={run}"
+    )
+    assert summary["gflops"] < 0.8 * json.loads((run / "summary.json").read_text())["gflops"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["budget=0"], "budget=0: must be a number above 0"),
+        (["runtime=gpu"], "runtime=gpu: must be one of flops"),
+        (["run=nowhere"], "run=nowhere: is no run"),
+        (["images=nowhere"], "images=nowhere: is no folder"),
+        (["data=digits", "output=plan.txt"], "output=plan.txt: must be a file that ends in .yaml"),
+        (["model.checkpoint=nowhere.pth"], "no such file"),
+    ],
+)
+def test_the_commands_mistakes_are_one_line(settings, words, tmp_path):
+    script = Path(__file__).parents[1] / "src/search.py"
+    done = subprocess.run(
+        [sys.executable, script, *settings], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
