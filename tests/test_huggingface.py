@@ -469,6 +469,8 @@ def test_dinov2_keeps_the_same_tokens_and_gives_the_same_features_in_both_layout
         ({"router": "atention"}, "router='atention'"),
         ({"capacity": 2}, "capacity=2"),
         ({"placement": [4]}, "4 is not one of 0 to 3"),
+        ({"router": "class_attention_value"}, "has router=class_attention_value, which models of transformers do not"),
+        ({"memory": 0.5}, "has memory=0.5, which models of transformers do not"),
         ({"budget": 1.0, "input_size": 20}, "20 tokens reaches"),
         ({"budget": 1e6}, "say how many tokens"),
     ],
