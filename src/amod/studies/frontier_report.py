@@ -160,6 +160,6 @@ def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, A
         axis.grid(alpha=0.3)
     for axis in [*grid.flat][len(axes_of) :]:
         axis.set_visible(False)
-    grid.flat[0].legend(fontsize=7)
+    grid.flat[0].legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
