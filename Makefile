@@ -37,8 +37,10 @@ $(STUDIES): reproduce-%: $(VENV)/.ready
 sweep: $(VENV)/.ready ## run a sweep file without W&B: make sweep SWEEP=sweeps/lr.yaml ARGS="data=digits"
 	$(RUN) src/sweep.py $(SWEEP) $(ARGS)
 
+# Two processes: beside the runtimes that the first loads, workers forked in the second have crashed.
 test: lint ## lint, types and tests (under 15 minutes on 2 cores)
-	$(VENV)/bin/pytest -m "not slow"
+	$(VENV)/bin/pytest -m "not slow" --ignore=tests/training
+	$(VENV)/bin/pytest -m "not slow" tests/training
 
 test-slow: $(VENV)/.ready ## the tests that take long
 	$(VENV)/bin/pytest -m slow
@@ -47,7 +49,8 @@ test-oldest: ## the tests with the lowest versions that pyproject.toml allows, i
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) tools/lowest.py > .venv-oldest/lowest.txt
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/lowest.txt --editable '.[dev]'
-	.venv-oldest/bin/pytest -m "not slow"
+	.venv-oldest/bin/pytest -m "not slow" --ignore=tests/training
+	.venv-oldest/bin/pytest -m "not slow" tests/training
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check

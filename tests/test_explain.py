@@ -17,6 +17,7 @@ import families
 from amod.analysis import pictures
 from amod.analysis.explain import explain
 from amod.analysis.explain_checks import check_explain
+from amod.analysis.routing_statistics import seen
 from amod.errors import UserError
 from amod.training.compose import compose_config
 from amod.training.folder import saved_config
@@ -123,6 +124,60 @@ def test_a_model_by_its_name(runs, tmp_path):
     model = [*MODEL, "data=digits", f"model.checkpoint={runs}/dense-1/weights.safetensors"]
     run(*model, "capacity=0.4", "placement.blocks=[2]", f"output={tmp_path}", "tokens=3", "shown=1")
     assert {row["block"] for row in rows(tmp_path, "correlation.csv")} == {"2"}
+
+
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [
+        (["router=tome", "router.r=4"], "of 26 tokens 22, 18, 14, 10 left"),
+        (["router=evit", "router.keep_rate=0.5"], "of 26 tokens 15, 9, 6 left"),
+        (["router=plan", "router.file={}/plan.yaml"], "of 26 tokens 18, 9, 1 left"),
+    ],
+)
+def test_what_merges_and_prunes_is_drawn_too(router, said, runs, tmp_path):
+    (tmp_path / "plan.yaml").write_text("1: {Merge: {r: 8}}\n2: {Route: {capacity: 0.5}}\n3: ClassOnly\n")
+    router = [value.format(tmp_path) for value in router]
+    run(f"run={runs}/dense-0", *router, f"output={tmp_path}/out", "tokens=3", "shown=1")
+    report = (tmp_path / "out/report.md").read_text()
+    assert said in report
+    assert {"kept.png", "kept-often.png", "scores.png"} < {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_seen_says_of_every_patch_what_became_of_it():
+    """Five tokens: 1 and 3 merge (4 leave), then two of the four are kept, then one of them is pruned."""
+    owner = torch.tensor([[0, 1, 2, 1, 3]])
+    gone = torch.tensor([[0, -1, 1, -1, 2]])
+    routing = [
+        amod.RoutedLayer(0, torch.zeros(1, 0), torch.arange(4)[None], owner),
+        amod.RoutedLayer(1, torch.tensor([[0.1, 0.4, 0.2, 0.3]]), torch.tensor([[1, 3]]), owner),
+        amod.RoutedLayer(2, torch.tensor([[0.4, 0.1, 0.3, 0.2]]), torch.arange(3)[None], gone),
+        amod.RoutedLayer(3, torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0]]), gone),
+    ]
+    merged, routed, pruned, after = seen(routing)
+    assert merged.scores is None
+    assert merged.kept.all()
+    assert merged.alone().tolist() == [[True, False, True, False, True]]
+    assert routed.scores is not None
+    assert torch.equal(routed.scores, torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]]))
+    assert routed.kept.tolist() == [[False, True, False, True, True]]
+    assert pruned.scores is not None
+    assert torch.equal(pruned.scores, torch.tensor([[0.4, 0.1, 0.3, 0.1, 0.2]]))
+    assert pruned.kept.tolist() == [[True, False, True, False, True]]
+    assert after.scores is not None
+    assert torch.equal(after.scores, torch.tensor([[0.5, 0, 0.3, 0, 0.2]]))
+    assert after.kept.tolist() == [[True, False, False, False, False]]
+
+
+def test_merged_patches_have_one_colour(tmp_path, monkeypatch):
+    image = torch.rand(1, 3, 8, 8)
+    owner = torch.tensor([[0, 1, 2, 1, 3]])  # the first and the third patch are one
+    routing = [amod.RoutedLayer(0, torch.zeros(1, 0), torch.arange(4)[None], owner)]
+    drawn = []
+    monkeypatch.setattr(pictures, "_squares", lambda axis, colours: drawn.append(axis.get_images()[0]))
+    pictures.draw_kept_patches(image, {"ToMe": routing}, (2, 2), tmp_path / "kept.png", "title")
+    pixels, before = np.asarray(drawn[0].get_array()), image[0].permute(1, 2, 0).numpy()
+    assert np.allclose(pixels[:, 4:], before[:, 4:])
+    assert np.allclose(pixels[:, :4], before[:, :4].mean(axis=(0, 1)), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["dinov2_registers", "gap_no_class_token"])

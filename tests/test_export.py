@@ -89,6 +89,34 @@ def test_a_file_gives_what_the_model_gives(tmp_path, plan, suffix):
     assert {file.name for file in tmp_path.iterdir()} <= {f"model{suffix}", "model.bin"}
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_model_of_any_image_size_is_a_file_of_any_image_size(tmp_path, suffix):
+    """Of whole patches: K follows N in whole numbers, 9, 4 and 9 of 19 tokens of 24 x 48 pixels."""
+    routed = model(PLANS["routed"], dynamic_img_size=True)
+    path = tmp_path / f"model{suffix}"
+    amod.export(routed, path)
+    session = open_session(path)
+    assert session.facts["any_size"]
+    for size in ((24, 48), (32, 32), (40, 16)):
+        images = torch.randn(3, 3, *size)
+        logits, *kept = map(torch.as_tensor, session(images.numpy()))
+        with torch.no_grad():
+            wanted, steps = routed(images, return_routing=True)
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        assert all(torch.equal(one, step.indices) for one, step in zip(kept, steps, strict=True))
+        assert [one.shape[1] for one in kept] == [routed.plan[i].kept(wanted_tokens(size)) for i in (1, 2, 3)]
+
+
+def wanted_tokens(size: tuple[int, int]) -> int:
+    return 1 + size[0] * size[1] // 64
+
+
+def test_what_cannot_be_of_any_size_says_so_in_the_file(tmp_path):
+    for plan, form in ((PLANS["routed"], "openvino"), (PLANS["reduced"], "onnx")):
+        assert not exporting.any_size(model(plan, dynamic_img_size=True), form)
+    assert not exporting.any_size(model(PLANS["routed"]), "onnx")
+
+
 def test_a_rotary_model(tmp_path):
     name = {"name": "vit_small_patch16_dinov3", "patch_size": 16, "img_size": 64, "depth": 2}
     amod.export(model({1: Route(0.5)}, **name), tmp_path / "model.pt2")

@@ -7,6 +7,7 @@ import math
 import torch
 from torch.testing import assert_close
 
+import amod
 from amod.padding import choose, counts, first_of, mask_among, mean_of_real_rows, real_tokens, refine_among
 from amod.padding import without_fillers as shown
 
@@ -35,6 +36,7 @@ def test_each_texts_share_is_the_share_of_route():
     real = torch.ones(700, 700, dtype=torch.bool).tril()
     for capacity in (1 / 3, 0.29, 0.07, 0.125, 1 / 7, 0.999999999, 1.0):
         found = counts(real, capacity, 0).tolist()
+        assert found == [amod.Route(capacity).kept(n) if capacity * n >= 1 else 0 for n in range(1, 701)]
         assert found == [math.floor(round(capacity * n, 9)) for n in range(1, 701)]
 
 

@@ -313,6 +313,14 @@ def test_truncate_keeps_the_first_blocks():
         ({"capacity": 0.06, "keep_prefix": True}, "keep_prefix takes 1"),
         ({"budget": 1.0}, "reaches"),
         ({"budget": 1e15}, "reaches"),
+        ({"budget": 2e6, "capacity": 0.5}, "capacity=0.5: budget= picks it"),
+        ({"router": "tome", "capacity": 0.5}, "capacity=0.5: router=tome has no capacity"),
+        ({"router": "tome", "keep_prefix": True}, "keep_prefix=True: router=tome has no keep_prefix"),
+        ({"router": "evit", "r": 3}, "r=3: router=evit has no r"),
+        ({"router": "linear", "fuse": False}, "fuse=False: router=linear has no fuse"),
+        ({"plan": {1: amod.Route(0.5)}, "capacity": 0.5}, "capacity=0.5: plan= says it already"),
+        ({"plan": {1: amod.Route(0.5)}, "fuse": False}, "fuse=False: plan= says it already"),
+        ({"plan": {1: amod.Route(0.5)}, "activation": "sigmoid"}, "activation='sigmoid': plan= says it already"),
     ],
 )
 def test_convert_refuses_what_it_cannot_serve(arguments, words):

@@ -1,8 +1,8 @@
 """``amod.export``: a model as a file for onnxruntime, OpenVINO or torch, and proof that it gives what the model gives.
 
-The file takes ``images`` (B, C, H, W), any B of one image size, and gives ``logits`` (B, classes) and, for every block
-that routes, ``kept_<block>`` (B, K), the tokens that it kept. How images are to be prepared, the class names and the
-plan are in the file's metadata, so the file is all that a program needs.
+The file takes ``images`` (B, C, H, W), any B, and any H and W of whole patches where :func:`any_size` says so. It gives
+``logits`` (B, classes) and, for every block that routes, ``kept_<block>`` (B, K), the tokens that it kept. How images
+are to be prepared, the class names and the plan are in the file's metadata, so the file is all that a program needs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line, reachable
 from amod.flops import Size, default_input_size
-from amod.plan import Plan, Route, as_data
+from amod.plan import Merge, Plan, Prune, Route, as_data
 from amod.routing import Routing
 from amod.runtimes import SUFFIXES, Session, needed, open_session
 from amod.vit import RoutedViT
@@ -94,7 +95,7 @@ def export(
 ) -> Agreement:
     """Write the model to ``path`` for another runtime, check it there, and only then call it done.
 
-    The batch is dynamic; the image size is fixed, it is ``input_size``'s.
+    The batch is dynamic; so is the image size where :func:`any_size` says so, otherwise it is ``input_size``'s.
 
     Args:
         model: of :func:`amod.convert`, or a timm model; it is left as it is.
@@ -126,9 +127,10 @@ def export(
             images = torch.randn(sum(CHECKED), *size, generator=generator)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".amod-") as folder:
             new = Path(folder) / path.with_suffix(SUFFIXES[form]).name
-            program = traced(exported, size)
+            dynamic = any_size(model, form)
+            program = traced(exported, size, dynamic)
             try:
-                WRITERS[form](program, new, exported.names, metadata(model, size))
+                WRITERS[form](program, new, exported.names, metadata(model, size, dynamic))
             except Exception as error:  # an operator that the format does not have
                 raise UserError(f"format={form}: cannot express this model ({one_line(error)})") from error
             if int8:
@@ -137,6 +139,10 @@ def export(
                 quantise(new, form, images)
             session = open_session(new, form)
             agreement = compare(exported, session, images.float(), strict=not int8)
+            if dynamic:
+                rows, columns = model.patch_embed.patch_size
+                larger = (size[0], size[1] + rows, size[2] + 2 * columns)
+                compare(exported, session, torch.randn(sum(CHECKED), *larger, generator=generator), strict=not int8)
             del session
             for file in Path(folder).iterdir():  # OpenVINO's are two
                 shutil.move(file, path.parent / file.name)
@@ -178,25 +184,37 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
         raise UserError(f"images: {len(images)} are too few for the check; give at least {sum(CHECKED)}")
 
 
-def traced(exported: Exported, size: Size) -> Any:
+def any_size(model: Any, form: str) -> bool:
+    """Whether the file takes images of any whole number of patches: timm's ``VisionTransformer`` with
+    ``dynamic_img_size``, for onnx and torch (OpenVINO does not have the resampling of position embeddings). Not where
+    tokens merge or are pruned, nor with rotary tables: torch.export ties their numbers to those of the traced image.
+    """
+    fixed = [entry for entry in plan_of(model).values() if isinstance(entry, Merge | Prune)]
+    return isinstance(model, VisionTransformer) and model.dynamic_img_size and form != "openvino" and not fixed
+
+
+def traced(exported: Exported, size: Size, dynamic: bool = False) -> Any:
     """The graph of torch.export, whose operators every runtime here knows."""
+    shapes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if dynamic:
+        rows, columns = exported.model.patch_embed.patch_size  # type: ignore[union-attr, misc]
+        shapes |= {2: rows * torch.export.Dim("rows", min=2), 3: columns * torch.export.Dim("columns", min=2)}
     try:
         with torch.no_grad():
-            return torch.export.export(
-                exported, (torch.randn(TRACED, *size),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
+            return torch.export.export(exported, (torch.randn(TRACED, *size),), dynamic_shapes=(shapes,))
     except Exception as error:  # whatever in the model torch.export cannot follow
         raise UserError(
             f"{type(exported.model).__name__}: torch.export cannot follow it ({one_line(error)})"
         ) from error
 
 
-def metadata(model: Any, size: Size) -> dict[str, Any]:
+def metadata(model: Any, size: Size, dynamic: bool = False) -> dict[str, Any]:
     """What a program must know to use the file."""
     data = resolve_model_data_config(model)
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return {
         "input_size": list(size),
+        "any_size": dynamic,
         **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
         "class_names": [*names] if names else None,
         "plan": as_data(plan_of(model)),

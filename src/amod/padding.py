@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amod.plan import fraction
 from amod.routing import put, refine, take
 
 NEVER = -torch.inf
@@ -31,8 +32,8 @@ def real_tokens(mask: Tensor, batch: int) -> Tensor:
 def counts(real: Tensor, capacity: float, least: int) -> Tensor:
     """K_b = floor(C n_b) of each text (B,), as ``Route.kept`` rounds it; at least ``least``, at most what there is."""
     there = real.sum(dim=1)
-    share = (there * round(float(capacity) * 10**12) + 500) // 10**12  # whole numbers: not every device has float64
-    return share.clamp(min=least).minimum(there)
+    part, whole = fraction(capacity)
+    return (there * part // whole).clamp(min=least).minimum(there)
 
 
 def choose(scores: Tensor, real: Tensor, k: int, kept: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:

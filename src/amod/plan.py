@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -42,9 +44,11 @@ class Route:
     def kept(self, tokens: int, prefix: int = 0) -> int:
         """K for N tokens, N counting the ``prefix`` (class, register) tokens: 24 of 197 at C = 0.125.
 
-        The product is rounded to nine decimals before the floor, so that C = 0.29 keeps 29 of 100 tokens and not 28.
+        C is taken as the fraction that it stands for, so that C = 0.29 keeps 29 of 100 tokens and not 28, and in whole
+        numbers, which a graph of any image size can compute.
         """
-        kept = math.floor(round(float(self.capacity) * tokens, 9))
+        part, whole = fraction(self.capacity)
+        kept = tokens * part // whole
         if kept < 1:
             least = math.ceil(1e4 / tokens) / 1e4
             raise UserError(f"capacity={self.capacity!r} keeps no token of {tokens}: use at least {least:g}")
@@ -88,13 +92,20 @@ class Prune:
 
     def kept(self, tokens: int, prefix: int) -> int:
         """How many of the N - ``prefix`` patches stay."""
-        return math.ceil(round(float(self.keep) * (tokens - prefix), 9))
+        part, whole = fraction(self.keep)
+        return -((prefix - tokens) * part // whole)
 
 
 @dataclass(frozen=True)
 class ClassOnly:
     """The class token's query against all keys, and nothing else: the same logits, for the last block of a model that
     reads its class token alone."""
+
+
+@lru_cache
+def fraction(share: float) -> tuple[int, int]:
+    """The simplest fraction that a float stands for: 29/100 for 0.29, whose float is a little less."""
+    return Fraction(float(share)).limit_denominator(10**9).as_integer_ratio()
 
 
 Entry = Route | Merge | Prune | ClassOnly

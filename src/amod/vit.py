@@ -158,9 +158,16 @@ def convert(
     by = _served_by(vit)
     by.check_model(vit)
     depth = by.depth_of(vit)
+    own = {
+        "capacity": capacity,
+        "keep_prefix": keep_prefix or None,
+        "activation": None if activation == "none" else activation,
+        "r": r,
+        "keep_rate": keep_rate,
+        "fuse": None if fuse else fuse,
+    }
     if plan is not None:
-        said = {"router": router, "capacity": capacity, "placement": placement, "r": r, "keep_rate": keep_rate,
-                "last": last, "budget": budget, "keep_prefix": keep_prefix or None}  # fmt: skip
+        said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
         if given := [name for name, value in said.items() if value is not None]:
             raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
         check_plan(plan, depth)
@@ -170,6 +177,12 @@ def convert(
     if router not in ROUTERS and router not in ("tome", "evit", "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
+    takes = {"tome": ("r",), "evit": ("keep_rate", "fuse")}.get(router, ("capacity", "keep_prefix", "activation"))
+    for name, value in own.items():
+        if value is not None and name not in takes:
+            raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
+        if value is not None and budget is not None and name == takes[0]:
+            raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "fuse": fuse, "last": last}
     if budget is not None:
         return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))

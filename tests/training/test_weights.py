@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 
+import amod
 import fakes
 from amod.errors import UserError
 from amod.training.compose import train_config
+from amod.training.folder import read_config, saved_config
 from amod.training.weights import build, create_vit, head_is_pretrained, isoflop_blocks, read_state
 from tiny import config
 
@@ -340,3 +343,17 @@ def test_timms_head_is_reused_for_its_own_classes_only():
     assert not head_is_pretrained(cfg, 1000, synsets[::-1])
     assert not head_is_pretrained(cfg, 7, synsets[:7])
     assert head_is_pretrained(train_config(["model=deit_tiny", "data=imagenet"]), 1000, ["tench"] * 1000)
+
+
+def test_a_run_keeps_its_plan_whatever_becomes_of_the_file(tmp_path):
+    """Moved or edited behind the run, the file changes nothing of what evaluates, resumes or loads."""
+    file, text = tmp_path / "plan.yaml", "1: {Route: {capacity: 0.5}}\n2: {Merge: {r: 4}}\n3: ClassOnly\n"
+    file.write_text(text)
+    cfg = config("router=plan", f"router.file={file}")
+    saved = OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg)))
+    plan = build(cfg, 10).model.plan
+    assert plan == {1: amod.Route(0.5), 2: amod.Merge(4), 3: amod.ClassOnly()}
+    for change in (lambda: file.write_text(text.replace("4", "9")), file.unlink):
+        change()
+        (tmp_path / "config.yaml").write_text(saved)
+        assert build(read_config(tmp_path / "config.yaml"), 10).model.plan == plan

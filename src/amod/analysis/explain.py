@@ -16,7 +16,7 @@ from amod.analysis.routing_report import About, write_report
 from amod.analysis.subjects import data_pictures, own_pictures, subjects
 from amod.errors import UserError
 from amod.flops import count_flops
-from amod.training.config import ExplainConfig
+from amod.training.config import WITHOUT_CAPACITY, ExplainConfig
 from amod.training.folder import environment
 from amod.training.record import classes_of
 from amod.training.terminal import quiet, say
@@ -60,10 +60,14 @@ def explain(cfg: ExplainConfig, command: str) -> None:
                 )
             )
     config, run = found[0].config, measured[0]
-    kept, tokens = run.routing[config.router.name][0].indices.shape[1], run.prefix + grid[0] * grid[1]
+    tokens = run.prefix + grid[0] * grid[1]
+    left = found[0].models[config.router.name].tokens_kept(tokens)
+    amount = f"capacity {config.capacity:g} ({left[min(left)]} of {tokens} tokens kept in a routed block)"
+    if config.router.name in WITHOUT_CAPACITY:
+        amount = f"of {tokens} tokens {', '.join(map(str, dict.fromkeys(left.values())))} left"
     about = About(
         subject=f"{config.model.label}, {'own pictures' if cfg.images else f'{config.data.name}, {cfg.split} images'}",
-        amount=f"capacity {config.capacity:g} ({kept} of {tokens} tokens kept in a routed block)",
+        amount=amount,
         seeds=[subject.config.seed for subject in found],
         dense="; ".join(dict.fromkeys(subject.origin for subject in found)),
         labelled=pictures.labels is not None,

@@ -9,9 +9,9 @@ from typing import Any
 
 from amod.errors import UserError, shown
 from amod.plan import READS_ATTENTION
-from amod.training.checks import UNROUTED, check_checkpoint, check_variant
+from amod.training.checks import check_checkpoint, check_variant
 from amod.training.compose import compose_config
-from amod.training.config import Data, ExplainConfig, TrainConfig, parse
+from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig, parse
 from amod.training.data import check_data
 from amod.training.folder import flat, read_config
 

@@ -12,9 +12,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from amod.analysis.importance import dense_walk, is_scorable, leave_one_out, patches_to_remove
-from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, correlate, correlation, patch_contrast
+from amod.analysis.routing_statistics import (
+    MEASURES,
+    METHODS,
+    Correlation,
+    correlate,
+    correlation,
+    patch_contrast,
+    seen,
+)
 from amod.attention import Request, explicit, logit_bias, project, request_in
 from amod.errors import UserError
+from amod.plan import ClassOnly, Route
 from amod.routing import RoutedLayer, Routing, take
 from amod.vit import RoutedViT
 
@@ -48,8 +57,10 @@ def grid_of(vit: VisionTransformer, images: Tensor) -> tuple[int, int]:
 
 
 def blocks_of(models: Mapping[str, RoutedViT]) -> list[int]:
-    """The blocks that any of the models routes."""
-    return sorted({block for model in models.values() for block in model.blocks_routed})
+    """The blocks in which any of the models chooses among its tokens."""
+    return sorted(
+        {i for model in models.values() for i, entry in model.plan.items() if not isinstance(entry, ClassOnly)}
+    )
 
 
 @torch.no_grad()
@@ -85,11 +96,18 @@ def measure(
         wanted = predicted if labels is None else labels[start : start + BATCH].to(device)
         b, n = walk.inputs[blocks[0]].shape[:2]
         removed = patches_to_remove(b, n, prefix, tokens, generator).to(device)
-        routing = {router: model(batch, return_routing=True)[1] for router, model in models.items()}
+        routing = {
+            router: [layer for layer in model(batch, return_routing=True)[1] if layer.layer in blocks]
+            for router, model in models.items()
+        }
         contrast = torch.nn.functional.pad(patch_contrast(batch, grid), (prefix, 0))
         scores = {
             DENSE_MAPS: walk.scores,
-            **{router: {layer.layer: layer.scores for layer in layers} for router, layers in routing.items()},
+            **{
+                router: {layer.block: layer.scores for layer in seen(layers) if layer.scores is not None}
+                for router, layers in routing.items()
+                if any(layer.scores.shape[1] for layer in layers)
+            },
             CONTRAST: dict.fromkeys(blocks, contrast),
         }
         chance = {block: torch.rand(b, n, generator=generator).to(device) for block in blocks}
@@ -107,7 +125,9 @@ def _joined(parts: Sequence[Measured]) -> Measured:
 
     def cat_layers(router: str, place: int) -> RoutedLayer:
         layers = [part.routing[router][place] for part in parts]
-        return RoutedLayer(layers[0].layer, cat([x.scores for x in layers]), cat([x.indices for x in layers]))
+        owners = [x.owner for x in layers if x.owner is not None]
+        scores, indices = (cat([getattr(x, name) for x in layers]) for name in ("scores", "indices"))
+        return RoutedLayer(layers[0].layer, scores, indices, cat(owners) if owners else None)
 
     first = parts[0]
     return Measured(
@@ -146,14 +166,16 @@ def correlations(runs: Sequence[Measured]) -> list[Correlation]:
 
 @torch.no_grad()
 def head_scores(model: Any, images: Tensor) -> tuple[int, Tensor]:
-    """The last dense block's index, and of each of its heads the column mean of its map, (B, H, N).
+    """The index of the last block that sees all N tokens, and the column mean of each of its heads' maps, (B, H, N).
 
     "How much the others look at each token": their mean over the heads is Eq. 4's score of the next block.
     """
-    routed = model.blocks_routed if isinstance(model, RoutedViT) else ()
-    found = [i for i, block in enumerate(model.blocks) if i not in routed and is_scorable(block)]
+    plan = model.plan if isinstance(model, RoutedViT) else {}
+    first = min((i for i, entry in plan.items() if not isinstance(entry, Route)), default=len(model.blocks))
+    found = [i for i in range(min(first + 1, len(model.blocks))) if not isinstance(plan.get(i), Route)]
+    found = [i for i in found if is_scorable(model.blocks[i])]
     if not found:
-        raise UserError("no dense block of this model has an attention map that can be read")
+        raise UserError("no block of this model that sees all tokens has an attention map that can be read")
     attn: Any = model.blocks[found[-1]].attn
     caught: list[Any] = []
     hook = attn.register_forward_pre_hook(lambda module, *given: caught.append(given), with_kwargs=True)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, kept_mask
+from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, Seen, seen
 from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
 from amod.routing import Routing
 
@@ -47,15 +47,16 @@ def draw_kept_patches(
     """
     shown = _as_shown(images)
 
-    def panel(axis: Any, row: int, scores: Tensor, indices: Tensor) -> None:
-        mask = kept_mask(indices.unsqueeze(0), len(scores))[0]
+    def panel(axis: Any, row: int, layer: Seen) -> None:
+        mask, group = layer.kept[row].cpu(), layer.group[row].cpu()
         prefix = len(mask) - grid[0] * grid[1]
         light = _patches(mask.float(), grid, shown.shape[1:3])[:, :, None]
-        axis.imshow(shown[row] * light + _faded(shown[row]) * (1 - light))
-        _outline(axis, light[:, :, 0])
+        image = _merged(shown[row], group[prefix:], grid)
+        axis.imshow(image * light + _faded(shown[row]) * (1 - light))
+        _outline(axis, _patches(torch.where(mask, group, -1).float(), grid, shown.shape[1:3]))
         _squares(axis, ["black" if kept else "white" for kept in mask[:prefix]])
 
-    foot = f"Skipped patches are pale and without colour. {SQUARES}, black if kept."
+    foot = f"Skipped patches are pale and without colour, merged ones have one colour. {SQUARES}, black if kept."
     _draw_blocks(shown, routings, panel, path, title, names, _lines(caption, foot))
 
 
@@ -71,7 +72,10 @@ def draw_scores(
     """The score of every token as heat, for each routed block and model (Fig. 26). Arguments as above."""
     shown = _as_shown(images)
 
-    def panel(axis: Any, row: int, scores: Tensor, indices: Tensor) -> None:
+    def panel(axis: Any, row: int, layer: Seen) -> None:
+        if layer.scores is None:
+            return
+        scores = layer.scores[row].cpu()
         _heat(axis, scores, grid, shown.shape[1:3])
         axis.set_title(f"{axis.get_title()}: {_span(scores)}", fontsize=6)
 
@@ -148,18 +152,19 @@ def draw_importance(
 def draw_kept_often(
     routings: Mapping[str, Routing], grid: tuple[int, int], path: Path, title: str, caption: str = ""
 ) -> None:
-    """How often each place is kept, over all images: a router that does not look at the image keeps the same places."""
+    """How often each place is kept, and not merged with another, over all images: a router that does not look at the
+    image keeps the same places."""
     blocks = _blocks(routings)
     figure, axes = _figure(len(routings), len(blocks), np.zeros((1, *grid, 3)), title)
     mesh = None
     for row, (model, routing) in enumerate(routings.items()):
-        for layer in routing:
-            axis = axes[row, blocks.index(layer.layer)]
-            often = kept_mask(layer.indices, layer.scores.shape[1]).float().mean(dim=0)
+        for layer in seen(routing):
+            axis = axes[row, blocks.index(layer.block)]
+            often = layer.alone().float().mean(dim=0)
             prefix = len(often) - grid[0] * grid[1]
             mesh = axis.imshow(often[prefix:].view(grid), cmap="cividis", vmin=0, vmax=1)
             _squares(axis, [mesh.cmap(float(value)) for value in often[:prefix]])
-            axis.set_title(f"block {layer.layer}", fontsize=7)
+            axis.set_title(f"block {layer.block}", fontsize=7)
         axes[row, 0].set_ylabel(model, fontsize=8)
     figure.colorbar(mesh, ax=axes, label="share of the images", shrink=0.8)
     _save(figure, axes, path, _lines(caption, f"{SQUARES}."))
@@ -245,11 +250,26 @@ def _faded(image: np.ndarray) -> np.ndarray:
     return (PALE + 0.35 * (grey - grey.max()))[:, :, None].repeat(3, axis=2)
 
 
+def _merged(image: np.ndarray, group: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3), the pixels of patches that are one by now in their mean colour.
+
+    Args:
+        group: (patches,), of one number where they are one.
+    """
+    _, place, count = group.unique(return_inverse=True, return_counts=True)
+    place, several = (
+        _patches(values.float(), grid, image.shape[:2]).astype(int) for values in (place, (count > 1)[place])
+    )
+    size = np.bincount(place.ravel(), minlength=len(count))
+    mean = [np.bincount(place.ravel(), image[..., c].ravel(), len(count)) / size for c in range(3)]
+    return np.where(several[..., None] > 0, np.stack(mean, axis=-1)[place], image)
+
+
 def _outline(axis: Any, light: np.ndarray) -> None:
-    """A thin line between kept and skipped pixels (H, W), so that white patches show which they are."""
+    """A thin line where pixels (H, W) differ: between kept and skipped patches, around merged ones."""
     from matplotlib.collections import LineCollection
 
-    down, right = np.argwhere(np.diff(light, axis=0)), np.argwhere(np.diff(light, axis=1))
+    down, right = (np.argwhere(np.diff(light, axis=axis)) for axis in (0, 1))
     lines = [[(x - 0.5, y + 0.5), (x + 0.5, y + 0.5)] for y, x in down]
     lines += [[(x + 0.5, y - 0.5), (x + 0.5, y + 0.5)] for y, x in right]
     axis.add_collection(LineCollection(lines, colors="black", linewidths=0.5))
@@ -322,16 +342,17 @@ def _draw_blocks(
     names: Sequence[str],
     caption: str,
 ) -> None:
-    """A row per image and model, a column per routed block of any of the models."""
+    """A row per image and model, a column per block of any of the models that has an entry in its plan."""
     blocks = _blocks(routings)
+    layers = {model: seen(routing) for model, routing in routings.items()}
     rows = [(image, model) for image in range(len(shown)) for model in routings]
     figure, axes = _figure(len(rows), 1 + len(blocks), shown, title)
     for row, (image, model) in enumerate(rows):
         _first_panel(axes[row, 0], shown[image], names[image] if names else "image", model)
-        for layer in routings[model]:
-            axis = axes[row, 1 + blocks.index(layer.layer)]
-            axis.set_title(f"block {layer.layer}", fontsize=7)
-            panel(axis, image, layer.scores[image].cpu(), layer.indices[image].cpu())
+        for layer in layers[model]:
+            axis = axes[row, 1 + blocks.index(layer.block)]
+            axis.set_title(f"block {layer.block}", fontsize=7)
+            panel(axis, image, layer)
     _save(figure, axes, path, caption)
 
 

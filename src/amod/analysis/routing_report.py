@@ -54,7 +54,15 @@ def write_report(
     dense = f"{about.subject}, dense model of seed {about.seeds[0]}."
     caption = f"{about.subject}, {about.amount}, seed {about.seeds[0]}."
     routings = {
-        NAMES[router]: [RoutedLayer(layer.layer, layer.scores[:count], layer.indices[:count]) for layer in layers]
+        NAMES[router]: [
+            RoutedLayer(
+                layer.layer,
+                layer.scores[:count],
+                layer.indices[:count],
+                None if layer.owner is None else layer.owner[:count],
+            )
+            for layer in layers
+        ]
         for router, layers in run.routing.items()
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -127,6 +135,8 @@ def findings(table: Sequence[Correlation], runs: Sequence[Measured], labels: Map
     ]
     for router in runs[0].routing:
         rows = [row for run in runs for row in kept_by(router, run)]
+        if not rows:
+            continue  # merging gives no scores, and drops nothing
         last = [row for row in rows if row["block"] == max(row["block"] for row in rows)]
         parts = [f"the patches that it keeps have {_span(rows, 'contrast')} times the contrast of their image"]
         if not math.isnan(rows[0]["class token kept"]):
@@ -175,6 +185,8 @@ def agreement_tables(runs: Sequence[Measured]) -> str:
     text = []
     for router in runs[0].routing:
         found = [kept_by(router, run) for run in runs]
+        if not found[0]:
+            continue
         blocks = [int(row["block"]) for row in found[0]]
         rows = []
         for key, meaning in AGREEMENT.items():

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,10 +99,38 @@ def correlation(router: str, block: int, measure: str, method: str, runs: Sequen
 # --- which tokens are kept ----------------------------------------------------------------------------------------
 
 
-def kept_mask(indices: Tensor, tokens: int) -> Tensor:
-    """Kept positions (B, K) -> which tokens were kept, (B, N) bool."""
-    mask = torch.zeros(len(indices), tokens, dtype=torch.bool, device=indices.device)
-    return mask.scatter_(1, indices, True)
+class Seen(NamedTuple):
+    """What became of the N tokens that entered the model, in one block.
+
+    ``kept`` (B, N) bool: it is there, by itself or in a token that stands for it, and the block kept that. ``group``
+    (B, N) int64: tokens with the same number are one by now; -1: gone. ``scores`` (B, N) is None where none were given
+    (merging compares pairs); a token that is gone has the score 0.
+    """
+
+    block: int
+    kept: Tensor
+    group: Tensor
+    scores: Tensor | None
+
+    def alone(self) -> Tensor:
+        """(B, N) bool: kept, and merged with no other."""
+        return self.kept & ((self.group.unsqueeze(1) == self.group.unsqueeze(2)).sum(dim=2) == 1)
+
+
+def seen(routing: Routing) -> list[Seen]:
+    """One per entry of the routing, in its order."""
+    found, before = [], None
+    for layer in routing:
+        n = layer.scores.shape[1] if layer.owner is None else layer.owner.shape[1]
+        scores: Tensor | None = layer.scores
+        if not layer.scores.shape[1]:
+            scores = None
+        elif before is not None:  # of tokens that stood for several
+            scores = layer.scores.gather(1, before.clamp(min=0)).masked_fill(before < 0, 0)
+        group = torch.arange(n, device=layer.indices.device).expand(len(layer.indices), n)
+        found.append(Seen(layer.layer, layer.tokens(n), group if layer.owner is None else layer.owner, scores))
+        before = layer.owner
+    return found
 
 
 AGREEMENT = {
@@ -120,7 +149,8 @@ AGREEMENT = {
 
 
 def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str, float]]:
-    """One row per routed block: its index ``block``, and what :data:`AGREEMENT` explains, as means over the images.
+    """One row per block that scored its tokens: its index ``block``, and what :data:`AGREEMENT` explains, as means over
+    the images.
 
     nan where it has no meaning (entropy of scores that may be negative, a model without a class token).
 
@@ -130,10 +160,11 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
     rows: list[dict[str, float]] = []
     before: Tensor | None = None
     missed: Tensor | None = None
-    for layer in routing:
+    for layer in seen(routing):
+        if layer.scores is None:
+            continue
         b, n = layer.scores.shape
-        kept = kept_mask(layer.indices, n)
-        k = layer.indices.shape[1]
+        kept, chance = layer.kept, float(layer.kept.double().mean())
         scores = layer.scores.double()
         share = scores / scores.sum(dim=1, keepdim=True)
         distribution = bool((scores >= 0).all())
@@ -143,9 +174,9 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
         missed = ~kept if missed is None else missed & ~kept
         rows.append(
             {
-                "block": layer.layer,
-                "kept again": float((kept & before).sum() / (b * k)) if before is not None else math.nan,
-                "by chance": k / n if before is not None else math.nan,
+                "block": layer.block,
+                "kept again": float((kept & before).sum() / kept.sum()) if before is not None else math.nan,
+                "by chance": chance if before is not None else math.nan,
                 "class token kept": float(kept[:, 0].double().mean()) if prefix else math.nan,
                 "entropy": float((torch.special.entr(share).sum(dim=1) / math.log(n)).mean())
                 if distribution
@@ -156,7 +187,7 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
                 "same place": float(top_patch.bincount().max() / b),
                 "contrast": float(contrasts.nanmean()),  # nan: no patch kept, or none has any
                 "never kept": float(missed.double().mean()),
-                "never, by chance": (1 - k / n) ** (len(rows) + 1),
+                "never, by chance": (1 - chance) ** (len(rows) + 1),
             }
         )
         before = kept

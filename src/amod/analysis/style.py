@@ -19,6 +19,9 @@ COLOURS = {
     "reversed": "#009E73",
     "tome": "#D55E00",
     "few_merges": "#009E73",
+    "evit": "#F0E442",
+    "plan": "#8B4513",
+    "class_attention": "#4B0082",
 }
 MARKERS = {
     "dense": "X",
@@ -30,6 +33,9 @@ MARKERS = {
     "reversed": "<",
     "tome": "^",
     "few_merges": "<",
+    "evit": ">",
+    "plan": "p",
+    "class_attention": "h",
 }
 LINES = {
     "dense": (0, (1, 1)),
@@ -41,6 +47,9 @@ LINES = {
     "reversed": (0, (3, 1, 1, 1)),
     "tome": (0, (8, 3)),
     "few_merges": (0, (8, 2, 1, 2)),
+    "evit": (0, (2, 1)),
+    "plan": (0, (4, 1, 1, 1)),
+    "class_attention": (0, (6, 2, 2, 2)),
 }
 NAMES = {
     "dense": "dense",
@@ -52,4 +61,7 @@ NAMES = {
     "reversed": "A-MoD reversed",
     "tome": "ToMe",
     "few_merges": "few merges",
+    "evit": "EViT",
+    "plan": "own plan",
+    "class_attention": "class attention",
 }

@@ -17,8 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from amod.analysis.explain_checks import data_config, folders, saved
 from amod.errors import UserError, one_line, shown
-from amod.training.checks import UNROUTED
-from amod.training.config import ExplainConfig, Router, TrainConfig
+from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
 from amod.training.images import hidden, is_image, open_rgb, transforms
 from amod.training.loaders import DataModule, Loader, collate
 from amod.training.sources import load_one

@@ -13,9 +13,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, reachable, shown
-from amod.plan import make_plan, read_plan
+from amod.plan import make_plan
 from amod.training.config import (
     CONF,
+    WITHOUT_CAPACITY,
     EvaluateConfig,
     Model,
     TrainConfig,
@@ -29,8 +30,6 @@ from amod.training.data import check_data
 from amod.training.folder import check_run_dir, read_config
 
 # Of the routers: those that route nothing, and those whose cost is not set by a capacity.
-UNROUTED = ("none", "isoflop")
-WITHOUT_CAPACITY = (*UNROUTED, "tome", "evit", "plan")
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 # One fact, two names: Lightning's argument, and the setting that decides it.
 TWICE = {"max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip_grad"}
@@ -154,9 +153,8 @@ def check_placement(cfg: Variant) -> None:
     if blocks is not None and (not isinstance(blocks, list) or not blocks):
         raise UserError(f"{said}: must be a list of 0-based block indices such as [1,4,7], or null for the name's own")
     if router.name == "plan":
-        if router.file is None:
+        if router.plan is None:
             raise UserError("router.file=null: router=plan needs a plan's YAML file, as in router.file=PLAN.yaml")
-        read_plan(router.file)
         for key, value, usual in (("blocks", blocks, None), ("last", cfg.placement.last, None)):
             if value != usual:
                 raise UserError(f"placement.{key}={shown(value)}: router=plan says it already; leave it out")

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le
 from omegaconf import DictConfig, OmegaConf
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from amod.errors import UserError, did_you_mean, shown
-from amod.plan import PLACEMENTS
+from amod.plan import PLACEMENTS, as_data, read_plan
 
 CONF = Path(__file__).parents[3] / "conf"
 # Lightning's arguments that are not for the config: why.
@@ -133,6 +133,10 @@ class Model(Group):
     kwargs: TimmArguments = TimmArguments()
 
 
+UNROUTED = ("none", "isoflop")
+WITHOUT_CAPACITY = (*UNROUTED, "tome", "evit", "plan")
+
+
 class Router(Group):
     """Every router's settings; which of them a router has is what its file in conf/router says."""
 
@@ -144,6 +148,13 @@ class Router(Group):
     keep_rate: Share | None = None  # of evit
     fuse: bool = True
     file: Text | None = None  # of plan
+    plan: dict[str, Any] | None = None  # what that file said when the run began; a run folder has it, whole
+
+    @model_validator(mode="after")
+    def _read(self) -> Router:
+        if self.name == "plan" and self.file is not None and self.plan is None:
+            self.plan = {str(i): entry for i, entry in as_data(read_plan(self.file)).items()}
+        return self
 
 
 class Placement(Group):

@@ -211,10 +211,15 @@ def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], bat
         own = {"tome": "r", "evit": "keep_rate", "plan": "file"}.get(cfg.router.name)
         asked = f"router.{own}={getattr(cfg.router, own)}" if own else f"capacity={cfg.capacity:g}"
         asked = asked if cfg.budget is None else f"budget={cfg.budget:g} GFLOPs"
-        kept = list(dict.fromkeys(compute["tokens_kept"].values()))
+        kept: dict[int, list[int]] = {}
+        for block in blocks:
+            kept.setdefault(compute["tokens_kept"][str(block)], []).append(block)
         share = f" ({compute['capacity_granted']:.4f})" if len(kept) == 1 else ""
-        listed = ", ".join(map(str, blocks))
-        say(f"{asked} asked: {', '.join(map(str, kept))} of {compute['tokens']} tokens{share} in blocks {listed}")
+        found = [
+            f"{count} of {compute['tokens']} tokens{share} in blocks {', '.join(map(str, at))}"
+            for count, at in kept.items()
+        ]
+        say(f"{asked} asked: {'; '.join(found)}")
     reference = cfg.schedule.lr_reference_batch
     scaled = f", schedule.lr={cfg.schedule.lr:g} x {batch} / lr_reference_batch {reference}" if reference else ""
     say(f"global batch {batch}, lr {lr:g}{scaled}")

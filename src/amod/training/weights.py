@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from amod.errors import UserError, misfits, one_line
 from amod.flops import count_flops
-from amod.plan import read_plan
-from amod.training.config import Model, Variant
+from amod.plan import from_data
+from amod.training.config import WITHOUT_CAPACITY, Model, Variant
 from amod.training.record import classes_of, differ
 from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
@@ -116,19 +116,19 @@ def build(cfg: Variant, num_classes: int, classes: Sequence[str] | None = None) 
 def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
     """What `vit` becomes by the config's router: itself for router=none, unless its last block is told otherwise."""
     router, last = cfg.router, cfg.placement.last
-    if router.file is not None:
-        return convert(vit, plan=read_plan(router.file))
+    if router.plan is not None:
+        return convert(vit, plan=from_data(router.plan))
     if router.name == "none" and last is None:
         return vit
     return convert(
         vit,
         router=router.name,
-        capacity=cfg.capacity,
+        capacity=None if router.name in WITHOUT_CAPACITY or cfg.budget is not None else cfg.capacity,
         placement=placement_of(cfg),
         keep_prefix=router.keep_prefix,
         activation=router.activation,
-        r=router.r,
-        keep_rate=router.keep_rate,
+        r=None if cfg.budget is not None else router.r,
+        keep_rate=None if cfg.budget is not None else router.keep_rate,
         fuse=router.fuse,
         last=last,
         budget=None if cfg.budget is None or router.name == "none" else cfg.budget * 1e9,

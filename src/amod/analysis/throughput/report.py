@@ -73,11 +73,14 @@ def report(
         yield ""
         yield f"### {shown}, batch {batch}"
         yield ""
+        here = [r for r in records if "seconds" in r and (setting(r["cell"]), r["cell"]["batch"]) == (shown, batch)]
+        if chosen := {kind for r in here if r["cell"]["precision"] == "default" for kind in r.get("computed_in", ())}:
+            yield f"It computes in {' and '.join(sorted(chosen))} here."
+            yield ""
         yield "| model | variant | GFLOPs | images/s | speed-up | FLOPs ratio | efficiency | rounds |"
         yield "|---|---|---:|---:|---:|---:|---:|---:|"
-        for record in records:
-            if "seconds" in record and (setting(record["cell"]), record["cell"]["batch"]) == (shown, batch):
-                yield from _speed_lines(record)
+        for record in here:
+            yield from _speed_lines(record)
     yield from _parts_section([record for record in records if "parts" in record])
     yield from _memory_section([record for record in records if "memory" in record])
     if failed:
