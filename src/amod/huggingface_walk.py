@@ -16,7 +16,6 @@ Axes: B batch, N tokens, K tokens kept, D width. Of texts of different lengths: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -32,7 +31,7 @@ from amod import padding, routing
 from amod.attention import Request, attend, class_attention, rows_and_columns
 from amod.dress import Dressed
 from amod.errors import UserError
-from amod.plan import Plan, Route
+from amod.plan import Plan, Route, fraction
 from amod.routers import Router
 from amod.routing import put, take, weigh_update
 
@@ -122,8 +121,8 @@ class Step:
     def kept(self, tokens: int) -> int:
         """K for N tokens, as ``Route.kept``; but of a short text at least one is kept, beside the prefix."""
         assert self.entry is not None
-        share = math.floor(round(float(self.entry.capacity) * tokens, 9))
-        return min(max(share, self.prefix_kept + 1), tokens)
+        part, whole = fraction(self.entry.capacity)
+        return min(max(tokens * part // whole, self.prefix_kept + 1), tokens)
 
 
 class RoutedLayer(Dressed):
