@@ -159,7 +159,7 @@ def evit_by_hand(dense, keep, fuse, blocks):
 @torch.no_grad()
 def test_evit_against_pruning_one_image_and_one_token_at_a_time(fuse):
     dense = vit(depth=4)
-    model = amod.convert(dense, "evit", [1, 2], keep_rate=0.6, fuse=fuse)
+    model = amod.convert(dense, "evit", placement=[1, 2], keep_rate=0.6, fuse=fuse)
     assert_close(model(images(1))[0], evit_by_hand(dense, 0.6, fuse, (1, 2)))
     assert_close(amod.convert(dense, "evit", keep_rate=1.0)(images()), dense(images()))
 

@@ -30,7 +30,8 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     assert dense["method"] == "dense"
     assert dense["disagreement"] == 0
     assert {record["method"] for record in records} >= {"tome", "few_merges", "searched"}
-    assert all(record["flops"] <= 0.8 * dense["flops"] for record in records[1:])
+    within = [record for record in records[1:] if record["method"] != "tome_above"]
+    assert all(record["flops"] <= 0.8 * dense["flops"] for record in within)
     assert all(len(record["right"]) == 40 for record in records)
     text = (output / "README.md").read_text()
     assert "eager, batch 2" in text
