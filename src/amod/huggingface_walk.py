@@ -77,7 +77,8 @@ def attention(
     if request.first is not None and "class_attention" in request.want:  # padding stands before some class tokens
         rows = torch.arange(query.shape[0], device=query.device), slice(None), request.first
         seen = None if bias is None else bias.expand(query.shape[0], *bias.shape[1:])[rows].unsqueeze(2)
-        request.left["class_attention"] = class_attention(query[rows].unsqueeze(2), key, seen, request)
+        row = class_attention(query[rows].unsqueeze(2), key, seen, request)
+        request.left["class_attention"] = row.mean(dim=1)
     return out.transpose(1, 2).contiguous(), None
 
 
