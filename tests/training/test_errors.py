@@ -42,7 +42,7 @@ TABLE = [
     (["model=deit_smal"], ["did you mean deit_small?"]),
     (["schedule=5"], ["schedule=5", "transfer"]),
     (["trainer=dpp"], ["ddp_cpu"]),
-    (["placement=alternatve"], ["alternate, last8"]),
+    (["placement=alternatve"], ["alternate, few, last8"]),
     (["logger=mlflow"], ["csv, tensorboard, wandb"]),
     # keys
     (["schedul.lr=1"], ["did you mean schedule.lr?"]),
