@@ -37,12 +37,14 @@ def check(composed: DictConfig) -> SearchConfig:
 def job(cfg: SearchConfig) -> None:
     from amod.deploy import calibration_images
     from amod.searching import search
+    from amod.training.loaders import Samples
 
     model, split, transform = subject(cfg)
     if cfg.images is not None:
         images = calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
     else:
-        images = drawn(split, transform, cfg.images_max, cfg.seed)
+        samples = Samples(split, transform, None, False, False)
+        images, _ = samples.stacked(samples.drawn(cfg.images_max, cfg.seed))
     gflops = cfg.runtime == "flops" and cfg.budget >= 1
     output = output_of(cfg)
     found = search(
@@ -65,7 +67,7 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
     """The model in evaluation mode, and the training images and how they are prepared where ``images`` names none."""
     import timm
 
-    from amod.hub import from_pretrained
+    from amod.hub import classes_in, from_pretrained
     from amod.training.config import Placement, Router, Variant
     from amod.training.evaluation import load_run
     from amod.training.loaders import build_datamodule
@@ -86,8 +88,7 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
         known = timm.get_pretrained_cfg(cfg.model.name)
         classes = cfg.data.num_classes if known is None else known.num_classes
         if cfg.model.checkpoint is not None:
-            state = read_state(Path(cfg.model.checkpoint))
-            classes = next((len(state[key]) for key in ("head.weight", "head.fc.weight") if key in state), 0)
+            classes = classes_in(read_state(Path(cfg.model.checkpoint)))
         elif not cfg.model.pretrained:
             raise UserError(f"model={cfg.model.label}: has random weights; name a run=, or model.checkpoint=")
         model = build(variant, classes or 0).model
@@ -95,18 +96,6 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
             print("the weights have no head: agreement is that of the features")
     model = dense(model) if isinstance(model, RoutedViT) else model
     return model.eval(), data and data.splits["train"], data and data.eval_transform
-
-
-def drawn(split: Any, transform: Any, most: int, seed: int) -> Any:
-    """(B, C, H, W): at most so many of the images, drawn without looking at their labels."""
-    import numpy as np
-    import torch
-
-    from amod.training.loaders import Samples
-
-    samples = Samples(split, transform, None, False, False)
-    order = np.random.RandomState(seed).permutation(len(split))[:most]
-    return torch.stack([samples[0, position][0] for position in order.tolist()])
 
 
 def output_of(cfg: SearchConfig) -> Path:

@@ -163,6 +163,7 @@ def test_seen_says_of_every_patch_what_became_of_it():
     assert pruned.scores is not None
     assert torch.equal(pruned.scores, torch.tensor([[0.4, 0.1, 0.3, 0.1, 0.2]]))
     assert pruned.kept.tolist() == [[True, False, True, False, True]]
+    assert pruned.alone().tolist() == [[True, False, True, False, True]]  # those that are gone join nobody
     assert after.scores is not None
     assert torch.equal(after.scores, torch.tensor([[0.5, 0, 0.3, 0, 0.2]]))
     assert after.kept.tolist() == [[True, False, False, False, False]]

@@ -218,12 +218,16 @@ def _from_run(folder: Path) -> Any:
     return model
 
 
+def classes_in(state: Mapping[str, Tensor]) -> int:
+    """How many classes the head of a state dict has; 0: it has none."""
+    return next((len(value) for key, value in state.items() if key in ("head.weight", "head.fc.weight")), 0)
+
+
 def head_size(state: Mapping[str, Tensor], source: Any) -> int:
-    """How many classes the head of a state dict has."""
-    heads = [value for key, value in state.items() if key in ("head.weight", "head.fc.weight")]
-    if not heads:
+    """As :func:`classes_in`, of a state dict that must have a head."""
+    if not (classes := classes_in(state)):
         raise UserError(f"{source}: these weights have no head, so nothing says how many classes it has")
-    return len(heads[0])
+    return classes
 
 
 def _routers(model: nn.Module) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from amod import padding, routing
-from amod.attention import Request, attend, class_attention, rows_and_columns
+from amod.attention import Request, attend, class_scores, rows_and_columns
 from amod.dress import Dressed
 from amod.errors import UserError
 from amod.plan import Plan, Route, fraction
@@ -77,8 +77,7 @@ def attention(
     if request.first is not None and "class_attention" in request.want:  # padding stands before some class tokens
         rows = torch.arange(query.shape[0], device=query.device), slice(None), request.first
         seen = None if bias is None else bias.expand(query.shape[0], *bias.shape[1:])[rows].unsqueeze(2)
-        row = class_attention(query[rows].unsqueeze(2), key, seen, request)
-        request.left["class_attention"] = row.mean(dim=1)
+        request.left |= class_scores(query[rows].unsqueeze(2), key, value, seen, request)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -107,12 +107,10 @@ class Judge:
                 continue
             if isinstance(entry, Route):
                 n = left = entry.kept(here, self.prefix)
-            elif isinstance(entry, Merge):
-                compared += (here // 2) * (here - here // 2)
-                left = here = here - entry.merged(here, self.prefix)
-            elif isinstance(entry, Prune):
-                stay = self.prefix + entry.kept(here, self.prefix)
-                left = here = min(here, stay + entry.fuse)
+            elif entry is not None:
+                if isinstance(entry, Merge):
+                    compared += (here // 2) * (here - here // 2)
+                left = here = entry.remain(here, self.prefix)
             seen, pairs, through = seen + n, pairs + n * n, through + left
         return [1, seen, pairs, through, compared, last]
 
@@ -143,14 +141,12 @@ class Judge:
             share = strength * weight
             if kind == "merge":
                 entry = Merge(Merge(round(share * patches)).merged(here, self.prefix), shape.proportional)
-                here -= entry.r
-                skip = not entry.r
+                skip, here = not entry.r, entry.remain(here, self.prefix)
             elif kind in ("fuse", "prune"):
                 count = max(round((1 - share) * (here - self.prefix)), 1)
                 entry = Prune(math.floor(1e4 * count / (here - self.prefix)) / 1e4, kind == "fuse")
-                stay = self.prefix + entry.kept(here, self.prefix)
-                skip = stay == here
-                here = min(here, stay + entry.fuse)
+                skip = self.prefix + entry.kept(here, self.prefix) == here
+                here = entry.remain(here, self.prefix)
             else:
                 count = max(round((1 - share) * here), self.prefix + 1)
                 entry = Route(math.ceil(1e4 * count / here) / 1e4, kind, keep_prefix=self.prefix > 0)

@@ -87,6 +87,10 @@ class Merge:
         """How many of N tokens really merge: r, at most half of those outside the ``prefix``."""
         return max(0, min(self.r, (tokens - prefix) // 2))
 
+    def remain(self, tokens: int, prefix: int) -> int:
+        """How many tokens leave the block when N enter it."""
+        return tokens - self.merged(tokens, prefix)
+
 
 @dataclass(frozen=True)
 class Prune:
@@ -105,6 +109,10 @@ class Prune:
         """How many of the N - ``prefix`` patches stay."""
         part, whole = fraction(self.keep)
         return -((prefix - tokens) * part // whole)
+
+    def remain(self, tokens: int, prefix: int) -> int:
+        """How many tokens leave the block when N enter it, the fused one among them."""
+        return min(tokens, prefix + self.kept(tokens, prefix) + self.fuse)
 
 
 @dataclass(frozen=True)

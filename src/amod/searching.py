@@ -32,8 +32,8 @@ KINDS = ("merge", "fuse", "prune", "class_attention")
 """What a block of a shape may do: Merge, Prune with and without the fused token, Route by class attention."""
 ELITE = 5
 """Shapes that are changed further."""
-RUNTIMES = {"eager": None, "openvino": ".xml", "onnx": ".onnx"}
-"""Those whose time can be a budget, and the suffix of their files."""
+RUNTIMES = ("eager", "openvino", "onnx")
+"""Those whose time can be a budget."""
 TRIES, ROUNDS = 4, 15
 """Of a measured runtime: searches with another budget of FLOPs, and rounds of dense and plan in turns."""
 
@@ -262,13 +262,12 @@ def runner(model: nn.Module, images: Tensor, runtime: str, place: Path, batch: i
     """The first images through the model in that runtime; ``place``: a file of it, without suffix.
 
     ``images`` (at least 4) are what an exported file is checked on."""
-    suffix = RUNTIMES[runtime]
-    if suffix is None:
+    if runtime == "eager":
         return torch.inference_mode()(lambda: model(images[:batch]))
     from amod.exporting import export
-    from amod.runtimes import open_session
+    from amod.runtimes import SUFFIXES, open_session
 
-    file, image = place.with_suffix(suffix), images[:batch].numpy()
+    file, image = place.with_suffix(SUFFIXES[runtime]), images[:batch].numpy()
     export(model, file, input_size=(images.shape[1], images.shape[2], images.shape[3]), images=images)
     session = open_session(file, threads=torch.get_num_threads())
     return lambda: session(image)

@@ -96,13 +96,7 @@ class RoutedViT(Dressed):
             if isinstance(entry, Route):
                 kept[i] = entry.kept(tokens, prefix)
                 continue
-            if isinstance(entry, Merge):
-                tokens -= entry.merged(tokens, prefix)
-            elif isinstance(entry, Prune):
-                stay = prefix + entry.kept(tokens, prefix)
-                tokens = stay + (entry.fuse and stay < tokens)
-            else:
-                tokens = class_tokens(self)
+            tokens = class_tokens(self) if isinstance(entry, ClassOnly) else entry.remain(tokens, prefix)
             kept[i] = tokens
         return kept
 

@@ -62,9 +62,10 @@ def explain(cfg: ExplainConfig, command: str) -> None:
     config, run = found[0].config, measured[0]
     tokens = run.prefix + grid[0] * grid[1]
     left = found[0].models[config.router.name].tokens_kept(tokens)
-    amount = f"capacity {config.capacity:g} ({left[min(left)]} of {tokens} tokens kept in a routed block)"
     if config.router.name in WITHOUT_CAPACITY:
         amount = f"of {tokens} tokens {', '.join(map(str, dict.fromkeys(left.values())))} left"
+    else:
+        amount = f"capacity {config.capacity:g} ({left[min(left)]} of {tokens} tokens kept in a routed block)"
     about = About(
         subject=f"{config.model.label}, {'own pictures' if cfg.images else f'{config.data.name}, {cfg.split} images'}",
         amount=amount,

@@ -114,7 +114,9 @@ class Seen(NamedTuple):
 
     def alone(self) -> Tensor:
         """(B, N) bool: kept, and merged with no other."""
-        return self.kept & ((self.group.unsqueeze(1) == self.group.unsqueeze(2)).sum(dim=2) == 1)
+        place = self.group.clamp(min=0)
+        size = torch.zeros_like(self.group).scatter_add(1, place, (self.group >= 0).long())
+        return self.kept & (size.gather(1, place) == 1)
 
 
 def seen(routing: Routing) -> list[Seen]:

@@ -13,6 +13,7 @@ import amod
 from amod.errors import UserError, one_line
 from amod.training.config import ExplainConfig
 from amod.training.terminal import quiet
+from amod.training.weights import variant
 
 KEPT, SKIPPED = "bold green", "dim"
 
@@ -26,8 +27,7 @@ def explain_text(cfg: ExplainConfig) -> None:
     if getattr(model, "main_input_name", None) != "input_ids":
         raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no text; leave text= out")
     if not hasattr(model, "plan"):
-        placement = cfg.placement.blocks or cfg.placement.name
-        model = amod.convert(model, cfg.router.name, cfg.capacity, placement, keep_prefix=cfg.router.keep_prefix)
+        model = variant(model, cfg)
     torch.manual_seed(cfg.seed)
     console = Console()
     for line in kept_words(model, tokenizer, str(cfg.text), coloured=console.is_terminal):

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from amod.errors import UserError
 from amod.judge import Gene, Judge, Shape, disagreement
@@ -44,7 +42,7 @@ def frontier(cfg: FrontierConfig) -> None:
         raise UserError(f"run={cfg.run}: its router is {run.router.name}; name a run of router=none")
     output.mkdir(parents=True, exist_ok=True)
     samples = Samples(data.splits["train"], data.eval_transform, None, False, False)
-    searched_on = pictures(samples, cfg.search_images, cfg.seed)[0]
+    searched_on, _ = samples.stacked(samples.drawn(cfg.search_images, cfg.seed))
     judge = Judge(vit, searched_on)
     split = data.splits[cfg.split]
     about = {"model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
@@ -112,9 +110,9 @@ def measure(
     """Per plan: every image's disagreement with the dense model, and whether its class was right."""
     losses: dict[tuple[str, float], list[float]] = {key: [] for key in plans}
     right: dict[tuple[str, float], list[int]] = {key: [] for key in plans}
-    order = np.random.RandomState(cfg.seed).permutation(len(samples))[: cfg.images]
+    order = samples.drawn(cfg.images, cfg.seed)
     for at in range(0, len(order), CHUNK):
-        images, labels = stacked(samples, order[at : at + CHUNK])
+        images, labels = samples.stacked(order[at : at + CHUNK])
         judge.show(images)
         for key, plan in plans.items():
             outputs = judge.outputs(plan)
@@ -123,16 +121,6 @@ def measure(
         print(f"measured {min(at + CHUNK, len(order))} of {len(order)} images", flush=True)
     for key in plans:
         yield key, losses[key], right[key]
-
-
-def pictures(samples: Samples, most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """At most so many images (B, C, H, W), drawn by the seed, and their labels (B,)."""
-    return stacked(samples, np.random.RandomState(seed).permutation(len(samples))[:most])
-
-
-def stacked(samples: Samples, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-    found = [samples[0, position] for position in positions.tolist()]
-    return torch.stack([image for image, _, _ in found]), torch.tensor([label for _, label, _ in found])
 
 
 def clock(

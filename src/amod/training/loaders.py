@@ -66,6 +66,15 @@ class Samples(Dataset):
             torch.default_generator.manual_seed(seed)
         return self.transform(image), int(self.split.source.labels[index]), index
 
+    def drawn(self, most: int, seed: int) -> np.ndarray:
+        """Positions of at most so many samples, without a look at their labels."""
+        return np.random.RandomState(seed).permutation(len(self))[:most]
+
+    def stacked(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those images (B, 3, H, W) and their labels (B,)."""
+        found = [self[0, position] for position in positions.tolist()]
+        return torch.stack([image for image, _, _ in found]), torch.tensor([label for _, label, _ in found])
+
     def __getitems__(self, keys: Sequence[Key]) -> UserError | tuple[list[Any], list[str]]:
         samples, skipped = [], []
         with kept_rng():

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from amod.analysis.throughput.timing import Step
 from amod.errors import UserError
 from amod.flops import count_flops, default_input_size
-from amod.plan import ClassOnly, Merge, Plan
 from amod.vit import PAPER_DEPTHS, check_model, convert, default_tokens, isoflop_depth, truncate
 
 
@@ -45,7 +44,7 @@ def build(vit: Any, variant: str) -> Variant:
     if match := re.fullmatch(r"tome_r(\d+)", variant):
         return _tome(vit, int(match.group(1)))
     if variant == "few_merges":
-        few = convert(vit, plan=few_merges(len(vit.blocks)))
+        few = convert(vit, "tome", placement="few", r=46, last="class")
         return Variant(few, count_flops(few, size), "")
     capacity = float(c)
     if name == "isoflop":
@@ -72,11 +71,6 @@ def closest_r(vit: Any, flops: int) -> int:
     within = convert(vit, "tome", budget=flops).plan[0].r
     cost = {r: count_flops(convert(vit, "tome", r=r)) for r in (within, within - 1) if r >= 0}
     return min(cost, key=lambda r: abs(cost[r] - flops))
-
-
-def few_merges(depth: int) -> Plan:
-    """Three large merges and the class token alone at the end: blocks 2, 5, 8 and 11 of 12."""
-    return {**{depth * part // 4 - 1: Merge(46) for part in (1, 2, 3)}, depth - 1: ClassOnly()}
 
 
 def forward_step(model: nn.Module, images: Tensor, precision: str) -> Step:
