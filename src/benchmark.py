@@ -19,7 +19,9 @@ from amod.training.command import launch
 from amod.training.config import CONF, Count, NotNegative, Share, Text, allows, in_words, one_of
 
 MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
-VARIANTS = ("dense", "isoflop", "linear", "attention", "attention_weighted", "random", "tome", "few_merges")
+VARIANTS = (
+    "dense", "isoflop", "linear", "attention", "attention_weighted", "class_attention", "random", "tome", "few_merges",
+)  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
     "measures": ("speed", "parts", "memory"),
     "models": MODELS,
@@ -31,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # What an item of a list, and a single value, may be.
 LISTS: dict[str, Any] = {
     "measures": one_of(*CHOICES["measures"]),
-    "models": one_of(*MODELS),
+    "models": one_of(*MODELS),  # or hf:NAME
     "variants": one_of(*VARIANTS),
     "capacities": Share,
     "batch_sizes": Count,
@@ -41,13 +43,14 @@ LISTS: dict[str, Any] = {
     "runtimes": one_of(*CHOICES["runtimes"]),
 }
 VALUES: dict[str, Any] = {
+    "tokens": Count,
     "image_size": Count | None,
     "rounds": Count | None,
     "min_rounds": Count | None,
     "seconds": NotNegative | None,
     "fill": NotNegative | None,
     "threads": Count | None,
-    "output": Text,
+    "output": Text | None,
     "fresh": bool,
     "device": one_of("auto", "cpu", "cuda"),
 }
@@ -58,7 +61,7 @@ OVERRIDABLE = (*LISTS, "image_size", "rounds", "min_rounds", "seconds", "fill")
 
 
 def check(cfg: DictConfig) -> None:
-    presets = [name for name in cfg.presets if name != "base"]
+    presets = [name for name in cfg.presets if name not in ("base", "transformers")]
     if cfg.preset not in presets:
         hint = did_you_mean(str(cfg.preset), presets)
         raise UserError(f"preset={cfg.preset}: choose one of {', '.join(presets)}{hint}")
@@ -72,14 +75,49 @@ def check(cfg: DictConfig) -> None:
         if not OmegaConf.is_list(value) or not value:
             raise UserError(f"{key}={_shown(value)}: must be a list, as in {key}=[{_example(key)}], or null")
         for item in value:
-            if key == "variants" and re.fullmatch(r"tome_r\d+", str(item)):
+            if (key == "variants" and re.fullmatch(r"tome_r\d+", str(item))) or (
+                key == "models" and of_transformers(item)
+            ):
                 continue
             if not allows(rule, item):
                 hint = did_you_mean(str(item), CHOICES.get(key, ()))
                 raise UserError(f"{key}={_shown(value)}: {_shown(item)} must be {in_words(rule)}{hint}")
-    output = Path(cfg.output)
+    if hub_models(cfg):
+        check_hub_models(cfg)
+    output = output_of(cfg)
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output}: is a file; name a folder")
+
+
+def one_model(arguments: list[str]) -> list[str]:
+    """``model=X`` says ``models=[X]``; to Hydra, model= would be a choice of conf/model."""
+    return [f"models=['{a.removeprefix('model=')}']" if a.startswith("model=") else a for a in arguments]
+
+
+def of_transformers(model: object) -> bool:
+    return str(model).startswith("hf:")
+
+
+def hub_models(cfg: DictConfig) -> list[str]:
+    """The models of transformers' that are asked for."""
+    return [str(model) for model in cfg.models or [] if of_transformers(model)]
+
+
+def check_hub_models(cfg: DictConfig) -> None:
+    asked = hub_models(cfg)
+    if len(asked) < len(cfg.models) or "hf:" in asked:
+        raise UserError(f"models={_shown(cfg.models)}: name models of timm's or of transformers' (hf:NAME, hf:FOLDER)")
+    for key, only in (("measures", "speed"), ("runtimes", "torch")):
+        if others := [item for item in cfg[key] or [] if item != only]:
+            raise UserError(f"{key}=[{','.join(others)}]: models of transformers are measured by {key}=[{only}] alone")
+
+
+def output_of(cfg: DictConfig) -> Path:
+    if cfg.output is not None:
+        return Path(cfg.output)
+    if asked := hub_models(cfg):  # its report does not replace that of the goals
+        return Path("outputs/benchmark") / Path(asked[0].removeprefix("hf:")).expanduser().name
+    return Path("results/benchmark")
 
 
 def _example(key: str) -> str:
@@ -99,7 +137,7 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
     presets: Any = OmegaConf.to_container(cfg.presets)
     asked = {key: value for key in OVERRIDABLE if (value := _plain(cfg[key])) is not None}
     seen = []
-    for part in presets[cfg.preset].values():
+    for part in presets["transformers" if hub_models(cfg) else cfg.preset].values():
         s = {**presets["base"], **part, **asked}
         s["measures"] = [m for m in {**presets["base"], **part}["measures"] if m in asked.get("measures", (m,))]
         axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"], s["runtimes"])
@@ -109,7 +147,7 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
             cell = {
                 "measure": measure,
                 "model": model,
-                **_timm(model, s["image_size"]),
+                **_source(model, s["image_size"], cfg.tokens),
                 "batch": batch,
                 "mode": "forward" if measure == "parts" else mode,
                 "compile": compiled and measure == "speed",
@@ -138,7 +176,15 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _timm(model: str, image_size: int | None) -> dict[str, Any]:
+def _source(model: str, image_size: int | None, tokens: int) -> dict[str, Any]:
+    """What makes the model: its name at timm or transformers, and arguments."""
+    if of_transformers(model):
+        from amod.analysis.throughput.variants import read_config
+
+        config = read_config(model)
+        if hasattr(config, "image_size") or hasattr(config, "vision_config"):
+            return {"timm_name": model, "kwargs": {"img_size": image_size} if image_size else {}}
+        return {"timm_name": model, "kwargs": {"tokens": tokens}}
     file: Any = OmegaConf.load(CONF / "model" / f"{model}.yaml")
     settings = file.get("model", file)
     kwargs = _plain(settings.kwargs)
@@ -171,7 +217,7 @@ def job(cfg: DictConfig) -> None:
         raise UserError(f"measures={_shown(cfg.measures)}: preset={cfg.preset} has none of these; try preset=full")
     macs = [measures.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 
-    output = Path(cfg.output)
+    output = output_of(cfg)
     output.mkdir(parents=True, exist_ok=True)
     store = output / "cells.jsonl"
     if cfg.fresh:
@@ -247,4 +293,5 @@ def commit() -> str | None:
 
 
 if __name__ == "__main__":
+    sys.argv = one_model(sys.argv)
     launch(job, "benchmark", check)

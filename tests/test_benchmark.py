@@ -17,6 +17,8 @@ from amod import walk
 from amod.analysis.throughput import goals, measures, memory, parts, report, variants
 from amod.analysis.throughput.timing import Quartiles, alternate, paired, quartiles
 from amod.training.compose import compose_config
+from hub_models import build as build_hub
+from hub_models import config_of
 
 SRC = Path(__file__).parents[1] / "src"
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -206,6 +208,11 @@ def test_a_setting_replaces_the_presets_in_all_its_parts():
         (["rounds=0"], ["rounds=0"]),
         (["device=tpu"], ["device=tpu", "auto, cpu, cuda"]),
         (["rouds=3"], ["did you mean rounds?"]),
+        (["models=['hf:x',deit_small]"], ["of timm's or of transformers'"]),
+        (["models=['hf:x']", "runtimes=[openvino]"], ["runtimes=[openvino]", "runtimes=[torch]"]),
+        (["models=['hf:x']", "measures=[speed,memory]"], ["measures=[memory]", "measures=[speed]"]),
+        (["models=['hf:']"], ["hf:FOLDER"]),
+        (["tokens=0"], ["tokens=0", "at least 1"]),
     ],
 )
 def test_mistakes_are_explained(overrides, words):
@@ -248,6 +255,43 @@ def test_an_exported_file_is_timed(runtime):
     record = measures.measure_speed({**cell, "fill": 0.0}, torch.device("cpu"))
     assert {name: len(seconds) for name, seconds in record["seconds"].items()} == {"dense": 2, "attention@0.5": 2}
     assert record["computed_in"] == ["float32"]
+
+
+# --- transformers' models
+
+HF = ["rounds=2", "min_rounds=2", "seconds=0", "fill=0", "batch_sizes=[2]", "capacities=[0.5]", "device=cpu"]
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("Bert", 12), ("ViT", 17)])
+def test_a_model_of_transformers_is_timed(family, tokens, tmp_path, monkeypatch):
+    config_of(family).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    asked = [*HF, f"model=hf:{tmp_path}/model", "tokens=12", "modes=[forward,train]", "variants=[linear,attention]"]
+    benchmark.job(config(*benchmark.one_model(asked)))
+    lines = (tmp_path / "outputs/benchmark/model/cells.jsonl").read_text().splitlines()
+    forward, train = map(json.loads, lines)
+    model = build_hub(family)
+    size = tokens if family == "Bert" else (3, 32, 32)
+    for record in (forward, train):
+        assert {name: len(seconds) for name, seconds in record["seconds"].items()} == {
+            "dense": 2, "linear@0.5": 2, "attention@0.5": 2,
+        }  # fmt: skip
+        assert record["flops"]["dense"] == amod.count_flops(model, size)
+        assert record["flops"]["attention@0.5"] == amod.count_flops(amod.convert(model, "attention", 0.5), size)
+    assert "results" not in {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"), [(["model=hf:{0}", "variants=[tome]"], "tome"), (["model=hf:{0}/gone"], "no such model")]
+)
+def test_what_transformers_models_do_not_have_is_one_line(asked, words, tmp_path):
+    config_of("Bert").save_pretrained(tmp_path)
+    asked = benchmark.one_model([value.format(tmp_path) for value in asked])
+    cfg = config(*HF, *asked, "tokens=12", f"output={tmp_path}/out")
+    with pytest.raises(amod.UserError, match=words) as error:
+        benchmark.job(cfg)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 # --- end to end

@@ -17,7 +17,7 @@ import amod
 import search as command
 import tiny
 from amod import ClassOnly, Merge, Prune, Route
-from amod.judge import Judge, disagreement
+from amod.judge import Gene, Judge, Shape, disagreement
 from amod.plan import read_plan
 from amod.searching import by_hand, changed
 from amod.training.compose import compose_config
@@ -101,6 +101,15 @@ def test_what_is_remembered_of_early_blocks_changes_nothing(plan):
     first, rest = judge.losses(plan, (0, 1))
     assert first == pytest.approx(float(expected[:4].mean()), rel=1e-3, abs=1e-6)
     assert rest == pytest.approx(float(expected[4:].mean()), rel=1e-3, abs=1e-6)
+
+
+def test_what_rounding_takes_from_one_merge_the_next_one_gets():
+    judge = Judge(small(patch_size=4), IMAGES)  # 64 patches
+    merges = Shape(tuple(Gene(i, "merge", 1.0) for i in range(4)))
+    plan = judge.plan_of(merges, 5.5 / 64)
+    assert [plan[i].r for i in range(4)] == [6, 5, 6, 5]
+    loose, fit = (judge.cost(judge.plan_of(merges, r / 64)) for r in (5, 5.5))
+    assert fit < loose
 
 
 def test_disagreement_by_hand():

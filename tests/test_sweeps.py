@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from amod.analysis.stability import draw_stability
@@ -81,6 +80,16 @@ def through_the_agent(sweep, values):
     return [part for c in command for part in (macros.get(c[2:-1], []) if c.startswith("${") else [c])]
 
 
+def wandbs_own_check(sweep):
+    try:
+        from wandb.apis.public.sweeps import _validate_config_and_fill_distribution as check
+    except ImportError:  # where it was before 0.25
+        from wandb.sdk.internal.internal_api import Api
+
+        check = Api._validate_config_and_fill_distribution
+    return check(sweep)
+
+
 def test_there_are_the_four():
     assert [file.stem for file in FILES] == ["bayes", "capacity", "lr", "placement"]
 
@@ -90,7 +99,7 @@ def test_every_combination_as_the_agent_types_it_is_a_run(file, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "xyz")
     sweep = read_sweep(file)
-    assert _validate_config_and_fill_distribution(sweep) == sweep  # W&B's own check
+    assert wandbs_own_check(sweep) == sweep
     assert sweep["project"] == "amod"
     assert sweep["program"] == "src/train.py"
     assert sweep["metric"] == {"name": "val/top1", "goal": "maximize"}

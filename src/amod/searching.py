@@ -176,6 +176,8 @@ def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
     for proportional in (True, False):
         for merging in ([*range(12)], [2, 5, 8], [1, 4, 7], [0, 2, 4, 6, 8], [1, 2, 3, 4]):  # ToMe, then few merges
             yield Shape(tuple(Gene(block, "merge", 1.0) for block in at(*merging)), proportional)
+    for weights in ((lambda i: 1 - i / (2 * depth)), (lambda i: (i + 1) / depth)):  # stronger at first, or later
+        yield Shape(tuple(Gene(block, "merge", weights(block)) for block in at(*range(12))))
     others: tuple[tuple[str, Sequence[int]], ...]
     others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
               ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip

@@ -23,6 +23,8 @@ def check_explain(composed: Any) -> ExplainConfig:
     cfg = parse(ExplainConfig, composed)
     if cfg.text is not None:
         return check_text(cfg)
+    if is_saved_model(cfg.run):
+        return check_saved(cfg)
     runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
     for key, others in (("mod", mods), ("dense", denses)):
         if others and len(others) != max(1, len(runs)):
@@ -36,15 +38,37 @@ def check_explain(composed: Any) -> ExplainConfig:
             check_checkpoint(cfg.model.checkpoint)
         elif not cfg.model.pretrained:
             raise UserError("run: say which run folder, or model=... with model.checkpoint=... or pretrained weights")
-    if cfg.router.name in UNROUTED:
-        raise UserError(f"router={cfg.router.name}: routes nothing; choose attention, linear or random")
-    if cfg.output is not None and Path(cfg.output).is_file():
-        raise UserError(f"output={cfg.output}: is a file; name a folder")
+    check_output(cfg)
     if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     if cfg.images is None:
         check_data(data_config(cfg, saved(runs[0]) if runs else cfg), test_only=cfg.split == "test")
     return cfg
+
+
+def is_saved_model(run: str | list[str] | None) -> bool:
+    """Whether it is a folder of save_pretrained, and no run's."""
+    folder = Path(run).expanduser() if isinstance(run, str) else None
+    return folder is not None and (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
+
+
+def check_saved(cfg: ExplainConfig) -> ExplainConfig:
+    for key in ("mod", "dense"):
+        if getattr(cfg, key) is not None:
+            raise UserError(f"{key}={shown(getattr(cfg, key))}: is for run folders of src/train.py; leave it out")
+    if cfg.images is None or not Path(cfg.images).expanduser().is_dir():
+        raise UserError(
+            f"images={shown(cfg.images)}: run={cfg.run} is a saved model without data; name a folder of pictures"
+        )
+    check_output(cfg)
+    return cfg
+
+
+def check_output(cfg: ExplainConfig) -> None:
+    if cfg.router.name in UNROUTED:
+        raise UserError(f"router={cfg.router.name}: routes nothing; choose attention, linear or random")
+    if cfg.output is not None and Path(cfg.output).is_file():
+        raise UserError(f"output={cfg.output}: is a file; name a folder")
 
 
 def check_text(cfg: ExplainConfig) -> ExplainConfig:

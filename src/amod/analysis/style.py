@@ -22,6 +22,7 @@ COLOURS = {
     "evit": "#F0E442",
     "plan": "#8B4513",
     "class_attention": "#4B0082",
+    "class_attention_value": "#8A2BE2",
 }
 MARKERS = {
     "dense": "X",
@@ -36,6 +37,7 @@ MARKERS = {
     "evit": ">",
     "plan": "p",
     "class_attention": "h",
+    "class_attention_value": "H",
 }
 LINES = {
     "dense": (0, (1, 1)),
@@ -50,6 +52,7 @@ LINES = {
     "evit": (0, (2, 1)),
     "plan": (0, (4, 1, 1, 1)),
     "class_attention": (0, (6, 2, 2, 2)),
+    "class_attention_value": (0, (6, 1, 1, 1)),
 }
 NAMES = {
     "dense": "dense",
@@ -64,4 +67,5 @@ NAMES = {
     "evit": "EViT",
     "plan": "own plan",
     "class_attention": "class attention",
+    "class_attention_value": "class attention x value norm",
 }

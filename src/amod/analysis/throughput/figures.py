@@ -35,7 +35,8 @@ def images_per_second(record: Record, variant: str) -> float:
 
 
 def title(cell: Mapping[str, Any]) -> str:
-    size = f" at {cell['kwargs']['img_size']} pixels" if cell["kwargs"].get("img_size") else ""
+    units = {"img_size": "pixels", "tokens": "tokens"}
+    size = "".join(f" at {cell['kwargs'][key]} {unit}" for key, unit in units.items() if cell["kwargs"].get(key))
     what = {"speed": "", "parts": ", where the time goes", "memory": ", peak memory"}[cell["measure"]]
     return f"{cell['model']}{size}, batch {cell['batch']}, {setting(cell)}{what}"
 

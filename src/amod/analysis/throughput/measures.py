@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def measure_speed(cell: Mapping[str, Any], device: torch.device) -> dict[str, An
     """Seconds per step of every variant and round. For the keys of ``cell`` see `src/benchmark.py`."""
     gc.collect()
     vit = dense(cell["timm_name"], cell["kwargs"]).to(device)
-    variants = {name: build(vit, name) for name in cell["variants"]}
+    tokens = cell["kwargs"].get("tokens")
+    variants = {name: build(vit, name, tokens) for name in cell["variants"]}
     if cell["runtime"] != "torch":
         return _measure_files(cell, variants)
     steps: dict[str, Step] = {}
@@ -40,7 +42,7 @@ def measure_speed(cell: Mapping[str, Any], device: torch.device) -> dict[str, An
             model = variant.model
             model.train(cell["mode"] == "train")
             run: Any = torch.compile(model, fullgraph=True, dynamic=False) if cell["compile"] else model
-            steps[name] = make_step(run, vit, cell["batch"], cell["mode"], cell["precision"], device)
+            steps[name] = make_step(run, vit, cell["batch"], cell["mode"], cell["precision"], device, tokens)
         seconds, repeats = alternate(
             steps,
             cell["rounds"],
@@ -116,10 +118,15 @@ MEASURES: dict[str, Callable[[Mapping[str, Any], torch.device], dict[str, Any]]]
 
 def cost(cell: Mapping[str, Any]) -> float:
     """Multiply-accumulates of one round of a cell, a training step counted as three forward passes."""
+    one = _cost_of_one(cell["timm_name"], json.dumps(cell["kwargs"]), tuple(cell["variants"]))
+    return one * cell["batch"] * (3.0 if cell["mode"] == "train" else 1.0)
+
+
+@lru_cache
+def _cost_of_one(name: str, kwargs: str, variants: tuple[str, ...]) -> int:
     with torch.device("meta"):
-        vit = dense(cell["timm_name"], cell["kwargs"])
-        flops = sum(build(vit, name).flops for name in cell["variants"])
-    return flops * cell["batch"] * (3.0 if cell["mode"] == "train" else 1.0)
+        vit = dense(name, json.loads(kwargs))
+        return sum(build(vit, variant, json.loads(kwargs).get("tokens")).flops for variant in variants)
 
 
 def expected_seconds(cell: Mapping[str, Any], macs: float, finished: Iterable[Mapping[str, Any]]) -> float:

@@ -1,4 +1,4 @@
-"""What is timed: a timm model, and by a variant's name what is made of it."""
+"""What is timed: a model of timm's or transformers', and by a variant's name what is made of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amod.analysis.throughput.timing import Step
-from amod.errors import UserError
-from amod.flops import count_flops, default_input_size
+from amod.dress import of_transformers
+from amod.errors import UserError, one_line
+from amod.flops import Size, count_flops, default_input_size
+from amod.routers import ROUTERS
 from amod.vit import PAPER_DEPTHS, check_model, convert, default_tokens, isoflop_depth, truncate
 
 
@@ -25,9 +27,18 @@ class Variant(NamedTuple):
     """What the name does not say: the depth, the r."""
 
 
+HF = "hf:"
+"""Before the name or folder of a model of transformers'."""
+
+
 def dense(name: str, kwargs: Mapping[str, Any]) -> Any:
-    """The timm model, its weights random: they do not change the time."""
+    """The model of timm's, or of transformers', its weights random: they do not change the time.
+
+    ``kwargs``: timm's; of transformers' ``img_size`` (pixels), or for texts ``tokens``.
+    """
     torch.manual_seed(0)
+    if name.startswith(HF):
+        return _of_transformers(name, kwargs)
     vit: Any = timm.create_model(name, pretrained=False, **kwargs)
     check_model(vit)
     if not all(getattr(getattr(block, "attn", None), "fused_attn", True) for block in vit.blocks):
@@ -35,10 +46,46 @@ def dense(name: str, kwargs: Mapping[str, Any]) -> Any:
     return vit
 
 
-def build(vit: Any, variant: str) -> Variant:
-    """The variant of a dense timm model; ``vit`` itself is ``dense``."""
+def _of_transformers(name: str, kwargs: Mapping[str, Any]) -> Any:
+    import transformers
+
+    from amod.huggingface import check_model as check_encoder
+
+    config = read_config(name)
+    if kwargs.get("img_size"):
+        config.image_size = kwargs["img_size"]
+    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], transformers.AutoModel)
+    build_from = kind.from_config if kind is transformers.AutoModel else kind._from_config
+    model = build_from(config, dtype=torch.float32)
+    check_encoder(model)
+    return model
+
+
+def read_config(name: str) -> Any:
+    """transformers' config of ``hf:NAME``."""
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise UserError(f"model={name}: transformers is missing; pip install 'amod[transformers]'") from error
+    try:
+        return AutoConfig.from_pretrained(name.removeprefix(HF))
+    except Exception as error:  # whatever transformers makes of the name or the file
+        raise UserError(
+            f"model={name}: transformers finds no such model ({one_line(error)}); name a folder or a hub id"
+        ) from error
+
+
+def size_of(vit: Any, tokens: int | None = None) -> Size | int:
+    """What one input of the model is: of a model of texts, so many tokens."""
+    return tokens or 0 if getattr(vit, "main_input_name", None) == "input_ids" else default_input_size(vit)
+
+
+def build(vit: Any, variant: str, tokens: int | None = None) -> Variant:
+    """The variant of a dense model; ``vit`` itself is ``dense``. ``tokens``: of a text, for a model that reads them."""
     name, _, c = variant.partition("@")
-    size = default_input_size(vit)
+    size: Any = size_of(vit, tokens)
+    if of_transformers(vit) and name not in ("dense", *ROUTERS):
+        raise UserError(f"variants: {variant} is of timm's models; of transformers' choose from {', '.join(ROUTERS)}")
     if variant == "dense":
         return Variant(vit, count_flops(vit, size), "")
     if match := re.fullmatch(r"tome_r(\d+)", variant):
@@ -57,6 +104,8 @@ def build(vit: Any, variant: str) -> Variant:
     if name == "tome":
         return _tome(vit, closest_r(vit, count_flops(convert(vit, "attention", capacity), size)))
     routed = convert(vit, name, capacity)
+    if of_transformers(vit):
+        return Variant(routed, count_flops(routed, size), "")
     kept = next(iter(routed.plan.values())).kept(default_tokens(vit))
     return Variant(routed, count_flops(routed, size), f"K = {kept}")
 
@@ -90,7 +139,7 @@ def train_step(model: nn.Module, images: Tensor, labels: Tensor, precision: str)
 
     def step() -> None:
         with _precision(images.device, precision):
-            loss = F.cross_entropy(model(images), labels)
+            loss = loss_of(model(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -98,16 +147,27 @@ def train_step(model: nn.Module, images: Tensor, labels: Tensor, precision: str)
     return step
 
 
+def loss_of(out: Any, labels: Tensor) -> Tensor:
+    """Of logits (B, classes); of what transformers gives, maybe without a head, the mean square of its first tensor."""
+    return F.cross_entropy(out, labels) if isinstance(out, Tensor) else out[0].square().mean()
+
+
 def _precision(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def make_step(model: nn.Module, vit: Any, batch: int, mode: str, precision: str, device: torch.device) -> Step:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *default_input_size(vit), generator=generator).to(device)
+def make_step(
+    model: nn.Module, vit: Any, batch: int, mode: str, precision: str, device: torch.device, tokens: int | None = None
+) -> Step:
+    generator, size = torch.Generator().manual_seed(0), size_of(vit, tokens)
+    if isinstance(size, int):
+        images = torch.randint(vit.config.vocab_size, (batch, size), generator=generator).to(device)
+    else:
+        images = torch.randn(batch, *size, generator=generator).to(device)
     if mode == "forward":
         return forward_step(model, images, precision)
-    labels = torch.randint(vit.num_classes, (batch,), generator=generator).to(device)
+    classes = 1 if of_transformers(vit) else vit.num_classes
+    labels = torch.randint(classes, (batch,), generator=generator).to(device)
     return train_step(model, images, labels, precision)
 
 
