@@ -34,7 +34,7 @@ def main() -> None:
     from amod.training.checks import check_train
     from amod.training.command import one_line_errors
     from amod.training.compose import compose_config
-    from amod.training.evaluation import load_run
+    from amod.training.finished import load_run
     from amod.training.run import train
 
     with one_line_errors():

@@ -69,7 +69,7 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
 
     from amod.hub import classes_in, from_pretrained
     from amod.training.config import Placement, Router, Variant
-    from amod.training.evaluation import load_run
+    from amod.training.finished import load_run
     from amod.training.loaders import build_datamodule
     from amod.training.weights import build, input_config, read_state
     from amod.vit import RoutedViT, dense

@@ -21,8 +21,7 @@ from amod.analysis.routing_statistics import seen
 from amod.errors import UserError
 from amod.training.compose import compose_config
 from amod.training.folder import saved_config
-from amod.training.run import weightless
-from amod.training.weights import build
+from amod.training.weights import build, weightless
 from tiny import MODEL, config
 
 FILES = ["agreement.csv", "correlation.csv", "correlation.png", "heads.png", "importance.png", "kept-often.png"]

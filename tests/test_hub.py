@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import amod
 import tiny
 from amod import ClassOnly, Merge, Prune, Route
-from amod.training.evaluation import load_run
+from amod.training.finished import load_run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 PLANS = {

@@ -33,9 +33,9 @@ def measure(devices: int, arguments: argparse.Namespace) -> None:
     from lightning import Callback
     from torch.utils.data import DataLoader
 
+    from amod.training.classification import Classifier
     from amod.training.compose import train_config
     from amod.training.loaders import DataModule
-    from amod.training.module import Classifier
     from amod.training.run import make_trainer
     from amod.training.terminal import quiet
     from amod.training.weights import build, input_config

@@ -208,7 +208,7 @@ def _huggingface(what: object) -> Any:
 
 
 def _from_run(folder: Path) -> Any:
-    from amod.training.evaluation import classes_in, load_model, weights_of
+    from amod.training.finished import classes_in, load_model, weights_of
     from amod.training.folder import read_config
     from amod.training.record import classes_of
 

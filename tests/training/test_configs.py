@@ -13,11 +13,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from amod.training.classification import Classifier
 from amod.training.compose import compose_config, keys_of, train_config
 from amod.training.config import CONF
 from amod.training.folder import GROUPS as GROUPS_OF_A_RUN
 from amod.training.folder import read_config, saved_config
-from amod.training.module import Classifier, lr_factor
+from amod.training.module import lr_factor
 from amod.training.weights import build, create_vit, input_config
 from tiny import config
 

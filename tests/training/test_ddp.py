@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 import fakes
 from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_evaluate
+from amod.training.classification import Classifier
 from amod.training.compose import compose_config
 from amod.training.evaluation import evaluate
 from amod.training.loaders import build_datamodule
-from amod.training.module import Classifier
 from amod.training.run import make_trainer, train
 from amod.training.weights import build, input_config
 from processes import Forked, finish, free_port, ranks, run_forked, run_ranks, step_of, wait_for

@@ -179,10 +179,10 @@ def test_a_record_that_is_none_is_one_line(trained, tmp_path):
 def test_arrays_have_a_fingerprint_too():
     splits = load(Data(name="digits"))
     record = record_of(splits)
-    check_same(record, splits, Path(), "")
+    check_same(record, record_of(splits), Path(), "")
     splits["val"].source.images[splits["val"].indices[0]] += 1
     with pytest.raises(UserError, match="other val images"):
-        check_same(record, splits, Path(), "")
+        check_same(record, record_of(splits), Path(), "")
 
 
 # --- splits -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from amod.training.checkpoints import is_whole
 from amod.training.checks import check_train
 from amod.training.config import CONF
 from amod.training.folder import RunLock, start_folder, write_atomically
+from amod.training.module import TaskModule
 from amod.training.run import train
 from processes import Forked, run_forked, step_of, wait_for
 from tiny import DIGITS, config, run
@@ -209,13 +210,13 @@ def test_a_signal_to_every_process_ends_with_a_checkpoint(never_killed, tmp_path
 
 
 def test_a_signal_during_validation_is_answered_at_the_epochs_end(never_killed, tmp_path, monkeypatch):
-    validate = run_module.Classifier.validation_step
+    validate = TaskModule.validation_step
 
     def signalled(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         validate(self, *arguments)
 
-    monkeypatch.setattr(run_module.Classifier, "validation_step", signalled)
+    monkeypatch.setattr(TaskModule, "validation_step", signalled)
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "run", *STATEFUL)
     assert caught.value.code == 143
@@ -225,7 +226,7 @@ def test_a_signal_during_validation_is_answered_at_the_epochs_end(never_killed, 
     assert_same(tmp_path / "run", never_killed)
 
 
-@pytest.mark.parametrize("where", ["build_datamodule", "best_checkpoint"])
+@pytest.mark.parametrize("where", ["check_batches", "best_checkpoint"])
 def test_a_signal_outside_training_ends_at_once(tmp_path, monkeypatch, capsys, where):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(run_module, where, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -24,11 +24,12 @@ import fakes
 from amod.errors import UserError
 from amod.training import run as run_module
 from amod.training.checks import check_evaluate
+from amod.training.classification import Classifier, cost
 from amod.training.compose import compose_config, train_config
 from amod.training.evaluation import evaluate
 from amod.training.folder import check_run_dir, saved_config
 from amod.training.loaders import DataModule, build_datamodule
-from amod.training.module import Classifier, lr_factor
+from amod.training.module import lr_factor
 from amod.training.run import train
 from amod.training.weights import build, input_config
 from tiny import DIGITS, MODEL, config, run
@@ -433,7 +434,7 @@ def test_wandb_without_an_account_leaves_nothing(tmp_path, monkeypatch):
 
 def compute(*overrides: str) -> dict[str, Any]:
     cfg = config(*overrides)
-    return run_module.compute_of(build(cfg, 10).model, cfg, (3, 10, 10))
+    return cost(build(cfg, 10).model, cfg)
 
 
 def test_what_a_budget_buys_is_reported():

@@ -11,8 +11,8 @@ import torch
 
 from amod.errors import UserError
 from amod.training import run as run_module
+from amod.training.classification import Classifier
 from amod.training.loaders import Samples
-from amod.training.module import Classifier
 from amod.training.run import make_trainer
 from amod.training.troubles import known_troubles, trouble
 from processes import run_forked, step_of

@@ -19,7 +19,7 @@ from amod.analysis.explain_checks import data_config, folders, saved
 from amod.errors import UserError, one_line, shown
 from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
 from amod.training.images import hidden, is_image, open_rgb, transforms
-from amod.training.loaders import DataModule, Loader, collate
+from amod.training.loaders import ImageData, Loader, collate
 from amod.training.sources import load_one
 from amod.training.weights import build, input_config, read_state, variant
 from amod.vit import RoutedViT, dense
@@ -154,7 +154,7 @@ def data_pictures(cfg: ExplainConfig, run: Trained, classes: list[str] | None) -
     """
     inputs, data_cfg = input_config(run.model), data_config(cfg, run)
     split, _ = load_one(data_cfg, cfg.split, classes)
-    data = DataModule(data_cfg, {"test": split}, inputs, {}, 1, 1, cfg.seed)
+    data = ImageData(data_cfg, {"test": split}, inputs, {}, 1, 1, cfg.seed)
     order = np.random.RandomState(cfg.seed).permutation(len(split))[: cfg.images_max]
     firsts = np.unique(split.labels[order], return_index=True)[1]
     order = np.concatenate([order[np.sort(firsts)], np.delete(order, firsts)])

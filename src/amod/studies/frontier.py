@@ -22,7 +22,7 @@ from amod.plan import Merge, Plan, as_data
 from amod.searching import runner, search
 from amod.studies.frontier_report import write_report
 from amod.training.config import FrontierConfig
-from amod.training.evaluation import load_run
+from amod.training.finished import load_run
 from amod.training.folder import environment, read_config
 from amod.training.loaders import Samples
 from amod.vit import convert, plan_for_budget

@@ -11,11 +11,11 @@ from lightning import seed_everything
 from omegaconf import OmegaConf
 
 from amod.errors import UserError
+from amod.training.classification import Classifier, cost
 from amod.training.config import UntrainedConfig
 from amod.training.folder import environment, saved_config, write_atomically
 from amod.training.loaders import DataModule, build_datamodule
-from amod.training.module import Classifier
-from amod.training.run import compute_of, make_trainer
+from amod.training.run import make_trainer
 from amod.training.terminal import quiet, say, show
 from amod.training.weights import build, input_config
 
@@ -49,7 +49,7 @@ def measure(cfg: UntrainedConfig) -> None:
     summary = {
         "model": cfg.model.label,
         "data": cfg.data.name,
-        **compute_of(built.model, cfg, inputs["input_size"]),
+        **cost(built.model, cfg),
         "seed": cfg.seed,
         "images": len(data.splits["test"]),
         "test_top1_untrained": float(f"{found['test/top1']:.6g}"),

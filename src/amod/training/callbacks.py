@@ -23,8 +23,8 @@ from amod.errors import UserError
 from amod.training.command import SIGNALS
 from amod.training.folder import write_atomically
 from amod.training.loggers import WandbRows
+from amod.training.tasks import CLASSIFICATION, Task, said
 
-COLUMNS = ("epoch", "step", "lr", "train/loss", "val/loss", "val/top1", "val/top5")
 STOPPED = 143  # exit status of a run that was asked to end: 128 + SIGTERM, as a shell has it; Ctrl-C: 130
 TWICE = 0.5  # seconds between two Ctrl-C that are two
 
@@ -52,8 +52,11 @@ class RunRecorder(Checkpoint):
     everything is logged.
     """
 
-    def __init__(self, folder: Path, every_steps: int | None, print_rows: bool, settings: Any = None) -> None:
+    def __init__(
+        self, folder: Path, every_steps: int | None, print_rows: bool, settings: Any = None, task: Task = CLASSIFICATION
+    ) -> None:
         self.folder = folder
+        self.task = task
         self.settings = settings  # all processes must have been given the same
         self.every_steps = every_steps
         self.print_rows = print_rows
@@ -72,9 +75,7 @@ class RunRecorder(Checkpoint):
 
     @property
     def best(self) -> dict[str, float]:
-        """The row of the first epoch with the highest val/top1; the last row of a run without validation."""
-        validated = [row for row in self.rows if "val/top1" in row]
-        return max(validated, key=lambda row: row["val/top1"]) if validated else self.rows[-1]
+        return self.task.best_of(self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "untrained": self.untrained, "seconds": self._elapsed()}
@@ -141,7 +142,8 @@ class RunRecorder(Checkpoint):
         if self.cut_short:
             return
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        for key in COLUMNS[2:] if self._validated else COLUMNS[2:4]:  # validation's numbers may be an older epoch's
+        columns = self.task.columns
+        for key in columns[2:] if self._validated else columns[2:4]:  # validation's numbers may be an older epoch's
             if key in trainer.callback_metrics:
                 row[key] = rounded(trainer.callback_metrics[key])
         self._validated = False
@@ -152,7 +154,7 @@ class RunRecorder(Checkpoint):
             self._save(trainer, "best")
         self._save(trainer, "last")
         if trainer.is_global_zero and self.print_rows:  # when all is saved: nobody may be there to read it
-            print(f"{line_of(row, trainer.max_epochs)}  {self._elapsed():.0f} s", flush=True)
+            print(f"{line_of(row, trainer.max_epochs, self.task)}  {self._elapsed():.0f} s", flush=True)
         if self._asked_to_stop(trainer):
             self._stop(trainer)
 
@@ -214,7 +216,7 @@ class RunRecorder(Checkpoint):
 
     def _write_rows(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, self.task.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
@@ -236,8 +238,9 @@ def rounded(value: torch.Tensor) -> float:
     return float(f"{value.item():.6g}")
 
 
-def line_of(row: dict[str, float], epochs: int | None) -> str:
+def line_of(row: dict[str, float], epochs: int | None, task: Task) -> str:
     line = f"epoch {row['epoch'] + 1:.0f}/{epochs}  lr {row['lr']:.2e}  train loss {row['train/loss']:.4f}"
-    if "val/top1" in row:
-        line += f"  val loss {row['val/loss']:.4f}  top-1 {row['val/top1']:.2f} %  top-5 {row['val/top5']:.2f} %"
+    if "val/loss" in row:
+        others = [said(task, name, row[f"val/{name}"], 2) for name in task.shown if name != "loss"]
+        line += "  ".join(["", f"val loss {row['val/loss']:.4f}", *others])
     return line

@@ -28,6 +28,7 @@ from amod.training.config import (
 )
 from amod.training.data import check_data
 from amod.training.folder import check_run_dir, read_config
+from amod.training.tasks import TASKS
 
 # Of the routers: those that route nothing, and those whose cost is not set by a capacity.
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
@@ -41,6 +42,7 @@ def check_train(composed: Any) -> TrainConfig:
         check_names(composed)
     kind = UntrainedConfig if isinstance(composed, DictConfig) and "images" in composed else TrainConfig
     cfg = composed if isinstance(composed, TrainConfig) else parse(kind, composed)
+    check_task(cfg)
     check_variant(cfg)
     check_trainer(cfg.trainer)
     schedule = cfg.schedule
@@ -72,6 +74,19 @@ def check_train(composed: Any) -> TrainConfig:
     return cfg
 
 
+def check_task(cfg: TrainConfig) -> None:
+    """The data must be of the model's task, and early stopping watch what it measures."""
+    task = TASKS[cfg.model.task]
+    if cfg.data.name not in task.data:
+        raise UserError(
+            f"data={cfg.data.name}: is not for model={cfg.model.label}, whose task is {task.name}; choose one of "
+            f"{', '.join(task.data)}"
+        )
+    if cfg.callbacks.name == "early_stopping" and cfg.callbacks.monitor not in task.columns:
+        known = ", ".join(name for name in task.columns if name.startswith("val/"))
+        raise UserError(f"callbacks.monitor={cfg.callbacks.monitor}: {task.name} measures {known}; choose one of them")
+
+
 def check_evaluate(composed: Any) -> EvaluateConfig:
     cfg = parse(EvaluateConfig, composed)
     if cfg.run is None:
@@ -80,7 +95,12 @@ def check_evaluate(composed: Any) -> EvaluateConfig:
         exists = (Path(cfg.run) / "config.yaml").exists()
     if not exists:
         raise UserError(f"run={cfg.run}: no config.yaml there; name the folder of a run that src/train.py made")
-    check_data(evaluation_config(cfg).data, test_only=cfg.split == "test")
+    run = evaluation_config(cfg)
+    check_data(run.data, test_only=cfg.split == "test")
+    if cfg.output is not None and run.model.task != "classification":
+        raise UserError(
+            f"output={cfg.output}: tells classes apart, which a run of {run.model.task} has none of; leave it out"
+        )
     if cfg.output is not None and Path(cfg.output).is_file():
         raise UserError(f"output={cfg.output}: is a file; name a folder")
     return cfg

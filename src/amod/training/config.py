@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from amod.errors import UserError, did_you_mean, shown
 from amod.plan import PLACEMENTS, as_data, read_plan
+from amod.training.tasks import TASKS
 
 CONF = Path(__file__).parents[3] / "conf"
 # Lightning's arguments that are not for the config: why.
@@ -126,6 +127,7 @@ class TimmArguments(Open):
 
 class Model(Group):
     name: Text
+    task: Annotated[str, AfterValidator(OneOf(*TASKS))] = "classification"
     label: Text
     pretrained: bool = False
     checkpoint: Text | None = None

@@ -8,15 +8,17 @@ from amod.training.callbacks import RunRecorder
 
 
 def plot_curves(recorder: RunRecorder) -> bytes:
-    """Loss and accuracy by epoch, as a PNG."""
+    """The loss and the task's other numbers by epoch, as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, keys in ((loss, ("train/loss", "val/loss")), (accuracy, ("val/top1", "val/top5"))):
+    task = recorder.task
+    others = [f"val/{name}" for name in task.shown if name != "loss"]
+    figure, (loss, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, keys in ((loss, ("train/loss", "val/loss")), (right, others)):
         for key in keys:
             points = [(row["epoch"] + 1, row[key]) for row in recorder.rows if key in row]
             if key in recorder.untrained:
@@ -29,10 +31,12 @@ def plot_curves(recorder: RunRecorder) -> bytes:
         if axis.lines:
             axis.legend()
     loss.set_ylabel("loss")
-    accuracy.set_ylabel("accuracy (%)")
+    words, unit = task.shown[task.best]
+    right.set_ylabel("accuracy (%)" if task.best == "top1" else ", ".join(task.shown[key[4:]][0] for key in others))
     best = recorder.best
-    if "val/top1" in best:
-        accuracy.set_title(f"best: {best['val/top1']:.2f} % after epoch {best['epoch'] + 1:.0f}")
+    if (key := f"val/{task.best}") in best:
+        side = loss if task.best == "loss" else right
+        side.set_title(f"best{'' if unit else f' {words}'}: {best[key]:.2f}{unit} after epoch {best['epoch'] + 1:.0f}")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120)
     plt.close(figure)

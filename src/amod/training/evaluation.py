@@ -1,4 +1,4 @@
-"""A finished run's model, and what it is worth on images: its own, or another folder's, by the names of the classes."""
+"""What a finished run is worth on its own data, or on another folder's, by the names of the classes."""
 
 from __future__ import annotations
 
@@ -11,35 +11,31 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from safetensors import safe_open
-from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from amod.errors import UserError, one_line
+from amod.errors import UserError
 from amod.training.checks import evaluation_config
-from amod.training.config import EvaluateConfig, TrainConfig
-from amod.training.folder import read_config, write_atomically
-from amod.training.loaders import DataModule, build_datamodule
-from amod.training.module import Classifier
-from amod.training.record import about, classes_of, fingerprint, read_record
-from amod.training.run import make_trainer, say_measured, weightless
-from amod.training.sources import load_one
+from amod.training.config import EvaluateConfig
+from amod.training.folder import write_atomically
+from amod.training.run import make_trainer, say_measured
 from amod.training.splits import Split
+from amod.training.tasks import TASKS, said
 from amod.training.terminal import quiet, say
 from amod.training.troubles import known_troubles
-from amod.training.weights import build, input_config
 
 
 def evaluate(cfg: EvaluateConfig) -> Mapping[str, float]:
     """Measure the weights of the finished run in ``cfg.run`` on ``cfg.split``, from the folder alone."""
     quiet()
     folder, run = Path(cfg.run or ""), evaluation_config(cfg)
-    model, data = load_measured(folder, run, cfg.split)
+    task = TASKS[run.model.task]
+    parts = task.parts()
+    model, data = parts.load_measured(folder, run, cfg.split)
     run.schedule.ema_decay = None  # the weights are the average already
     run.trainer.max_time = run.trainer.profiler = None
-    module = Classifier(model, run.schedule, data.num_classes, run.seed)
+    module = parts.module(model, run, data)
     predictions = Predictions()
     trainer = make_trainer(
         run.trainer, callbacks=[predictions] if cfg.output else [], enable_progress_bar=sys.stdout.isatty()
@@ -48,92 +44,15 @@ def evaluate(cfg: EvaluateConfig) -> Mapping[str, float]:
         trainer.test(module, datamodule=data, verbose=False)
     found = trainer.callback_metrics.items()  # what test() returns leaves out what no logger gets
     values = {key.replace("test/", f"{cfg.split}/"): value.item() for key, value in found}
-    images = int(values[f"{cfg.split}/images"])
-    for key in ("top1", "top5"):
-        say(f"{cfg.split} {key.replace('top', 'top-')} {values[f'{cfg.split}/{key}']:.4f} %")
-    say(f"measured on {images} image{'s' if images != 1 else ''}")
-    say_measured(cfg.split, values)
+    measured = int(values[f"{cfg.split}/{task.samples}"])
+    for key in task.tested:
+        say(f"{cfg.split} {said(task, key, values[f'{cfg.split}/{key}'], 4)}")
+    say(f"measured on {measured} {task.samples if measured != 1 else task.samples.removesuffix('s')}")
+    say_measured(cfg.split, values, task)
     if cfg.output and trainer.is_global_zero:
         write_details(Path(cfg.output), predictions.rows, data.splits["test"], data.class_names)
         say(f"per class, confusion matrix and predictions: {cfg.output}")
     return values
-
-
-def load_run(folder: Path, cfg: TrainConfig | None = None) -> tuple[TrainConfig, nn.Module, DataModule]:
-    """(config, model, data) of a finished run: the best epoch's weights in evaluation mode, the data unaugmented.
-
-    ``cfg`` replaces the config that the folder holds, to read the data from another place for instance.
-    """
-    run = read_config(folder / "config.yaml") if cfg is None else cfg
-    inputs = input_config(run.model)
-    sizes = run.schedule.batch_size, run.schedule.eval_batch_size
-    data = build_datamodule(run.data, inputs, {}, *sizes, run.seed, classes_of(folder))
-    return run, load_model(folder, run, data.num_classes), data
-
-
-def load_measured(folder: Path, run: TrainConfig, split: str) -> tuple[nn.Module, DataModule]:
-    """The model, and the images of ``split`` as the test images of a data module; what is odd about them is said."""
-    count = classes_in(weights_of(folder))
-    record = read_record(folder)
-    classes = None if record is None else record["classes"]
-    images, of = load_one(run.data, split, classes)
-    known = len(images.source.classes)
-    if known != count:
-        raise UserError(
-            f"data.root={run.data.root}: has {known} classes, the model of run={folder} {count}; name the data that it "
-            "was trained on"
-        )
-    if record is None and run.data.name == "folder":
-        say("the run folder does not name its classes (it is of before data.json); labels are taken in their order")
-    place = "" if run.data.name == "digits" else f" in {run.data.root}"
-    part = "" if split == "all" or len(images) == of else f" of the {of}{place}; split=all measures all"
-    say(f"{split}: {len(images)} images{part}")
-    if record is not None:
-        say_origin(images, split, record, run)
-    inputs = input_config(run.model)
-    sizes = run.schedule.batch_size, run.schedule.eval_batch_size
-    return load_model(folder, run, count), DataModule(run.data, {"test": images}, inputs, {}, *sizes, run.seed)
-
-
-def say_origin(images: Split, split: str, record: Mapping[str, Any], run: TrainConfig) -> None:
-    """Whether they are the run's own images."""
-    if split == "all":
-        try:
-            seen, _ = load_one(run.data, "train", record["classes"])
-        except UserError:  # no training images there
-            return
-        if fingerprint(seen) == record["splits"]["train"]["fingerprint"]:
-            say(f"warning: it was trained on {len(seen)} of these images")
-    elif about(images) != record["splits"][split]:
-        by_order = run.data.split_by == "order" and len(images) < len(images.source.labels)
-        trained = ", and it may have been trained on some of them" if by_order else ""
-        say(f"they are not the run's own {split} images (it had {record['splits'][split]['images']}){trained}")
-
-
-def load_model(folder: Path, run: TrainConfig, num_classes: int) -> nn.Module:
-    weights = weights_of(folder)
-    model = build(weightless(run), num_classes).model
-    try:
-        model.load_state_dict(load_state_dict(str(weights)))
-    except Exception as error:  # whatever the bytes make the readers raise
-        raise UserError(f"{weights}: cannot be read as this run's weights ({one_line(error)})") from error
-    return model.eval()
-
-
-def weights_of(folder: Path) -> Path:
-    weights = folder / "weights.safetensors"
-    if not weights.exists():
-        raise UserError(f"run={folder}: is not finished, it has no weights.safetensors; resume it with its own command")
-    return weights
-
-
-def classes_in(weights: Path) -> int:
-    """How many classes a model's head has."""
-    try:
-        with safe_open(weights, "pt") as file:
-            return file.get_slice("head.weight").get_shape()[0]
-    except Exception as error:  # whatever the bytes make the reader raise
-        raise UserError(f"{weights}: cannot be read as this run's weights ({one_line(error)})") from error
 
 
 # --- in detail ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from amod.errors import UserError, one_line
 from amod.training.config import Data
 from amod.training.data import check_data
 from amod.training.images import kept_rng, open_rgb, transforms
+from amod.training.record import record_of
 from amod.training.sources import load
 from amod.training.splits import Split
 
@@ -181,7 +182,7 @@ class TrainLoader(Loader):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # type: ignore[override]
         for batch in super().__iter__():
-            self.keys.start += len(batch[0])
+            self.keys.start += len(batch[-1])
             yield batch
         self.keys.start = 0
 
@@ -193,35 +194,31 @@ class TrainLoader(Loader):
 
 
 class DataModule(LightningDataModule):
-    """Train, val and test loaders over three splits, sharded over the trainer's processes.
+    """Train, val and test loaders over three splits, sharded over the trainer's processes; a subclass has ``samples``.
 
     Training drops the last, smaller batch of an epoch unless it is the only one. Evaluation splits exactly:
     rank r gets samples r, r + world, ..., none twice, so ranks may differ by one sample.
     """
 
-    def __init__(
-        self,
-        cfg: Data,
-        splits: Mapping[str, Split],
-        input_cfg: Mapping[str, Any],
-        augment: Mapping[str, Any],
-        batch_size: int,
-        eval_batch_size: int,
-        seed: int,
-    ) -> None:
+    unit = "images"
+
+    def __init__(self, cfg: Data, splits: Mapping[str, Any], batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
         self.splits, self.seed = dict(splits), seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.skip = cfg.num_workers, cfg.on_error == "skip"
-        self.train_transform, self.eval_transform = transforms(input_cfg, augment, cfg.crop_pct)
 
     @property
     def class_names(self) -> list[str]:
-        return next(iter(self.splits.values())).source.classes
+        return []
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def samples(self, key: str, train: bool) -> Dataset:
+        """What draws whole batches of a split, as ``Samples`` does; its parts are joined by ``collate``."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        """data.json: what the run folder keeps of the data."""
+        raise NotImplementedError
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -232,8 +229,7 @@ class DataModule(LightningDataModule):
         overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         sampler = EpochSampler(len(split), self.seed, *self._share("train"), fixed=overfits)
         batches = BatchSampler(cast(Any, sampler), self.batch_size, drop_last=len(sampler) >= self.batch_size)
-        samples = Samples(split, self.train_transform, self.seed, self.skip, refill=True)
-        return TrainLoader(samples, batch_sampler=batches, **self._options())
+        return TrainLoader(self.samples("train", train=True), batch_sampler=batches, **self._options())
 
     def val_dataloader(self) -> Loader:
         return self._eval_loader("val")
@@ -244,19 +240,16 @@ class DataModule(LightningDataModule):
     def _eval_loader(self, key: str) -> Loader:
         rank, world = self._share(key)
         keys = [(0, position) for position in range(rank, len(self.splits[key]), world)]
-        samples = Samples(self.splits[key], self.eval_transform, None, self.skip, refill=False)
-        return Loader(
-            samples, batch_sampler=BatchSampler(cast(Any, keys), self.eval_batch_size, False), **self._options()
-        )
+        batches = BatchSampler(cast(Any, keys), self.eval_batch_size, False)
+        return Loader(self.samples(key, train=False), batch_sampler=batches, **self._options())
 
     def _share(self, key: str) -> tuple[int, int]:
         """(rank, number of processes) for a split of which each gets an image; UserError in all of them otherwise."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.sizes[key] < world:
             larger = "" if key == "train" else f", or a larger data.{key}_fraction where the split is made by it"
-            raise UserError(
-                f"trainer.devices: {world} processes cannot share the {self.sizes[key]} {key} images; use fewer{larger}"
-            )
+            these = f"{self.sizes[key]} {key} {self.unit}"
+            raise UserError(f"trainer.devices: {world} processes cannot share the {these}; use fewer{larger}")
         return rank, world
 
     def _options(self) -> dict[str, Any]:
@@ -274,6 +267,39 @@ class DataModule(LightningDataModule):
         }
 
 
+class ImageData(DataModule):
+    """Images and their labels, as timm prepares them for a model."""
+
+    def __init__(
+        self,
+        cfg: Data,
+        splits: Mapping[str, Split],
+        input_cfg: Mapping[str, Any],
+        augment: Mapping[str, Any],
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__(cfg, splits, batch_size, eval_batch_size, seed)
+        self.train_transform, self.eval_transform = transforms(input_cfg, augment, cfg.crop_pct)
+
+    @property
+    def class_names(self) -> list[str]:
+        return next(iter(self.splits.values())).source.classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def samples(self, key: str, train: bool) -> Samples:
+        if train:
+            return Samples(self.splits[key], self.train_transform, self.seed, self.skip, refill=True)
+        return Samples(self.splits[key], self.eval_transform, None, self.skip, refill=False)
+
+    def record(self) -> dict[str, Any]:
+        return record_of(self.splits)
+
+
 def build_datamodule(
     cfg: Data,
     input_cfg: Mapping[str, Any],
@@ -282,7 +308,7 @@ def build_datamodule(
     eval_batch_size: int,
     seed: int,
     classes: Sequence[str] | None = None,
-) -> DataModule:
+) -> ImageData:
     """Read the data set and make its loaders.
 
     ``input_cfg`` is timm's ``resolve_model_data_config`` (input_size, mean, std, interpolation, crop_pct) and
@@ -290,4 +316,4 @@ def build_datamodule(
     labels stand for (of a trained model). Raises UserError.
     """
     check_data(cfg)
-    return DataModule(cfg, load(cfg, classes), input_cfg, augment or {}, batch_size, eval_batch_size, seed)
+    return ImageData(cfg, load(cfg, classes), input_cfg, augment or {}, batch_size, eval_batch_size, seed)

@@ -1,4 +1,4 @@
-"""The training and evaluation steps of one model.
+"""The training and evaluation steps of one model, whatever its task.
 
 Everything random in a training step (Mixup, drop path, a random router) is drawn from (seed, epoch, batch, process),
 never from a generator that runs on. A run that was killed and goes on therefore repeats exactly what it would have
@@ -14,23 +14,21 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 
 from amod.errors import UserError, one_line
 from amod.training.config import Schedule
+from amod.training.tasks import Task
 from amod.training.weights import shortened
 
 log = logging.getLogger(__name__)
 LOSS_SUMS = ("mean_value", "weight")  # torchmetrics MeanMetric's state
-Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), labels (B,), sample indices (B,)
+Batch = tuple[Any, ...]  # what the task reads, and last the indices of its samples (B,)
 
 
 def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:
@@ -99,10 +97,16 @@ def check_optimizer(schedule: Schedule, lr: float, device: torch.device) -> None
         ) from error
 
 
-class Classifier(LightningModule):
-    """Trains `model` by the settings of ``schedule``; ``model(images) -> logits``."""
+class TaskModule(LightningModule):
+    """Trains `model` by the settings of ``schedule``.
 
-    def __init__(self, model: nn.Module, schedule: Schedule, num_classes: int, seed: int) -> None:
+    A task's subclass has its ``loss`` of a batch, the ``own_metrics`` of a split, and ``measure``, which runs the
+    evaluated model on a batch and updates them.
+    """
+
+    task: Task
+
+    def __init__(self, model: nn.Module, schedule: Schedule, seed: int) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
@@ -113,23 +117,14 @@ class Classifier(LightningModule):
         self.ema = None
         if decay is not None:
             self.ema = ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False)
-        self.mixup = None
-        if schedule.mixup > 0 or schedule.cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=schedule.mixup,
-                cutmix_alpha=schedule.cutmix,
-                label_smoothing=schedule.label_smoothing,
-                num_classes=num_classes,
-            )
         self.train_loss = MeanMetric()
         self.metrics = nn.ModuleDict(
             {
                 split: MetricCollection(
                     {
                         "loss": MeanMetric(nan_strategy=math.inf),  # by default it leaves nan out of the mean
-                        "top1": MulticlassAccuracy(num_classes, average="micro"),
-                        "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-                        "images": SumMetric(),  # that were measured
+                        **self.own_metrics(),
+                        self.task.samples: SumMetric(),  # that were measured
                         "unreadable": SumMetric(),  # and left out, as data.on_error=skip asks
                     },
                     compute_groups=False,
@@ -137,6 +132,22 @@ class Classifier(LightningModule):
                 for split in ("val", "test")
             }
         )
+
+    def own_metrics(self) -> dict[str, Metric]:
+        """The metrics beside the loss."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of a training batch: a mean over its samples."""
+        raise NotImplementedError
+
+    def measure(self, metrics: Any, batch: Batch) -> tuple[Tensor, Any]:
+        """(loss, outputs) of an evaluation batch, once ``own_metrics`` have been updated with it."""
+        raise NotImplementedError
+
+    def values(self, computed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The numbers of ``task.shown`` from the loss and the computed ``own_metrics``."""
+        return computed
 
     @property
     def evaluated(self) -> nn.Module:
@@ -149,15 +160,11 @@ class Classifier(LightningModule):
         self._seed(self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels, self.indices = batch
-        if self.mixup is not None:
-            images, targets = self.mixup(images, labels)
-            loss = F.cross_entropy(self.model(images), targets)
-        else:
-            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule.label_smoothing)
+        self.indices = batch[-1]
+        loss = self.loss(batch)
         if not torch.isfinite(loss):
             self._stop(f"the loss is {loss.item()}", self.indices)
-        self.train_loss.update(loss.detach(), len(images))
+        self.train_loss.update(loss.detach(), len(self.indices))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
@@ -248,7 +255,7 @@ class Classifier(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int) -> Any:
         return self._evaluate("test", batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -261,18 +268,15 @@ class Classifier(LightningModule):
         self._seed()  # a random router draws the same every time
         self.metrics[split].reset()  # type: ignore[operator]
 
-    def _evaluate(self, split: str, batch: Batch) -> Tensor:
-        images, labels, _ = batch
-        logits = self.evaluated(images).float()
-        metrics = self.metrics[split]
-        metrics["loss"].update(F.cross_entropy(logits, labels), len(labels))  # type: ignore[index]
-        for name in ("top1", "top5"):
-            metrics[name].update(logits, labels)  # type: ignore[index]
-        metrics["images"].update(len(labels))  # type: ignore[index]
-        return logits
+    def _evaluate(self, split: str, batch: Batch) -> Any:
+        metrics: Any = self.metrics[split]
+        loss, outputs = self.measure(metrics, batch)
+        metrics["loss"].update(loss, len(batch[-1]))
+        metrics[self.task.samples].update(len(batch[-1]))
+        return outputs
 
     def _report(self, split: str) -> None:
-        """Logs SPLIT/loss, the accuracies SPLIT/top1 and SPLIT/top5 in percent, and how many images these are of."""
+        """Logs SPLIT/loss and the task's other numbers, and of how many samples they are."""
         loader = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
         self.metrics[split]["unreadable"].update(getattr(loader, "skipped", 0))  # type: ignore[index]
         values = self.metrics[split].compute()  # type: ignore[operator]
@@ -283,6 +287,6 @@ class Classifier(LightningModule):
                     "or try trainer.precision=32-true"
                 )
             self._stop("the validation loss is not finite", kept="the end of this epoch is not saved")
-        counts = {f"{split}/{key}": values.pop(key) for key in ("images", "unreadable")}
+        counts = {f"{split}/{key}": values.pop(key) for key in (self.task.samples, "unreadable")}
         self.log_dict(counts, logger=False)
-        self.log_dict({f"{split}/{k}": v if k == "loss" else 100 * v for k, v in values.items()})
+        self.log_dict({f"{split}/{key}": value for key, value in self.values(values).items()})

@@ -21,6 +21,7 @@ LOOKED_INTO, BYTES = 256, 65_536
 
 
 def record_of(splits: Mapping[str, Split]) -> dict[str, Any]:
+    """Of splits of images. Another task's has no classes, and a split's first entry is how many samples it has."""
     classes = next(iter(splits.values())).source.classes
     return {"classes": list(classes), "splits": {key: about(split) for key, split in splits.items()}}
 
@@ -65,19 +66,21 @@ def classes_of(folder: Path) -> list[str] | None:
     return None if record is None else record["classes"]
 
 
-def check_same(record: Mapping[str, Any] | None, splits: Mapping[str, Split], folder: Path, root: str) -> None:
+def check_same(record: Mapping[str, Any] | None, now: Mapping[str, Any], folder: Path, root: str) -> None:
     """A run goes on with the data that it began with."""
     if record is None:
         return
     start_anew = "put them back to go on, or start a new run with another run_dir"
-    if odd := differ(record["classes"], next(iter(splits.values())).source.classes):
+    if odd := differ(record["classes"], now["classes"]):
         raise UserError(f"data.root={root}: the run in {folder} was begun with other classes ({odd}); {start_anew}")
-    for key, split in splits.items():
-        before, now = record["splits"][key], about(split)
-        if before != now:
-            counts = f"{before['images']} then, {now['images']} now" if before["images"] != now["images"] else "as many"
+    for key, found in now["splits"].items():
+        before = record["splits"][key]
+        if before != found:
+            unit = next(iter(found))
+            then, here = before.get(unit), found[unit]
+            counts = f"{then} then, {here} now" if then != here else "as many"
             raise UserError(
-                f"data.root={root}: the run in {folder} was begun with other {key} images ({counts}); {start_anew}"
+                f"data.root={root}: the run in {folder} was begun with other {key} {unit} ({counts}); {start_anew}"
             )
 
 

@@ -22,14 +22,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save
-from torch import nn
 
 from amod.errors import UserError, one_line, shown
-from amod.flops import count_flops
-from amod.plan import Route
 from amod.training.callbacks import RunRecorder, restored_signals, rounded
 from amod.training.checkpoints import AtomicCheckpoints, best_checkpoint, newest_checkpoint
-from amod.training.config import Schedule, TrainConfig, TrainerArguments, Variant
+from amod.training.config import Schedule, TrainConfig, TrainerArguments
 from amod.training.curves import plot_curves
 from amod.training.folder import (
     RunLock,
@@ -41,14 +38,14 @@ from amod.training.folder import (
     unfinished_twin,
     write_atomically,
 )
-from amod.training.loaders import DataModule, build_datamodule
+from amod.training.loaders import DataModule
 from amod.training.loggers import check_logger, loggers
-from amod.training.module import Classifier, check_optimizer, global_batch, limited, peak_lr
-from amod.training.record import check_same, read_record, record_of
+from amod.training.module import TaskModule, check_optimizer, global_batch, limited, peak_lr
+from amod.training.record import check_same, read_record
+from amod.training.tasks import TASKS, Task
 from amod.training.terminal import quiet, say, show
 from amod.training.troubles import known_troubles
-from amod.training.weights import build, input_config
-from amod.vit import RoutedViT, default_tokens
+from amod.training.weights import weightless
 
 PROFILERS = {
     "simple": profilers.SimpleProfiler,
@@ -58,7 +55,7 @@ PROFILERS = {
 
 
 def train(cfg: TrainConfig) -> float | None:
-    """Train, or go on with, the run of ``cfg.run_dir``; the best validation accuracy in percent, if there is one."""
+    """Train, or go on with, the run of ``cfg.run_dir``; the best validation (of ``Task.best``), if there is one."""
     quiet()
     rank_zero_only(check_run_dir)(cfg)  # a sweep's jobs before this one may have used the folder
     folder = Path(cfg.run_dir)
@@ -67,7 +64,7 @@ def train(cfg: TrainConfig) -> float | None:
         if summary.get("ended_by") == "trainer.max_time":
             say(f"trainer.max_time ended it after {summary['epochs']} epochs; with a longer one it goes on")
         show(summary)
-        return summary["val_top1"]
+        return summary[f"val_{TASKS[cfg.model.task].best}"]
     lock = RunLock(folder) if rank_zero_only.rank == 0 else None  # type: ignore[attr-defined]
     try:
         with restored_signals(), known_troubles(go_on(folder)):
@@ -107,27 +104,27 @@ def seconds_of(limit: Any) -> float:
 
 def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None:
     check_logger(cfg.logger)
+    task = TASKS[cfg.model.task]
+    parts = task.parts()
     bar = sys.stdout.isatty() if cfg.trainer.enable_progress_bar is None else cfg.trainer.enable_progress_bar
-    recorder = RunRecorder(folder, cfg.checkpoint_every_steps, not bar, flat(saved_config(cfg, whole=True)))
+    recorder = RunRecorder(folder, cfg.checkpoint_every_steps, not bar, flat(saved_config(cfg, whole=True)), task)
     recorder.listen()
     trainer = make_trainer(
         cfg.trainer,
         folder,
-        callbacks=[recorder, *callbacks(cfg), *([RichProgressBar()] if bar else [])],
+        callbacks=[recorder, *callbacks(cfg, task), *([RichProgressBar()] if bar else [])],
         enable_progress_bar=bar,
         plugins=[AtomicCheckpoints()],
     )
     recorder.launcher = trainer.strategy.launcher
     seed_everything(cfg.seed, verbose=False)
-    inputs = input_config(cfg.model)
     schedule = cfg.schedule
-    augment = schedule.augment.arguments()
-    data = build_datamodule(cfg.data, inputs, augment, schedule.batch_size, schedule.eval_batch_size, cfg.seed)
+    data = parts.read(cfg)
     check_batches(trainer, data, schedule)
     newest = newest_checkpoint(folder)  # where there is one, the weights are there, and their source may be gone
-    built = build(weightless(cfg) if newest else cfg, data.num_classes, data.class_names)
-    module = Classifier(built.model, schedule, data.num_classes, cfg.seed)
-    compute = compute_of(built.model, cfg, inputs["input_size"])
+    built = parts.build(weightless(cfg) if newest else cfg, data)
+    module = parts.module(built.model, cfg, data)
+    compute = parts.cost(built.model, cfg)
     batch = global_batch(trainer, schedule)
     lr = peak_lr(schedule, batch)
     gpu = torch.cuda.is_available()  # the Trainer's own device may be the CPU all the same
@@ -147,14 +144,15 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
                 f"trainer.max_time={shown(cfg.trainer.max_time)}: ended inside the first epoch, with a checkpoint; the "
                 f"same command with a longer one and run_dir={folder} goes on"
             )
-        best = best_checkpoint(folder, int(recorder.best["step"]))
-        module.check_weights(best["state_dict"], folder / "checkpoints/best.ckpt")
-        module.load_state_dict(best["state_dict"])
+        kept = best_checkpoint(folder, int(recorder.best["step"]))
+        module.check_weights(kept["state_dict"], folder / "checkpoints/best.ckpt")
+        module.load_state_dict(kept["state_dict"])
         trainer.test(module, datamodule=data, verbose=False)
     ended_by = None
     if len(recorder.rows) < schedule.epochs:
         ended_by = "callbacks=early_stopping" if recorder.stopped_early(trainer) else "trainer.max_time"
     tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
+    best = task.best
     summary = {
         "model": cfg.model.label,
         "data": cfg.data.name,
@@ -162,13 +160,12 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         "seed": cfg.seed,
         "global_batch": batch,
         "lr": lr,
-        "val_top1_untrained": recorder.untrained.get("val/top1"),
-        "test_top1_untrained": recorder.untrained.get("test/top1"),
-        "val_top1": recorder.best.get("val/top1"),
-        "test_top1": tested.get("test/top1"),
-        "test_top5": tested.get("test/top5"),
-        "test_images": int(tested.get("test/images", 0)),
-        "test_images_unreadable": int(tested.get("test/unreadable", 0)),
+        f"val_{best}_untrained": recorder.untrained.get(f"val/{best}"),
+        f"test_{best}_untrained": recorder.untrained.get(f"test/{best}"),
+        f"val_{best}": recorder.best.get(f"val/{best}"),
+        **{f"test_{name}": tested.get(f"test/{name}") for name in task.tested},
+        f"test_{task.samples}": int(tested.get(f"test/{task.samples}", 0)),
+        f"test_{task.samples}_unreadable": int(tested.get("test/unreadable", 0)),
         "best_epoch": recorder.best["epoch"],
         "epochs": len(recorder.rows),
         "ended_by": ended_by,
@@ -185,9 +182,9 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
                 logger.experiment.summary.update(summary)  # type: ignore[attr-defined]
                 logger.experiment.finish()  # type: ignore[attr-defined]  # the next job of a sweep starts its own
     show(summary)
-    say_measured("test", tested)
+    say_measured("test", tested, task)
     say(f"run folder: {folder}")
-    return recorder.best.get("val/top1")
+    return recorder.best.get(f"val/{best}")
 
 
 @rank_zero_only
@@ -197,14 +194,14 @@ def begin(cfg: TrainConfig, folder: Path, lock: RunLock | None, newest: Path | N
     if twin := unfinished_twin(cfg):
         say(f"an unfinished run of these settings is in {twin}; to go on with it, add run_dir={twin}")
     say(f"run folder: {folder}")
-    record = read_record(folder)
+    record, now = read_record(folder), data.record()
     if newest is not None:
-        check_same(record, data.splits, folder, cfg.data.root)
-    start_folder(cfg, folder, lock, newest, record_of(data.splits))
+        check_same(record, now, folder, cfg.data.root)
+    start_folder(cfg, folder, lock, newest, now)
 
 
 def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], batch: int, lr: float) -> None:
-    say(f"{cfg.data.name}: {data.sizes['train']} train, {data.sizes['val']} val, {data.sizes['test']} test images")
+    say(f"{cfg.data.name}: {data.sizes['train']} train, {data.sizes['val']} val, {data.sizes['test']} test {data.unit}")
     costs = f"{compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters"
     say(f"{cfg.model.label}, router {cfg.router.name}: {costs}")
     if blocks := compute["blocks_routed"]:
@@ -225,25 +222,22 @@ def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], bat
     say(f"global batch {batch}, lr {lr:g}{scaled}")
 
 
-def measure_untrained(trainer: Trainer, module: Classifier, data: DataModule, recorder: RunRecorder) -> None:
+def measure_untrained(trainer: Trainer, module: TaskModule, data: DataModule, recorder: RunRecorder) -> None:
     for measure in (trainer.validate, trainer.test):  # nothing is chosen by the latter
         measure(module, datamodule=data, verbose=False)
         recorder.untrained |= {key: rounded(value) for key, value in trainer.callback_metrics.items()}
-    before = " %, ".join(f"{split} top-1 {recorder.untrained.get(f'{split}/top1')}" for split in ("val", "test"))
-    say(f"before training: {before} %")
+    key, (words, unit) = module.task.best, module.task.shown[module.task.best]
+    found = [f"{split} {words} {recorder.untrained.get(f'{split}/{key}')}{unit}" for split in ("val", "test")]
+    say(f"before training: {', '.join(found)}")
 
 
-def say_measured(split: str, values: Mapping[str, Any]) -> None:
-    """What an accuracy leaves out, if anything."""
+def say_measured(split: str, values: Mapping[str, Any], task: Task) -> None:
+    """What a measurement leaves out, if anything."""
     if left := int(values.get(f"{split}/unreadable", 0)):
-        images = int(values[f"{split}/images"])
-        of = f"{left} of {images + left} {split} images"
-        say(f"warning: {of} could not be read; the accuracy is of the other {images}")
-
-
-def weightless(cfg: Any) -> Any:
-    """The config without the source of its weights."""
-    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"checkpoint": None, "pretrained": False})})
+        read = int(values[f"{split}/{task.samples}"])
+        of = f"{left} of {read + left} {split} {task.samples}"
+        words = "accuracy" if task.best == "top1" else task.shown[task.best][0]
+        say(f"warning: {of} could not be read; the {words} is of the other {read}")
 
 
 # --- Lightning's Trainer ------------------------------------------------------------------------------------------
@@ -270,13 +264,17 @@ def make_trainer(arguments: TrainerArguments, folder: Path | None = None, **ours
     return trainer
 
 
-def callbacks(cfg: TrainConfig) -> list[Callback]:
+def callbacks(cfg: TrainConfig, task: Task) -> list[Callback]:
     found: list[Callback] = [RichModelSummary()] if cfg.trainer.enable_model_summary else []
     chosen = cfg.callbacks
     if chosen.name == "early_stopping":
-        mode = "min" if chosen.monitor == "val/loss" else "max"
+        low = chosen.monitor == "val/loss" or (task.best_is_low and chosen.monitor == f"val/{task.best}")
         stop = EarlyStopping(
-            chosen.monitor, chosen.min_delta, chosen.patience, mode=mode, check_on_train_epoch_end=False
+            chosen.monitor,
+            chosen.min_delta,
+            chosen.patience,
+            mode="min" if low else "max",
+            check_on_train_epoch_end=False,
         )
         found.append(stop)
     return found
@@ -329,29 +327,3 @@ def ended_with(process: subprocess.Popen[bytes], status: int) -> bool:
         return process.wait(timeout=5) == status
     except subprocess.TimeoutExpired:
         return False
-
-
-# --- what it costs ------------------------------------------------------------------------------------------------
-
-
-def compute_of(model: nn.Module, cfg: Variant, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """What the model costs, and which blocks keep how many tokens."""
-    vit: Any = model
-    tokens = default_tokens(vit)
-    kept: dict[int, int] = model.tokens_kept(tokens) if isinstance(model, RoutedViT) else {}
-    routed = [entry for entry in vit.plan.values() if isinstance(entry, Route)] if kept else []
-    capacity: float | None = routed[0].capacity if routed else 1.0
-    if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
-        capacity = cfg.capacity if cfg.budget is None and cfg.router.depth is None else None
-    return {
-        "router": cfg.router.name,
-        "budget": cfg.budget,
-        "capacity": capacity,
-        "capacity_granted": min(kept.values(), default=tokens) / tokens,
-        "tokens": tokens,
-        "tokens_kept": {str(block): count for block, count in kept.items()},
-        "blocks_routed": list(kept),
-        "depth": len(vit.blocks),
-        "gflops": count_flops(model, input_size) / 1e9,
-        "params": sum(p.numel() for p in model.parameters()),
-    }

@@ -113,6 +113,11 @@ def build(cfg: Variant, num_classes: int, classes: Sequence[str] | None = None) 
     return Built(short, adapted)
 
 
+def weightless(cfg: Any) -> Any:
+    """The config without the source of its weights."""
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"checkpoint": None, "pretrained": False})})
+
+
 def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
     """What `vit` becomes by the config's router: itself for router=none, unless its last block is told otherwise."""
     router, last = cfg.router, cfg.placement.last

@@ -1,0 +1,157 @@
+"""model.task=classification: images and their classes. A file of a task, see ``tasks.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from amod.errors import UserError
+from amod.flops import count_flops
+from amod.plan import Route
+from amod.training.config import Schedule, TrainConfig, Variant
+from amod.training.finished import classes_in, load_model, weights_of
+from amod.training.loaders import ImageData, build_datamodule
+from amod.training.module import Batch, TaskModule
+from amod.training.record import about, fingerprint, read_record
+from amod.training.sources import load_one
+from amod.training.splits import Split
+from amod.training.tasks import CLASSIFICATION
+from amod.training.terminal import say
+from amod.training.weights import Built, input_config
+from amod.training.weights import build as build_vit
+from amod.vit import RoutedViT, default_tokens
+
+
+class Classifier(TaskModule):
+    """``model(images) -> logits``. A batch is images (B, 3, H, W), labels (B,), indices (B,)."""
+
+    task = CLASSIFICATION
+
+    def __init__(self, model: nn.Module, schedule: Schedule, num_classes: int, seed: int) -> None:
+        self.num_classes = num_classes
+        super().__init__(model, schedule, seed)
+        self.mixup = None
+        if schedule.mixup > 0 or schedule.cutmix > 0:
+            self.mixup = Mixup(
+                mixup_alpha=schedule.mixup,
+                cutmix_alpha=schedule.cutmix,
+                label_smoothing=schedule.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def own_metrics(self) -> dict[str, Metric]:
+        classes = self.num_classes
+        return {
+            "top1": MulticlassAccuracy(classes, average="micro"),
+            "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
+        }
+
+    def loss(self, batch: Batch) -> Tensor:
+        images, labels, _ = batch
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)
+            return F.cross_entropy(self.model(images), targets)
+        return F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule.label_smoothing)
+
+    def measure(self, metrics: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, labels, _ = batch
+        logits = self.evaluated(images).float()
+        for name in ("top1", "top5"):
+            metrics[name].update(logits, labels)
+        return F.cross_entropy(logits, labels), logits
+
+    def values(self, computed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Accuracies in percent."""
+        return {key: value if key == "loss" else 100 * value for key, value in computed.items()}
+
+
+def read(cfg: TrainConfig) -> ImageData:
+    schedule = cfg.schedule
+    return build_datamodule(
+        cfg.data,
+        input_config(cfg.model),
+        schedule.augment.arguments(),
+        schedule.batch_size,
+        schedule.eval_batch_size,
+        cfg.seed,
+    )
+
+
+def build(cfg: Variant, data: ImageData) -> Built:
+    return build_vit(cfg, data.num_classes, data.class_names)
+
+
+def module(model: nn.Module, cfg: TrainConfig, data: ImageData) -> Classifier:
+    return Classifier(model, cfg.schedule, data.num_classes, cfg.seed)
+
+
+def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
+    """What the model costs at its own image size, and which blocks keep how many tokens."""
+    vit: Any = model
+    tokens = default_tokens(vit)
+    kept: dict[int, int] = model.tokens_kept(tokens) if isinstance(model, RoutedViT) else {}
+    routed = [entry for entry in vit.plan.values() if isinstance(entry, Route)] if kept else []
+    capacity: float | None = routed[0].capacity if routed else 1.0
+    if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
+        capacity = cfg.capacity if cfg.budget is None and cfg.router.depth is None else None
+    return {
+        "router": cfg.router.name,
+        "budget": cfg.budget,
+        "capacity": capacity,
+        "capacity_granted": min(kept.values(), default=tokens) / tokens,
+        "tokens": tokens,
+        "tokens_kept": {str(block): count for block, count in kept.items()},
+        "blocks_routed": list(kept),
+        "depth": len(vit.blocks),
+        "gflops": count_flops(model, (vit.in_chans, *vit.patch_embed.img_size)) / 1e9,
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+
+
+# --- finished runs --------------------------------------------------------------------------------------------------
+
+
+def load_measured(folder: Path, run: TrainConfig, split: str) -> tuple[nn.Module, ImageData]:
+    """The model, and the images of ``split`` as the test images of a data module; what is odd about them is said."""
+    count = classes_in(weights_of(folder))
+    record = read_record(folder)
+    classes = None if record is None else record["classes"]
+    images, of = load_one(run.data, split, classes)
+    known = len(images.source.classes)
+    if known != count:
+        raise UserError(
+            f"data.root={run.data.root}: has {known} classes, the model of run={folder} {count}; name the data that it "
+            "was trained on"
+        )
+    if record is None and run.data.name == "folder":
+        say("the run folder does not name its classes (it is of before data.json); labels are taken in their order")
+    place = "" if run.data.name == "digits" else f" in {run.data.root}"
+    part = "" if split == "all" or len(images) == of else f" of the {of}{place}; split=all measures all"
+    say(f"{split}: {len(images)} images{part}")
+    if record is not None:
+        say_origin(images, split, record, run)
+    inputs = input_config(run.model)
+    sizes = run.schedule.batch_size, run.schedule.eval_batch_size
+    return load_model(folder, run, count), ImageData(run.data, {"test": images}, inputs, {}, *sizes, run.seed)
+
+
+def say_origin(images: Split, split: str, record: Mapping[str, Any], run: TrainConfig) -> None:
+    """Whether they are the run's own images."""
+    if split == "all":
+        try:
+            seen, _ = load_one(run.data, "train", record["classes"])
+        except UserError:  # no training images there
+            return
+        if fingerprint(seen) == record["splits"]["train"]["fingerprint"]:
+            say(f"warning: it was trained on {len(seen)} of these images")
+    elif about(images) != record["splits"][split]:
+        by_order = run.data.split_by == "order" and len(images) < len(images.source.labels)
+        trained = ", and it may have been trained on some of them" if by_order else ""
+        say(f"they are not the run's own {split} images (it had {record['splits'][split]['images']}){trained}")
