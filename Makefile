@@ -6,6 +6,7 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 STUDIES := $(patsubst conf/study/%.yaml,reproduce-%,$(wildcard conf/study/*.yaml))
 SCALE ?= small
+TWO := -n 2 --dist loadfile  # processes, a file of tests to each
 .PHONY: help setup demo test test-slow test-oldest lint benchmark benchmark-ddp frontier sweep clean $(STUDIES)
 
 help: ## list the targets
@@ -40,10 +41,8 @@ frontier: $(VENV)/.ready ## plans without training, agreement and accuracy again
 sweep: $(VENV)/.ready ## run a sweep file without W&B: make sweep SWEEP=sweeps/lr.yaml ARGS="data=digits"
 	$(RUN) src/sweep.py $(SWEEP) $(ARGS)
 
-# Two processes: beside the runtimes that the first loads, workers forked in the second have crashed.
 test: lint ## lint, types and tests (under 15 minutes on 2 cores)
-	$(VENV)/bin/pytest -m "not slow" --ignore=tests/training
-	$(VENV)/bin/pytest -m "not slow" tests/training
+	$(VENV)/bin/pytest -m "not slow" $(TWO)
 
 test-slow: $(VENV)/.ready ## the tests that take long
 	$(VENV)/bin/pytest -m slow
@@ -52,8 +51,7 @@ test-oldest: ## the tests with the lowest versions that pyproject.toml allows, i
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) tools/lowest.py > .venv-oldest/lowest.txt
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint .venv-oldest/lowest.txt --editable '.[dev]'
-	.venv-oldest/bin/pytest -m "not slow" --ignore=tests/training
-	.venv-oldest/bin/pytest -m "not slow" tests/training
+	.venv-oldest/bin/pytest -m "not slow" $(TWO)
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check

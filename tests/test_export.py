@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -130,6 +131,38 @@ def test_int8_is_near_the_model(tmp_path, form):
     found = amod.export(routed, tmp_path / f"model{suffix}", images=images, int8=True)
     assert 0 < found.difference < 0.5 * found.scale
     assert open_session(tmp_path / f"model{suffix}").facts["input_size"] == [3, 32, 32]
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+import amod
+from amod.runtimes import open_session
+from test_export import model, torch
+from amod import Route
+routed, images = model({1: Route(0.5)}, depth=2), torch.randn(8, 3, 32, 32)
+for name, int8 in (("a", False), ("b", True)):
+    amod.export(routed, f"{sys.argv[1]}/{name}.xml", images=images, int8=int8)
+sessions = [open_session(__import__("pathlib").Path(f"{sys.argv[1]}/{name}.xml")) for name in "ab"]
+while sessions:  # the first goes first
+    sessions.pop(0)
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("answered"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_process_that_used_openvino_survives_a_signal(tmp_path):
+    pytest.importorskip("nncf")
+    paths = os.pathsep.join([str(SRC), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", SIGNALLED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("answered\n")
 
 
 # --- refused, with nothing left

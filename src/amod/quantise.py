@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from amod.errors import UserError, one_line
+from amod.runtimes import openvino_core
 
 
 def quantise(path: Path, form: str, images: Tensor) -> None:
@@ -51,7 +52,7 @@ def _openvino(path: Path, images: Tensor) -> None:
     import nncf
     import openvino
 
-    model = openvino.Core().read_model(path)
+    model = openvino_core().read_model(path)
     data = nncf.Dataset(images.unsqueeze(1).numpy())
     made = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
     new = path.with_name("quantised.xml")

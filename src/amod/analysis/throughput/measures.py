@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import statistics
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,17 +66,27 @@ def _measure_files(cell: Mapping[str, Any], variants: Mapping[str, Variant]) -> 
     images = torch.randn(cell["batch"], *size, generator=torch.Generator().manual_seed(0)).numpy()
     form, precisions = FORMATS[cell["runtime"]], set()
     steps: dict[str, Step] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, variant in variants.items():
-            path = Path(folder) / f"{name}{SUFFIXES[form]}"
-            export(variant.model, path, form)
-            session = open_session(path, form, cell["threads"], cell["precision"] == "default")
-            precisions.add(session.precision)
-            steps[name] = partial(session.run, images)
-        seconds, repeats = alternate(
-            steps, cell["rounds"], min_rounds=cell["min_rounds"], seconds=cell["seconds"], fill=cell["fill"]
+    for name, variant in variants.items():
+        path = (
+            _files() / f"{cell['timm_name']}-{zlib.crc32(json.dumps(cell['kwargs']).encode())}-{name}{SUFFIXES[form]}"
         )
+        if not path.exists():
+            export(variant.model, path, form)
+        session = open_session(path, form, cell["threads"], cell["precision"] == "default")
+        precisions.add(session.precision)
+        steps[name] = partial(session.run, images)
+    seconds, repeats = alternate(
+        steps, cell["rounds"], min_rounds=cell["min_rounds"], seconds=cell["seconds"], fill=cell["fill"]
+    )
     return {"seconds": seconds, "repeats": repeats, "computed_in": sorted(precisions), **facts(variants)}
+
+
+@lru_cache
+def _files() -> Path:
+    """Where exported files are until this process ends: a model's cells differ in batch and precision alone."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def measure_parts(cell: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
