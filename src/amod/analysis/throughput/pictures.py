@@ -9,6 +9,7 @@ from typing import Any
 from amod.analysis.style import COLOURS, MARKERS, NAMES
 from amod.analysis.throughput.figures import Record, efficiency, label, milliseconds, model_of, setting
 from amod.analysis.throughput.parts import PARTS
+from amod.analysis.throughput.timing import Quartiles
 
 PART_COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#999999"), strict=True))
 
@@ -29,50 +30,46 @@ def draw(folder: Path, records: Sequence[Record]) -> list[str]:
 
 
 def _draw_efficiency(records: Sequence[Record]) -> Any:
-    """One panel per setting; a line per model and capacity, a dot per variant, bars from quartile to quartile."""
+    """One panel per model; a line per setting, batch size and capacity that was measured of it, a dot per variant, bars
+    from quartile to quartile."""
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys((setting(r["cell"]), r["cell"]["batch"]) for r in records))
-    lines = list(
-        dict.fromkeys((model_of(r), v.partition("@")[2]) for r in records for v in r["cell"]["variants"] if "@" in v)
-    )
-    columns = min(3, len(panels))
-    height = -(-len(panels) // columns)
+    panels: dict[str, dict[str, dict[str, Quartiles]]] = {}  # model, line, variant
+    for record in records:
+        cell = record["cell"]
+        for variant in cell["variants"]:
+            kind, _, capacity = variant.partition("@")
+            if capacity:
+                line = f"{setting(cell)}, batch {cell['batch']}, C = {capacity}"
+                panels.setdefault(model_of(record), {}).setdefault(line, {})[kind] = efficiency(record, variant)
+    heights = [len(lines) for lines in panels.values()]
     figure, axes = plt.subplots(
-        height, columns, figsize=(4.2 * columns + 1.5, (0.55 * len(lines) + 1.4) * height), sharey=True, squeeze=False
-    )
+        len(panels), 1, figsize=(9, 0.34 * sum(heights) + 0.9 * len(panels) + 0.4), sharex=True, squeeze=False,
+        height_ratios=heights,
+    )  # fmt: skip
     shown: dict[str, Any] = {}
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for record in records:
-            if (setting(record["cell"]), record["cell"]["batch"]) != panel:
-                continue
-            routed = [v for v in record["cell"]["variants"] if "@" in v]
-            kinds = list(dict.fromkeys(v.partition("@")[0] for v in routed))
-            for variant in routed:
-                kind, _, capacity = variant.partition("@")
-                q = efficiency(record, variant)
-                offset = 0.5 * ((kinds.index(kind) + 0.5) / len(kinds) - 0.5)
+    for axis, (model, lines) in zip(axes.flat, panels.items(), strict=True):
+        for row, found in enumerate(lines.values()):
+            for place, (kind, q) in enumerate(found.items()):
                 shown[kind] = axis.errorbar(
                     q.median,
-                    lines.index((model_of(record), capacity)) + offset,
+                    row + 0.6 * ((place + 0.5) / len(found) - 0.5),
                     xerr=[[q.median - q.low], [q.high - q.median]],
                     fmt=MARKERS[kind],
                     color=COLOURS[kind],
-                    markersize=5,
+                    markersize=4,
                     capsize=2,
-                    linewidth=1.2,
+                    linewidth=1,
                 )
         axis.axvline(1, color="#000000", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{panel[0]}, batch {panel[1]}", fontsize=9)
-        axis.set_xlabel("efficiency (speed-up / FLOPs ratio)")
+        axis.set_title(model, fontsize=9)
+        axis.set_yticks(range(len(lines)), lines, fontsize=7)
+        axis.set_ylim(len(lines) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    axes[0, 0].set_yticks(range(len(lines)), [f"{model}\nC = {c}" for model, c in lines], fontsize=8)
-    axes[0, 0].set_ylim(len(lines) - 0.5, -0.5)
+    axes[-1, 0].set_xlabel("efficiency (speed-up / FLOPs ratio)")
     handles = {NAMES[kind]: shown[kind] for kind in MARKERS if kind in shown}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
