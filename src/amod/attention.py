@@ -218,7 +218,7 @@ def attend(
         out, maps = explicit(q, k, v, bias, drop)
         maps = maps if request.differentiable else maps.detach()
         if column:
-            left["column_mean"] = maps.mean(dim=(1, 2))
+            left["column_mean"] = columns_of(maps)
         return out, left | class_scores(q, k, v, bias, request, maps[:, :, 0] if request.class_token else None)
     left |= class_scores(q, k, v, bias, request)
     if not column:
@@ -249,6 +249,14 @@ def explicit(
         logits = (wide(q) * q.shape[-1] ** -0.5) @ wide(k).transpose(-2, -1)
         maps = (logits if bias is None else logits + wide(bias)).softmax(dim=-1)
         return (maps if drop is None else drop(maps)).to(v.dtype) @ v, maps
+
+
+def columns_of(maps: Tensor) -> Tensor:
+    """(B, H, R, N) -> (B, N), the mean over heads and rows (Eq. 4)."""
+    if torch.compiler.is_exporting():  # to runtimes a product is cheap, and a mean over two axes is not
+        row = maps.new_full((1, 1, 1, maps.shape[2]), 1.0) / maps.shape[2]
+        return (row @ maps).squeeze(2).mean(dim=1)
+    return maps.mean(dim=(1, 2))
 
 
 def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, request: Request) -> Tensor:
