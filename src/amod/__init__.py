@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.exporting import export
     from amod.flops import count_flops
     from amod.hub import from_pretrained, push_to_hub, save_pretrained
-    from amod.plan import ClassOnly, Merge, Prune, Route, read_plan
+    from amod.plan import ClassOnly, Gate, Merge, Prune, Route, read_plan
     from amod.routing import RoutedLayer, Routing
     from amod.searching import Found, search
     from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
@@ -29,6 +29,7 @@ _HOME = {
     "save_pretrained": "hub",
     "export": "exporting",
     "ClassOnly": "plan",
+    "Gate": "plan",
     "Merge": "plan",
     "Prune": "plan",
     "Route": "plan",
@@ -48,6 +49,7 @@ __all__ = [
     "PAPER_DEPTHS",
     "ClassOnly",
     "Found",
+    "Gate",
     "Merge",
     "Prune",
     "Route",

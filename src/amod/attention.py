@@ -77,6 +77,8 @@ class Request:
         """Only so many of the first tokens ask."""
         self.reduce: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
         """Between attention and MLP: tokens (B, N, D) and what attention left -> (B, n, D)."""
+        self.halves: Callable[[Any, Tensor], Tensor] | None = None
+        """Called with the block's two halves (``blocks.Halves``) and its tokens, in the place of its forward."""
         self.left: dict[str, Tensor] = {}
         for name, value in given.items():
             setattr(self, name, value)

@@ -25,6 +25,8 @@ class CutBlock(Dressed):
         """(B, N, D) -> (B, n, D); without a request, or with one for the attention alone, timm's own forward."""
         request = request_in(args, kwargs)
         forward = self.undressed.forward
+        if request is not None and request.halves is not None:
+            return request.halves(Halves(self), x)
         if request is not None and request.reduce is not None:
             x = forward(_Silent(self, MLP_HALF), x, *args, **kwargs)
             return forward(_Silent(self, ATTENTION_HALF), request.reduce(x, request.left))
@@ -33,15 +35,35 @@ class CutBlock(Dressed):
         return forward(self, x, *args, **kwargs)
 
 
+class Halves:
+    """The two halves of a block, each for the tokens that it is given: x -> x + half(x)."""
+
+    def __init__(self, block: CutBlock) -> None:
+        self.block = block
+
+    def norm(self, x: Tensor, of: str) -> Tensor:
+        """What the ``attention`` or ``mlp`` half makes of x first."""
+        return (self.block.norm2 if of == "mlp" else self.block.norm1)(x)  # type: ignore[operator]
+
+    def attention(self, x: Tensor, normed: Tensor | None = None, **inputs: Any) -> Tensor:
+        """(B, n, D), and its norm where that is there already."""
+        return self.block.undressed.forward(_Silent(self.block, MLP_HALF, "norm1", normed), x, **inputs)
+
+    def mlp(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
+        return self.block.undressed.forward(_Silent(self.block, ATTENTION_HALF, "norm2", normed), x)
+
+
 def zeros(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_zeros(x.shape[0], 1, 1)
 
 
 class _Silent:
-    """The block without the parts named."""
+    """The block without the parts named, and with ``normed`` in the place of what its norm ``known`` would give."""
 
-    def __init__(self, block: Any, parts: tuple[str, ...]) -> None:
+    def __init__(self, block: Any, parts: tuple[str, ...], known: str = "", normed: Tensor | None = None) -> None:
         self.block, self.parts = block, parts
+        if normed is not None:
+            setattr(self, known, lambda x: normed)
 
     def __getattr__(self, name: str) -> Any:
         return zeros if name in self.parts else getattr(self.block, name)

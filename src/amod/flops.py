@@ -79,8 +79,8 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
     """
     if isinstance(input_size, Tensor) and not input_size.is_floating_point():
         return count_on_meta(on_meta(model), input_size.shape[1])
-    if isinstance(input_size, Tensor):
-        return _count(model, input_size) // len(input_size)
+    if isinstance(input_size, Tensor):  # each alone: a batch may pad what it keeps
+        return sum(_count(model, image) for image in input_size.split(1)) // len(input_size)
     return count_on_meta(on_meta(model), input_size or default_input_size(model))
 
 

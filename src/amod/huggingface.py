@@ -90,6 +90,8 @@ def routed(model: Any, plan: Plan) -> Any:
             )
         if entry.router not in ROUTERS:
             raise UserError(f"plan: block {i} has router={entry.router!r}; choose one of {', '.join(ROUTERS)}")
+        if entry.skip != "block":
+            raise UserError(f"plan: block {i} has skip={entry.skip!r}, which encoders of transformers do not have")
         if entry.memory or entry.router == "class_attention_value":
             what = f"memory={entry.memory:g}" if entry.memory else f"router={entry.router}"
             raise UserError(f"plan: block {i} has {what}, which models of transformers do not have; leave it out")

@@ -38,8 +38,11 @@ class Route:
     memory: float = 0.0
     """Of routers that read attention: share of the routed block before in the scores, an exponential mean over depth.
     The first routed block has nothing to remember."""
+    skip: str = "block"
+    """What the others pass: the block, or its ``attention`` or ``mlp`` alone; the other half is for all tokens."""
 
     def __post_init__(self) -> None:
+        _check_one_of("skip", self.skip, SKIPS)
         if not _is_number(self.capacity) or not 0 < self.capacity <= 1:
             raise UserError(f"capacity={self.capacity!r}: must be a number in (0, 1], e.g. 0.125")
         if self.activation not in ACTIVATIONS:
@@ -116,6 +119,34 @@ class Prune:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A trained router decides for each token, or each sequence, whether it is skipped (Router-Tuning, MindSkip): how
+    many go through is up to the data. What skipping means is in ``gates.py``."""
+
+    skip: str = "attention"
+    """``attention`` (MindSkip), ``mlp`` or ``block``."""
+    per: str = "token"
+    """``token`` or ``sequence``."""
+    target: float | None = None
+    """Of training: the share of the batch's gates that may be open for free."""
+    scale: float = 0.0
+    """Of training: the weight of scale relu(mean gate - target) in the loss; without a target of scale mean gate."""
+    cache: str = "kept"
+    """Of language models, when attention is skipped: ``kept`` tokens alone have keys and values, or ``all`` have."""
+
+    def __post_init__(self) -> None:
+        _check_one_of("skip", self.skip, SKIPS)
+        _check_one_of("per", self.per, ("token", "sequence"))
+        _check_one_of("cache", self.cache, ("kept", "all"))
+        if self.target is not None and (not _is_number(self.target) or not 0 <= self.target <= 1):
+            raise UserError(f"target={self.target!r}: must be a share in [0, 1] of the gates, e.g. 0.5, or null")
+        if not _is_number(self.scale) or not 0 <= self.scale < math.inf:
+            raise UserError(f"scale={self.scale!r}: must be a number of at least 0, the weight of the gates' loss")
+        if self.target is not None and not self.scale:
+            raise UserError(f"target={self.target!r}: does nothing with scale=0; raise scale or leave it out")
+
+
+@dataclass(frozen=True)
 class ClassOnly:
     """The class token's query against all keys, and nothing else: the same logits, for the last block of a model that
     reads its class token alone."""
@@ -127,9 +158,10 @@ def fraction(share: float) -> tuple[int, int]:
     return Fraction(float(share)).limit_denominator(10**9).as_integer_ratio()
 
 
-Entry = Route | Merge | Prune | ClassOnly
+Entry = Route | Merge | Prune | ClassOnly | Gate
 Plan = dict[int, Entry]
-ENTRIES: dict[str, type[Entry]] = {entry.__name__: entry for entry in (Route, Merge, Prune, ClassOnly)}
+ENTRIES: dict[str, type[Entry]] = {entry.__name__: entry for entry in (Route, Merge, Prune, ClassOnly, Gate)}
+SKIPS = ("block", "attention", "mlp")
 ACTIVATIONS = ("none", "sigmoid")
 READS_ATTENTION = {
     "attention": "column_mean",
@@ -149,6 +181,16 @@ PLACEMENTS = {
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(known)}")
+
+
+def gated_blocks(depth: int) -> tuple[int, ...]:
+    """Router-Tuning's: L - n - 1 to L - 2 with n = L / 2, which is 15 to 30 of 32 and 5 to 10 of 12."""
+    return tuple(range(max(depth - depth // 2 - 1, 0), depth - 1)) or (0,)
 
 
 def routed_blocks(placement: str | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -195,6 +237,11 @@ def make_plan(
     keep_rate: float = 0.7,
     fuse: bool = True,
     last: str | None = None,
+    skip: str | None = None,
+    per: str = "token",
+    target: float | None = None,
+    scale: float | None = None,
+    cache: str = "kept",
 ) -> Plan:
     """The plan that a method's name and its arguments stand for; :func:`amod.convert` says what they are."""
     if last not in (None, "class"):
@@ -205,8 +252,11 @@ def make_plan(
         entry, blocks = Merge(r), blocks or tuple(range(depth))
     elif router == "evit":
         entry, blocks = Prune(keep_rate, fuse), blocks or tuple(depth * part // 4 for part in (1, 2, 3))
+    elif router == "tuning":
+        scale = float(target is not None) if scale is None else scale
+        entry, blocks = Gate(skip or "attention", per, target, scale, cache), blocks or gated_blocks(depth)
     else:
-        entry = Route(capacity, router, keep_prefix, activation, memory)
+        entry = Route(capacity, router, keep_prefix, activation, memory, skip or "block")
         blocks = () if router == "none" else blocks or routed_blocks("alternate", depth)
     plan: Plan = dict.fromkeys(blocks, entry)
     if last == "class":
@@ -228,6 +278,8 @@ def check_plan(plan: Mapping[int, Entry], depth: int) -> None:
             )
         if isinstance(entry, Route) and entry.router in READS_ATTENTION:
             _check_scored(plan, i, entry)
+        if isinstance(entry, Gate) and (cut := next((e for e in plan.values() if isinstance(e, Merge | Prune)), None)):
+            raise UserError(f"plan: block {i} has a Gate, which cannot stand beside {cut}; leave one out")
     proportional = {entry.proportional for entry in plan.values() if isinstance(entry, Merge)}
     if len(proportional) > 1:
         raise UserError("plan: Merge entries differ in `proportional`; it is a setting of the whole model")
@@ -241,6 +293,8 @@ def _check_scored(plan: Mapping[int, Entry], i: int, entry: Route) -> None:
             "or use router=linear or random"
         )
     before = plan.get(i - 1)
+    if isinstance(before, Gate):
+        raise UserError(f"plan: block {i} (router={entry.router}) follows a Gate, which leaves no scores")
     if isinstance(before, Route) and READS_ATTENTION.get(before.router) != READS_ATTENTION[entry.router]:
         raise UserError(
             f"plan: block {i} (router={entry.router}) follows block {i - 1} (router={before.router}), whose attention "

@@ -78,6 +78,29 @@ class LinearRouter(Router):
         return scores
 
 
+class GateRouter(nn.Module):
+    """Router-Tuning's: w . x of a layer's normalised input, without a bias; zero at first, so that every gate is open.
+
+    Args:
+        per_sequence: of the mean of x over the tokens.
+    """
+
+    def __init__(self, dim: int, per_sequence: bool) -> None:
+        super().__init__()
+        self.per_sequence = per_sequence
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> logits (B, N), or (B, 1), in float32. ``real`` (B, N): which tokens a mean is of."""
+        with no_autocast(x.device.type):
+            logits = wide(x) @ wide(self.weight)
+            if not self.per_sequence:
+                return logits
+            if real is None:
+                return logits.mean(dim=1, keepdim=True)
+            return (logits * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 class RandomRouter(Router):
     """The control that the paper lacks: uniform scores, new at every call, from torch's global generator."""
 

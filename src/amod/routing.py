@@ -24,15 +24,22 @@ class RoutedLayer(NamedTuple):
     it kept, as positions in the sequence that leaves it: what a routed block skips leaves it too, a fused token is not
     among the kept. ``owner`` (B, tokens of the model) int64 is None as long as no block has merged or pruned; then it
     is, for every token that entered the model, the position of the one that stands for it, or -1.
+
+    Of a trained gate (``gates.py``) ``scores`` are its logits, and ``gate`` (B, N), or (B, 1) per sequence, is 1 for
+    what goes through and 0 for what is skipped, with the gradient that training needs; ``indices`` is (B, 0), since
+    how many are kept differs.
     """
 
     layer: int
     scores: Tensor
     indices: Tensor
     owner: Tensor | None = None
+    gate: Tensor | None = None
 
     def tokens(self, count: int) -> Tensor:
         """(B, count) bool: which of the ``count`` tokens that entered the model are kept here, or stood for."""
+        if self.gate is not None:
+            return (self.gate > 0).expand(-1, count)
         leaving = count if self.owner is None else int(max(self.owner.max(), self.indices.max())) + 1
         kept = self.indices.new_zeros(self.indices.shape[0], leaving, dtype=torch.bool)
         kept = put(kept, self.indices, torch.ones_like(self.indices, dtype=torch.bool))

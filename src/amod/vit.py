@@ -24,8 +24,20 @@ from amod.blocks import CutBlock
 from amod.dress import Dressed, dress, of_transformers
 from amod.errors import UserError, one_line
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
-from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan, read_plan
-from amod.routers import ROUTERS, make_router
+from amod.plan import (
+    READS_ATTENTION,
+    ClassOnly,
+    Entry,
+    Gate,
+    Merge,
+    Plan,
+    Prune,
+    Route,
+    check_plan,
+    make_plan,
+    read_plan,
+)
+from amod.routers import ROUTERS, GateRouter, make_router
 from amod.walk import MASKS, Walk, class_tokens
 
 FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
@@ -58,7 +70,7 @@ class RoutedViT(Dressed):
     @property
     def blocks_routed(self) -> tuple[int, ...]:
         """The blocks through which only some tokens go."""
-        return tuple(sorted(i for i, entry in self.plan.items() if isinstance(entry, Route)))
+        return tuple(sorted(i for i, entry in self.plan.items() if isinstance(entry, Route | Gate)))
 
     @property
     def proportional(self) -> bool:
@@ -90,9 +102,12 @@ class RoutedViT(Dressed):
         return indices
 
     def tokens_kept(self, tokens: int) -> dict[int, int]:
-        """How many tokens each block with an entry keeps (its MLP's), by block, if ``tokens`` enter the model."""
+        """How many tokens each block with an entry keeps (its MLP's), by block, if ``tokens`` enter the model; a gate's
+        number is up to the images, and it has none here."""
         prefix, kept = self.num_prefix_tokens, {}
         for i, entry in sorted(self.plan.items()):
+            if isinstance(entry, Gate):
+                continue
             if isinstance(entry, Route):
                 kept[i] = entry.kept(tokens, prefix)
                 continue
@@ -120,6 +135,12 @@ def convert(
     last: str | None = None,
     budget: float | None = None,
     input_size: Size | int | None = None,
+    skip: str | None = None,
+    layers: Sequence[int] | None = None,
+    per: str | None = None,
+    target: float | None = None,
+    scale: float | None = None,
+    cache: str | None = None,
 ) -> ViT:
     """A copy of a transformer of timm's or transformers' that follows a plan; ``vit`` itself is left as it is.
 
@@ -131,6 +152,7 @@ def convert(
             Encoder), ``Beit`` or ``VisionTransformerRelPos``, its weights loaded; or an encoder of transformers', with
             any head (``docs/transformers.md``).
         router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
+            ``tuning`` (gates that are trained: Router-Tuning),
             ``class_attention`` (the class token's row in the place of Eq. 4), ``class_attention_value`` (that row
             times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``evit``
             (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
@@ -149,6 +171,12 @@ def convert(
             costs most without exceeding it.
         input_size: (channels, height, width) of the budget's image, by default the model's own; of text, how many
             tokens.
+        skip: what the tokens that are not kept pass: the ``block`` (the default), or its ``attention`` or ``mlp``
+            alone; of ``tuning`` by default ``attention`` (MindSkip).
+        layers: of ``tuning``, 0-based blocks with a gate, by default those of Router-Tuning: 5 to 10 of 12.
+        per: of ``tuning``, a gate for each ``token`` (the default) or each ``sequence``.
+        target, scale: of ``tuning``'s training: scale relu(mean gate - target) is added to the loss (:class:`Gate`).
+        cache: of ``tuning`` in a language model (``docs/router-tuning.md``): ``kept`` or ``all``.
 
     Raises:
         UserError: the model, the plan or the budget cannot be served; the message says why.
@@ -164,6 +192,12 @@ def convert(
         "r": r,
         "keep_rate": keep_rate,
         "fuse": None if fuse else fuse,
+        "skip": skip,
+        "layers": layers,
+        "per": per,
+        "target": target,
+        "scale": scale,
+        "cache": cache,
     }
     if plan is not None:
         said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
@@ -174,19 +208,26 @@ def convert(
         plan = {int(i): plan[i] for i in sorted(plan)}
         return by.routed(vit, plan)
     router = "attention" if router is None else router
-    if router not in ROUTERS and router not in ("tome", "evit", "none"):
+    if router not in ROUTERS and router not in ("tome", "evit", "none", "tuning"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
-        raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
-    takes = {"tome": ("r",), "evit": ("keep_rate", "fuse")}.get(
-        router, ("capacity", "keep_prefix", "activation", "memory")
+        raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, tuning, none{hint}")
+    gates = ("layers", "skip", "per", "target", "scale", "cache")
+    takes = {"tome": ("r",), "evit": ("keep_rate", "fuse"), "tuning": gates}.get(
+        router, ("capacity", "keep_prefix", "activation", "memory", "skip")
     )
+    if router == "tuning":
+        for name, value in (("placement", placement), ("budget", budget)):
+            if value is not None:
+                raise UserError(f"{name}={value!r}: router=tuning has layers= and target= in its place; leave it out")
+        placement = layers
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
         if value is not None and budget is not None and name == takes[0]:
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
-    options |= {"fuse": fuse, "last": last}
+    options |= {"fuse": fuse, "last": last, "skip": skip}
+    options |= {name: own[name] for name in gates[2:] if own[name] is not None}
     if budget is not None:
         return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}
@@ -220,19 +261,25 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     for i in readers(model, plan):
         dress(model.blocks[i].attn, ReadableAttention)
     for i, entry in plan.items():
-        if not isinstance(entry, Route):
+        if not isinstance(entry, Route) or entry.skip != "block":
             dress(model.blocks[i], CutBlock)
     dress(model, RoutedViT)
     model.plan = dict(plan)
     model.mask_name = mask_name
-    routes = {i: entry for i, entry in plan.items() if isinstance(entry, Route)}
-    model.routers = nn.ModuleDict(
-        {str(i): make_router(entry.router, model.embed_dim, entry.activation) for i, entry in routes.items()}
-    )
+    routers = {
+        str(i): router_of(entry, model.embed_dim) for i, entry in plan.items() if isinstance(entry, Route | Gate)
+    }
+    model.routers = nn.ModuleDict(routers)
     reference = next(vit.parameters())
     model.routers.to(reference.device).train(vit.training)
     model.tokens_kept(default_tokens(model))  # refuse a capacity that keeps nothing now rather than in training
     return model
+
+
+def router_of(entry: Route | Gate, dim: int) -> nn.Module:
+    if isinstance(entry, Gate):
+        return GateRouter(dim, entry.per == "sequence")
+    return make_router(entry.router, dim, entry.activation)
 
 
 def dense(model: ViT) -> ViT:
@@ -251,7 +298,7 @@ def dense(model: ViT) -> ViT:
 
 def readers(model: Any, plan: Plan) -> list[int]:
     """The blocks whose attention gets a request: it leaves scores or keys, or must know where its tokens stood."""
-    cuts = [i for i, entry in plan.items() if not isinstance(entry, Route)]
+    cuts = [i for i, entry in plan.items() if not isinstance(entry, Route | Gate)]
     found = {i - 1 for i, entry in plan.items() if isinstance(entry, Route) and entry.router in READS_ATTENTION}
     found |= {*cuts}
     if not isinstance(model, VisionTransformer):  # rotary tables or relative positions
@@ -273,7 +320,15 @@ def check_blocks(model: Any, plan: Plan) -> None:
         if isinstance(entry, Route):
             if entry.router not in ROUTERS:
                 raise UserError(f"plan: block {i} has router={entry.router!r}; choose one of {', '.join(ROUTERS)}")
-            continue
+            if entry.skip == "block":
+                continue
+        if isinstance(entry, Gate) and entry.cache != "kept":
+            raise UserError(f"cache={entry.cache!r}: is of language models; leave it out")
+        if isinstance(entry, Gate) and "Post" in type(model.blocks[i]).__name__:
+            raise UserError(
+                f"block {i} ({type(model.blocks[i]).__name__}) normalises behind its parts, and a gate reads what is "
+                "normalised before; use another model"
+            )
         if isinstance(entry, ClassOnly):
             class_tokens(model)
         missing = [part for part in ("norm1", "attn", "norm2", "mlp") if not hasattr(model.blocks[i], part)]

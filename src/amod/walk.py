@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amod.attention import ReadableAttention, Request, rows_and_columns
+from amod.blocks import Halves
 from amod.errors import UserError
-from amod.plan import READS_ATTENTION, ClassOnly, Merge, Prune, Route
+from amod.gated import GatedStep
+from amod.plan import READS_ATTENTION, ClassOnly, Gate, Merge, Prune, Route
 from amod.reduce import Reduction, match, merge, merge_places, moved, prune, prune_places
-from amod.routing import RoutedLayer, Routing, put, refine, take, tokens_in, top_k, weigh_update
+from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take, tokens_in, top_k, weigh_update
 
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 """What the families call the tensor that a block hands on to its attention, to be added to the logits."""
@@ -116,6 +118,8 @@ class Walk:
             x = self.run(i, block, x, inputs)
         elif isinstance(entry, Route):
             x = self.route(i, block, entry, x, inputs)
+        elif isinstance(entry, Gate):
+            x = self.gate(i, block, entry, x, inputs)
         else:
             x = self.cut(i, block, entry, x, inputs)
         return self.restored(x) if self.restore else x
@@ -130,16 +134,61 @@ class Walk:
         scores = router(x, self.scores)
         prefix = self.model.num_prefix_tokens
         indices = top_k(scores.detach(), entry.kept(tokens_in(x), prefix), prefix if entry.keep_prefix else 0)
-        before, earlier = take(x, indices), self.scores
-        after = self.run(i, block, before, inputs, indices)
-        if self.scores is not None and entry.router in READS_ATTENTION:  # the block saw the kept tokens alone
-            assert earlier is not None
+        earlier, r = self.scores, router.multiplier(scores)
+        factor = None if r is None else take(r, indices)
+        if entry.skip == "block":
+            before = take(x, indices)
+            after = self.run(i, block, before, inputs, indices)
+            x = put(x, indices, after if factor is None else weigh_update(before, after, factor))
+        else:
+            x = self.route_half(i, block, entry.skip, x, inputs, indices, factor)
+        if self.scores is not None and entry.router in READS_ATTENTION and entry.skip != "mlp":
+            assert earlier is not None  # the attention saw the kept tokens alone
             self.scores = refine(earlier, indices, self.scores)
-        r = router.multiplier(scores)
-        if r is not None:
-            after = weigh_update(before, after, take(r, indices))
         self.routing.append(RoutedLayer(i, scores.detach(), indices, self.owner))
-        return put(x, indices, after)
+        return x
+
+    def route_half(
+        self,
+        i: int,
+        block: nn.Module,
+        skip: str,
+        x: Tensor,
+        inputs: dict[str, Any],
+        indices: Tensor,
+        factor: Tensor | None,
+    ) -> Tensor:
+        """The kept tokens (B, K) go through attention or MLP, all through the other."""
+        request, inputs = self.asked(i, block, inputs, indices if skip == "attention" else None)
+
+        def work(half: Halves, x: Tensor) -> Tensor:
+            if skip == "mlp":
+                x = half.attention(x, **inputs)
+            before = take(x, indices)
+            after = half.attention(before, **inputs) if skip == "attention" else half.mlp(before)
+            x = put(x, indices, after if factor is None else weigh_update(before, after, factor))
+            return half.mlp(x) if skip == "attention" else x
+
+        x = self.in_halves(i, block, x, work)
+        self.answered(i, request)
+        return x
+
+    def gate(self, i: int, block: nn.Module, entry: Gate, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """What the gate is open for goes through; the others pass."""
+        if x.is_meta:
+            raise UserError("count_flops: what a trained gate costs depends on the images; give images (B, 3, H, W)")
+        step = GatedStep(
+            entry,
+            self.model.routers[str(i)],
+            lambda **given: self.asked(i, block, **{"inputs": inputs, **given})[1],
+            inputs,
+            masked=self.model.training or leaving_torch(),
+        )
+        x = self.in_halves(i, block, x, step)
+        self.scores = None
+        scores, none = step.logits.detach().expand(x.shape[:2]), x.new_zeros(x.shape[0], 0, dtype=torch.long)
+        self.routing.append(RoutedLayer(i, scores, none, self.owner, step.gate))
+        return x
 
     def cut(
         self, i: int, block: nn.Module, entry: Merge | Prune | ClassOnly, x: Tensor, inputs: dict[str, Any]
@@ -224,14 +273,34 @@ class Walk:
             inputs: what timm gave the step: rotary table, mask.
             want, asked: of a :class:`Request`.
         """
+        request, inputs = self.asked(i, block, inputs, indices, None, want, **asked)
+        x = self.called(block, x, inputs)
+        self.answered(i, request)
+        return x
+
+    def asked(
+        self,
+        i: int,
+        block: nn.Module,
+        inputs: dict[str, Any],
+        indices: Tensor | None = None,
+        bias: Tensor | None = None,
+        want: tuple[str, ...] = (),
+        **asked: Any,
+    ) -> tuple[Request | None, dict[str, Any]]:
+        """What the block's attention is asked for, and its inputs with that in the place of its mask.
+
+        Args:
+            bias: (B or 1, 1, 1, n or K), added to the logits.
+        """
         model, inputs = self.model, dict(inputs)
-        following = model.plan.get(i + 1)
-        read = READS_ATTENTION.get(following.router) if isinstance(following, Route) else None
+        read = self.read_of(i)
         positions, size = self.positions, self.size
         if indices is not None:
             positions = indices if positions is None else take(positions, indices)
             size = None if size is None else take(size, indices)
-        bias = None if size is None or not model.proportional else size.log()[:, None, None, :]
+        if size is not None and model.proportional:
+            bias = size.log()[:, None, None, :] if bias is None else bias + size.log()[:, None, None, :]
         table = additive(inputs.get(model.mask_name))
         if positions is not None and inputs.get("rope") is not None:
             inputs["rope"] = rotary_rows(inputs["rope"], positions, model.num_prefix_tokens)
@@ -253,15 +322,38 @@ class Walk:
             if table is not None and positions is not None:
                 table = rows_and_columns(table, positions)
             inputs[model.mask_name] = table if bias is None else bias if table is None else table + bias
-        if model.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, use_reentrant=False, **inputs)
-        else:
-            x = block(x, **inputs)
+        return request, inputs
+
+    def read_of(self, i: int) -> str | None:
+        """What the next block's router reads of this one's attention."""
+        following = self.model.plan.get(i + 1)
+        return READS_ATTENTION.get(following.router) if isinstance(following, Route) else None
+
+    def called(self, block: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+        if self.model.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, **inputs)
+        return block(x, **inputs)
+
+    def answered(self, i: int, request: Request | None) -> None:
+        """``self.scores`` from what an attention left for the next block's router."""
         self.scores = None
         if request is not None:
             if missing := {*request.want} - {*request.left}:
                 raise UserError(f"block {i}: its attention was not called with its mask and left no {missing.pop()}")
+            read = self.read_of(i)
             self.scores = request.left[read] if read else None
+
+    def in_halves(self, i: int, block: nn.Module, x: Tensor, work: Callable[[Halves, Tensor], Tensor]) -> Tensor:
+        """The block called with its tokens, of which ``work`` makes what leaves it by the block's halves."""
+        done = []
+
+        def noted(halves: Halves, x: Tensor) -> Tensor:
+            done.append(True)
+            return work(halves, x)
+
+        x = self.called(block, x, {self.model.mask_name: Request(halves=noted)})
+        if not done:
+            raise UserError(f"block {i}: {type(block).__name__} was put there after convert and has no halves")
         return x
 
 
