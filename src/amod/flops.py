@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
+from amod.gates import is_gated
 
 Size = tuple[int, int, int]
 """(channels, height, width) of an image. For a model of text, an int is as much: how many tokens."""
@@ -77,7 +78,7 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
             cost depends on them: they are run, and the mean over them is counted. For a model of text, how many
             tokens, or token ids (B, N): each text costs what N tokens cost, padding as well.
     """
-    if isinstance(input_size, Tensor) and not input_size.is_floating_point():
+    if isinstance(input_size, Tensor) and not input_size.is_floating_point() and not is_gated(model):
         return count_on_meta(on_meta(model), input_size.shape[1])
     if isinstance(input_size, Tensor):  # each alone: a batch may pad what it keeps
         return sum(_count(model, image) for image in input_size.split(1)) // len(input_size)

@@ -56,6 +56,11 @@ def put_kept(x: Tensor, indices: Tensor, among: Tensor, after: Tensor) -> Tensor
     return put(x, indices, torch.where(among.unsqueeze(-1), after.to(x.dtype), take(x, indices)))
 
 
+def is_gated(model: Any) -> bool:
+    """Whether a plan of the model has gates, so that what it costs is up to the data."""
+    return any(isinstance(entry, Gate) for entry in (getattr(model, "plan", None) or {}).values())
+
+
 def penalty(routing: list[RoutedLayer], plan: Mapping[int, Any]) -> Tensor | float:
     """What the training's loss has on top: the sum over gated layers of scale relu(mean g - target), and without a
     target of scale mean g."""

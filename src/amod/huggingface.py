@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from amod import text
 from amod.dress import Dressed, dress
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, default_input_size, on_meta, within_budget
@@ -197,9 +198,10 @@ def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
     if not ours.get("plan"):
         return model.eval()
     plan = from_data(ours["plan"])
-    check_plan(plan, depth_of(model))
-    model = routed(model, plan)
-    layers, missing = find_encoder(model)[1], []
+    gated = text.is_served(model)
+    check_plan(plan, text.depth_of(model) if gated else depth_of(model))
+    model = text.routed(model, plan) if gated else routed(model, plan)
+    layers, missing = (next(text.decoders(model)).layers if gated else find_encoder(model)[1]), []
     saved = saved_routers(Path(source))
     for i, layer in enumerate(layers):
         for key, value in layer.router.named_parameters() if i in model.plan else ():

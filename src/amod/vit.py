@@ -239,13 +239,13 @@ def _served_by(model: Any) -> Any:
     if not of_transformers(model):
         return sys.modules[__name__]
     try:
-        from amod import huggingface
+        from amod import huggingface, text
     except ImportError as error:  # an older one has no attention interface
         raise UserError(
             f"{type(model).__name__}: this transformers cannot be served ({one_line(error)}); "
             "pip install 'amod[transformers]'"
         ) from error
-    return huggingface
+    return text if text.is_served(model) else huggingface
 
 
 def depth_of(vit: Any) -> int:

@@ -19,6 +19,7 @@ from amod.training.config import (
     WITHOUT_CAPACITY,
     EvaluateConfig,
     Model,
+    Router,
     TrainConfig,
     TrainerArguments,
     UntrainedConfig,
@@ -53,6 +54,11 @@ def check_train(composed: Any) -> TrainConfig:
                 f"trainer.{theirs}={shown(value)}: must be schedule.{ours}={shown(wanted)}, which other settings "
                 f"follow too; set schedule.{ours}={shown(value)} in its place"
             )
+    if schedule.train == "routers" and cfg.router.name not in ("tuning", "linear", "plan"):
+        raise UserError(
+            f"schedule.train=routers: router={cfg.router.name} has no weights, so nothing would be trained; choose "
+            "router=tuning or linear, or schedule.train=all"
+        )
     if schedule.min_lr > schedule.lr:
         raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")
     if (schedule.mixup or schedule.cutmix) and schedule.batch_size % 2:
@@ -147,8 +153,9 @@ def check_variant(cfg: Variant) -> None:
     depth, wanted = depth_of(cfg.model), cfg.router.depth
     if wanted is not None and depth is not None and wanted > depth:
         raise UserError(f"router.depth={wanted}: {cfg.model.label} has {depth} blocks; choose 1 to {depth}, or null")
-    if cfg.budget is not None and cfg.router.name in ("none", "plan"):
-        raise UserError(f"budget={cfg.budget}: router={cfg.router.name} always costs the same; leave budget out")
+    if cfg.budget is not None and cfg.router.name in ("none", "plan", "tuning"):
+        why = "costs what its gates leave" if cfg.router.name == "tuning" else "always costs the same"
+        raise UserError(f"budget={cfg.budget}: router={cfg.router.name} {why}; leave budget out")
     if cfg.budget is not None and wanted is not None:
         raise UserError(f"budget={cfg.budget}: router.depth={wanted} says the depth; leave one of them out")
     check_tokens(cfg)
@@ -179,6 +186,14 @@ def check_placement(cfg: Variant) -> None:
             if value != usual:
                 raise UserError(f"placement.{key}={shown(value)}: router=plan says it already; leave it out")
         return
+    if router.name == "tuning":
+        if blocks is not None or cfg.placement.name != "own":
+            raise UserError(f"{said}: router=tuning has router.layers in its place; leave it out")
+        try:
+            make_plan(depth_of(cfg.model) or 1000, "tuning", placement=router.layers, **gates_of(router))
+        except UserError as error:
+            raise UserError(f"router: {error}") from None
+        return
     if router.name == "isoflop":
         if cfg.placement.last is not None:
             raise UserError("placement.last=class: router=isoflop has no plan; leave it out")
@@ -191,6 +206,12 @@ def check_placement(cfg: Variant) -> None:
         make_plan(depth, router.name, placement=named if blocks is None else blocks, last=cfg.placement.last)
     except UserError as error:
         raise UserError(f"{said}: {str(error).partition(': ')[2]}") from None
+
+
+def gates_of(router: Router) -> dict[str, Any]:
+    """What a config says of the gates, as arguments of ``make_plan`` and ``convert``."""
+    named = {name: getattr(router, name) for name in ("skip", "per", "target", "scale", "cache")}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def check_tokens(cfg: Variant) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from amod.errors import UserError
 from amod.flops import count_flops
+from amod.gates import is_gated, penalty
 from amod.plan import Route
 from amod.training.config import Schedule, TrainConfig, Variant
 from amod.training.finished import classes_in, load_model, weights_of
@@ -26,7 +28,7 @@ from amod.training.tasks import CLASSIFICATION
 from amod.training.terminal import say
 from amod.training.weights import Built, input_config
 from amod.training.weights import build as build_vit
-from amod.vit import RoutedViT, default_tokens
+from amod.vit import RoutedViT, default_tokens, dense
 
 
 class Classifier(TaskModule):
@@ -56,9 +58,15 @@ class Classifier(TaskModule):
     def loss(self, batch: Batch) -> Tensor:
         images, labels, _ = batch
         if self.mixup is not None:
-            images, targets = self.mixup(images, labels)
-            return F.cross_entropy(self.model(images), targets)
-        return F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule.label_smoothing)
+            images, labels = self.mixup(images, labels)
+        if is_gated(self.model):
+            logits, routing = self.model(images, return_routing=True)
+            extra = penalty(routing, cast(Any, self.model).plan)
+        else:
+            logits, extra = self.model(images), None
+        smoothing = 0.0 if self.mixup is not None else self.schedule.label_smoothing  # mixup has smoothed them
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return loss if extra is None else loss + extra
 
     def measure(self, metrics: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels, _ = batch
@@ -97,6 +105,7 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
     vit: Any = model
     tokens = default_tokens(vit)
     kept: dict[int, int] = model.tokens_kept(tokens) if isinstance(model, RoutedViT) else {}
+    size = (vit.in_chans, *vit.patch_embed.img_size)
     routed = [entry for entry in vit.plan.values() if isinstance(entry, Route)] if kept else []
     capacity: float | None = routed[0].capacity if routed else 1.0
     if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
@@ -110,8 +119,27 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
         "tokens_kept": {str(block): count for block, count in kept.items()},
         "blocks_routed": list(kept),
         "depth": len(vit.blocks),
-        "gflops": count_flops(model, (vit.in_chans, *vit.patch_embed.img_size)) / 1e9,
+        "gflops": count_flops(dense(model) if is_gated(model) else model, size) / 1e9,
         "params": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def measured(model: nn.Module, data: ImageData) -> dict[str, Any]:
+    """Of a model with gates: the share kept on up to 256 test images, and the GFLOPs on 32 of them."""
+    if not is_gated(model):
+        return {}
+    samples = data.samples("test", train=False)
+    images, _ = samples.stacked(samples.drawn(256, 0))
+    images = images.to(next(model.parameters()).device)
+    model.eval()
+    with torch.no_grad():
+        parts = [cast(Any, model)(some, return_routing=True)[1] for some in images.split(64)]
+    layers = [torch.cat([routing[i].gate.mean(1) for routing in parts]) for i in range(len(parts[0]))]
+    shares = {str(layer.layer): round(float(gate.mean()), 4) for layer, gate in zip(parts[0], layers, strict=True)}
+    return {
+        "share_kept": round(sum(shares.values()) / len(shares), 4),
+        "share_kept_by_block": shares,
+        "gflops": count_flops(model, images[:32]) / 1e9,
     }
 
 

@@ -136,7 +136,7 @@ class Model(Group):
 
 
 UNROUTED = ("none", "isoflop")
-WITHOUT_CAPACITY = (*UNROUTED, "tome", "evit", "plan")
+WITHOUT_CAPACITY = (*UNROUTED, "tome", "evit", "plan", "tuning")
 
 
 class Router(Group):
@@ -150,6 +150,12 @@ class Router(Group):
     r: WholeNumber | None = None  # of tome
     keep_rate: Share | None = None  # of evit
     fuse: bool = True
+    skip: Literal["attention", "mlp", "block"] | None = None  # of tuning, and what follows
+    per: Literal["token", "sequence"] = "token"
+    layers: list[WholeNumber] | None = None
+    target: Probability | None = None
+    scale: NotNegative | None = None
+    cache: Literal["kept", "all"] = "kept"
     file: Text | None = None  # of plan
     plan: dict[str, Any] | None = None  # what that file said when the run began; a run folder has it, whole
 
@@ -191,6 +197,7 @@ class Augment(Open):
 
 
 class Schedule(Group):
+    train: Literal["all", "routers"] = "all"
     epochs: Count
     batch_size: Count
     eval_batch_size: Count

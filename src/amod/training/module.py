@@ -79,6 +79,17 @@ def make_optimizer(model: nn.Module, schedule: Schedule, lr: float) -> torch.opt
     )
 
 
+def freeze(model: nn.Module, train: str) -> int:
+    """Leave only the routers trainable where ``train`` says so; how many weights there are to train."""
+    if train == "routers":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("router" in name.rpartition(".")[0].replace("routers", "router").split("."))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not count:
+        raise UserError(f"schedule.train={train}: this model has no such weights; choose router=tuning or linear")
+    return count
+
+
 def check_optimizer(schedule: Schedule, lr: float, device: torch.device) -> None:
     """Let it make a step: only then is seen what some of timm's need (another package, a GPU, second derivatives)."""
     name = schedule.optimizer

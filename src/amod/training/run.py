@@ -40,7 +40,7 @@ from amod.training.folder import (
 )
 from amod.training.loaders import DataModule
 from amod.training.loggers import check_logger, loggers
-from amod.training.module import TaskModule, check_optimizer, global_batch, limited, peak_lr
+from amod.training.module import TaskModule, check_optimizer, freeze, global_batch, limited, peak_lr
 from amod.training.record import check_same, read_record
 from amod.training.tasks import TASKS, Task
 from amod.training.terminal import quiet, say, show
@@ -123,6 +123,7 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     check_batches(trainer, data, schedule)
     newest = newest_checkpoint(folder)  # where there is one, the weights are there, and their source may be gone
     built = parts.build(weightless(cfg) if newest else cfg, data)
+    trainable = freeze(built.model, schedule.train)
     module = parts.module(built.model, cfg, data)
     compute = parts.cost(built.model, cfg)
     batch = global_batch(trainer, schedule)
@@ -132,6 +133,8 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
 
     begin(cfg, folder, lock, newest, data)
     announce(cfg, data, compute, batch, lr)
+    if schedule.train != "all":
+        say(f"{trainable:,} of {compute['params']:,} parameters are trained: the {schedule.train}")
     trainer.loggers = loggers(cfg, folder) or []
     with one_voice(trainer, go_on(folder)):
         if newest:
@@ -153,6 +156,9 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         ended_by = "callbacks=early_stopping" if recorder.stopped_early(trainer) else "trainer.max_time"
     tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
     best = task.best
+    compute |= parts.measured(module.evaluated, data) or {}
+    if schedule.train != "all":
+        compute["params_trained"] = trainable
     summary = {
         "model": cfg.model.label,
         "data": cfg.data.name,

@@ -28,6 +28,9 @@ class Parts(Protocol):
     def cost(self, model: Any, cfg: Any) -> dict[str, Any]:
         """What the model costs, for the summary: ``gflops``, ``params``, and what is routed."""
 
+    def measured(self, model: Any, data: Any) -> dict[str, Any] | None:
+        """What of that is up to the data, measured on some of the test split: of trained gates."""
+
     def load_measured(self, folder: Path, cfg: Any, split: str) -> tuple[Any, Any]:
         """(model, data) of a finished run: its best weights, and a data module whose test split is ``split``."""
 

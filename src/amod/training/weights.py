@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from amod.errors import UserError, misfits, one_line
 from amod.flops import count_flops
 from amod.plan import from_data
+from amod.training.checks import gates_of
 from amod.training.config import WITHOUT_CAPACITY, Model, Variant
 from amod.training.record import classes_of, differ
 from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
@@ -125,6 +126,8 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         return convert(vit, plan=from_data(router.plan))
     if router.name == "none" and last is None:
         return vit
+    if router.name == "tuning":
+        return convert(vit, router="tuning", layers=router.layers, last=last, **gates_of(router))
     return convert(
         vit,
         router=router.name,

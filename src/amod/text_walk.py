@@ -1,0 +1,232 @@
+"""A gated layer of a causal language model: what its gate skips is not computed, in batches and with a cache.
+
+    x' = x + g attention(norm(x)),  x'' = x' + mlp(norm(x'))        skip=attention (MindSkip); mlp and block alike
+
+Whose keys and values there are, is ``Gate.cache``: ``kept``: a skipped token leaves none, so later tokens see kept ones
+only; ``all``: every token has them, and only query, scores and output are skipped. Training multiplies the same
+function by its gates. Rotary positions stay those of the text in either case. A gate per token is causal; one per
+sequence is decided on the first tokens that a cache sees, the prompt, and stays.
+
+Nothing is kept on a module: what a pass leaves for the next one is in the cache that generate() hands through.
+Axes: B texts, Q tokens of this call, K the most that any text keeps, T cached, H heads, D width, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from amod import padding
+from amod.dress import Dressed
+from amod.errors import UserError
+from amod.gates import kept_first, put_kept, straight_through
+from amod.plan import Gate
+from amod.routers import GateRouter
+from amod.routing import RoutedLayer, take
+
+
+class KeptCache(DynamicLayer):
+    """A layer's keys and values (B, H, T, d) of the tokens that have some, packed to the left: T is the most of any
+    text. ``positions`` (B, T) are their columns in the text, -1 where a text has fewer."""
+
+    def __init__(self, before: Any = None) -> None:
+        super().__init__()
+        self.seen = 0
+        self.window = getattr(before, "sliding_window", None)
+        self.is_sliding = self.window is not None
+        self.positions = torch.empty(0)
+        self.open: Tensor | None = None  # (B, 1), the decision of gates per sequence
+
+    def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All keys, values and positions, with these (B, H, K, d), (B, K) behind what each text had."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values, self.positions = keys[:, :, :0], values[:, :, :0], positions[:, :0]
+        row, at = (positions >= 0).nonzero(as_tuple=True)
+        had, new = (self.positions >= 0).sum(dim=1), (positions >= 0).sum(dim=1)
+        room = max(0, int((had + new).max()) - self.positions.shape[1])
+        to = had[row] + ((positions >= 0).cumsum(dim=1) - 1)[row, at]
+        self.positions = F.pad(self.positions, (0, room), value=-1).index_put((row, to), positions[row, at])
+        self.keys, self.values = (
+            F.pad(old, (0, 0, 0, room)).transpose(1, 2).index_put((row, to), fresh.transpose(1, 2)[row, at])
+            .transpose(1, 2)
+            for old, fresh in ((self.keys, keys), (self.values, values))
+        )  # fmt: skip
+        return self.keys, self.values, self.positions
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        raise UserError("this cache is of a gated model; give the dense model a new one")
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of the layer that this one replaced, whose mask other layers share."""
+        if self.window is None:
+            return self.seen + query_length, 0
+        return min(self.seen, self.window - 1) + query_length, max(self.seen - self.window + 1, 0)
+
+    def get_max_length(self) -> int:
+        return self.window or -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise UserError("crop: what a gated layer has seen cannot be taken back; use no assisted decoding")
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen, self.open = 0, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.positions)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            for name in ("keys", "values", "positions", "open"):
+                if (value := getattr(self, name)) is not None:
+                    setattr(self, name, value[indices.to(value.device)])
+
+
+class GatedLayer(Dressed):
+    """Over the class of a decoder layer."""
+
+    named_alike = True
+    entry: Gate
+    router: GateRouter
+    self_attn: Any
+    mlp: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        position_embeddings: Any = None,
+        routing: dict[int, RoutedLayer] | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """(B, Q, D) -> (B, Q, D)."""
+        x, entry, skip = hidden_states, self.entry, self.entry.skip
+        if x.is_meta:
+            raise UserError("count_flops: what a trained gate costs depends on the text; give token ids (B, N)")
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if attention_mask is not None:  # its last columns are of these very tokens
+            real = padding.real_tokens(attention_mask[..., -x.shape[1] :], len(x))
+        store = None if cache is None or self.training else self.store(cache)
+        before = self.input_layernorm(x)  # type: ignore[operator]
+        if skip == "mlp":
+            x, _ = self.attended(x, before, real, real, store, position_embeddings, None)
+        normed = self.mlp_norm(x) if skip == "mlp" else before
+        logits = self.router(normed, real)
+        gate = straight_through(logits)
+        if store is not None and entry.per == "sequence":
+            store.open = gate = gate.detach() if store.open is None else store.open
+        if routing is not None:
+            scores = logits.detach().expand(x.shape[:2])
+            none = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+            routing[self.self_attn.layer_idx] = RoutedLayer(self.self_attn.layer_idx, scores, none, None, gate)
+        keep, rows = (gate.detach() > 0) & real, gate if self.training else None
+        if skip != "mlp":
+            seen = keep if entry.cache == "kept" else real
+            after, keep_all = self.attended(x, normed, keep, seen, store, position_embeddings, rows)
+            if skip == "attention":
+                return after + self.mlp_update(after)
+            if keep_all is not None:  # training: the block's update is multiplied as a whole
+                return x + gate.unsqueeze(-1) * (keep_all + self.mlp_update(x + keep_all))
+            x, normed = after, None
+        if rows is not None:
+            return x + gate.unsqueeze(-1) * self.mlp_update(x, normed)
+        known = None if normed is None else normed[keep]
+        return x.index_put((keep,), x[keep] + self.mlp_update(x[keep], known))
+
+    def attended(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        keep: Tensor,
+        seen: Tensor,
+        store: KeptCache | None,
+        rotary: tuple[Tensor, Tensor],
+        gate: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x with the attention's update of the tokens in ``keep`` (B, Q), which look at those in ``seen`` (B, Q).
+
+        Args:
+            gate: (B, Q) or (B, 1), in training: all tokens ask, and their update is multiplied by it.
+        Returns:
+            (B, Q, D), and in training the update before it was multiplied.
+        """
+        attn, first = self.self_attn, 0 if store is None else store.seen
+        asking, among = kept_first(keep if gate is None else torch.ones_like(keep))
+        shown, there = kept_first(seen)
+        keys = self.rotated(attn.k_proj(take(normed, shown)), rotary, shown, "k_norm")
+        values = attn.v_proj(take(normed, shown)).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        positions = (shown + first).masked_fill(~there, -1)
+        if store is not None:
+            keys, values, positions = store.add(keys, values, positions)
+            store.seen += x.shape[1]
+        if not asking.shape[1]:
+            return x, None
+        query = self.rotated(attn.q_proj(take(normed, asking)), rotary, asking, "q_norm")
+        column, row = positions[:, None, :], (asking + first)[:, :, None]
+        visible = (column >= 0) & (column <= row)
+        window = getattr(attn, "sliding_window", getattr(attn.config, "sliding_window", None))
+        if window is not None:
+            visible &= column > row - window
+        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill(~visible, torch.finfo(x.dtype).min).unsqueeze(1)  # finite: no row becomes nan
+        groups = query.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (keys, values))
+        drop = attn.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, keys, values, bias, dropout_p=drop, scale=attn.scaling)
+        update = attn.o_proj(out.transpose(1, 2).flatten(2))
+        if hasattr(self, "pre_feedforward_layernorm"):
+            update = self.post_attention_layernorm(update)  # type: ignore[operator]
+        if gate is not None:
+            return x + gate.unsqueeze(-1) * update, update
+        return put_kept(x, asking, among, take(x, asking) + update), None
+
+    def rotated(self, heads: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor, norm: str) -> Tensor:
+        """(B, K, H d) of the tokens ``at`` (B, K) -> (B, H, K, d), normed where the model does, and turned."""
+        heads = heads.unflatten(-1, (-1, self.self_attn.head_dim))
+        if hasattr(self.self_attn, norm):
+            heads = getattr(self.self_attn, norm)(heads)
+        heads = heads.transpose(1, 2)
+        cos, sin = (take(table.expand(len(at), -1, -1), at).unsqueeze(1) for table in rotary)
+        one, other = heads.chunk(2, dim=-1)
+        return heads * cos + torch.cat([-other, one], dim=-1) * sin
+
+    def mlp_norm(self, x: Tensor) -> Tensor:
+        own: Any = getattr(self, "pre_feedforward_layernorm", None) or self.post_attention_layernorm
+        return own(x)
+
+    def mlp_update(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
+        update = self.mlp(self.mlp_norm(x) if normed is None else normed)
+        after: Any = getattr(self, "post_feedforward_layernorm", None)
+        return update if after is None else after(update)
+
+    def store(self, cache: Any) -> KeptCache:
+        """This layer's place in the cache."""
+        i = self.self_attn.layer_idx
+        while cache.layer_class_to_replicate is not None and len(cache.layers) <= i:
+            cache.layers.append(cache.layer_class_to_replicate())
+        own = cache.layers[i]
+        if not isinstance(own, KeptCache):
+            if not isinstance(own, DynamicLayer) or own.get_seq_length():
+                raise UserError(f"cache: a gated layer needs an empty DynamicCache, not one with {type(own).__name__}")
+            own = cache.layers[i] = KeptCache(own)
+        return own
+
+
+def cache_bytes(cache: Any) -> int:
+    """What the keys and values of a cache take."""
+    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, nn.Parameter | Tensor)]
+    return sum(t.numel() * t.element_size() for t in held)

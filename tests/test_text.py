@@ -1,0 +1,222 @@
+"""Trained gates in causal language models: against the masked computation, the own model, and recomputed texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import amod
+from amod.text_walk import KeptCache, cache_bytes
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+KINDS = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6, "head_dim": 8},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "Qwen3": {"head_dim": 8},
+    "Gemma": {"head_dim": 8},
+    "Gemma3": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+}
+SKIPS = ("attention", "mlp", "block")
+LENGTHS = (3, 9, 5, 12)
+
+
+def language_model(kind: str = "Llama") -> nn.Module:
+    torch.manual_seed(0)
+    text = "TextConfig" if kind == "Gemma3" else "Config"
+    config = getattr(transformers, f"{kind}{text}")(**SMALL, **KINDS[kind])
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.25)  # so that what is skipped matters
+    return model
+
+
+def gated(model: nn.Module, layers=(0, 2), **given) -> nn.Module:
+    model = amod.convert(model, router="tuning", layers=[*layers], **given)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.weight"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    """Four texts of different lengths, padded on the left."""
+    torch.manual_seed(2)
+    ids = torch.randint(2, 60, (4, max(LENGTHS)))
+    mask = torch.arange(max(LENGTHS)) >= max(LENGTHS) - torch.tensor(LENGTHS).unsqueeze(1)
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, position_ids=places(mask), use_cache=False).logits
+
+
+def generated(model: nn.Module, count: int = 24, **given):
+    return model.generate(
+        **prompts(), max_new_tokens=count, min_new_tokens=count, return_dict_in_generate=True, do_sample=False, **given
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_open_gates_are_the_own_model(kind):
+    own = language_model(kind)
+    model = amod.convert(own, router="tuning", layers=[0, 2])
+    assert type(model).__name__ == type(own).__name__
+    real = prompts()["attention_mask"].bool()
+    one, other = (logits(m, **prompts_as())[real] for m in (model, own))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert torch.equal(generated(model).sequences, generated(own).sequences)
+
+
+def prompts_as() -> dict[str, torch.Tensor]:
+    given = prompts()
+    return {"ids": given["input_ids"], "mask": given["attention_mask"]}
+
+
+@pytest.mark.parametrize("cache", ["kept", "all"])
+@pytest.mark.parametrize("per", ["token", "sequence"])
+@pytest.mark.parametrize("skip", SKIPS)
+def test_skipping_equals_the_masked_computation(skip, per, cache):
+    for kind in ("Llama", "Gemma3"):
+        model = gated(language_model(kind), skip=skip, per=per, cache=cache)
+        real = prompts()["attention_mask"].bool()
+        skipping = logits(model, **prompts_as())
+        masked = logits(model.train(), **prompts_as())
+        torch.testing.assert_close(skipping[real], masked[real], rtol=1e-3, atol=1e-4)
+        _, routing = model(**prompts(), return_routing=True)
+        assert any(0 < float(layer.gate.mean()) < 1 for layer in routing)
+
+
+def test_keys_of_all_is_the_update_multiplied():
+    """cache=all by the definition: the own layer's attention over everything, times the gate."""
+    own = language_model()
+    model = gated(own, layers=[1], cache="all")
+    ids = prompts()["input_ids"]
+    found, layer = {}, own.model.layers[1]
+    layer.self_attn.register_forward_hook(
+        lambda module, args, kwargs, out: (out[0] * found["gate"].unsqueeze(-1), out[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        out, routing = model(ids, return_routing=True)
+        found["gate"] = routing[0].gate
+        torch.testing.assert_close(out.logits, own(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["kept", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_equals_recomputation(kind, cache):
+    """64 tokens behind prompts of four lengths, against the whole text at once, without a cache."""
+    count = 64 if kind in ("Llama", "Gemma3") else 20
+    model = gated(language_model(kind), cache=cache, skip="block" if kind == "Qwen3" else "attention")
+    out = generated(model, count, output_logits=True)
+    mask = torch.cat([prompts()["attention_mask"], torch.ones(4, count, dtype=torch.long)], dim=1)
+    whole = logits(model, out.sequences, mask)[:, -count - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=1e-3, atol=1e-3)
+    assert torch.equal(whole.argmax(-1), out.sequences[:, -count:])
+    alone = model.generate(prompts()["input_ids"][:1, -3:], max_new_tokens=count, do_sample=False)
+    assert torch.equal(alone[0], out.sequences[0, -count - 3 :])  # as if it were alone
+
+
+def test_a_sequence_keeps_the_decision_of_its_prompt():
+    model = gated(language_model(), per="sequence")
+    out = generated(model, 16, output_logits=True)
+    _, routing = model(**prompts(), position_ids=places(prompts()["attention_mask"]), return_routing=True)
+    for i, layer in zip((0, 2), routing, strict=True):
+        model.model.layers[i].router.forward = lambda x, real, gate=layer.scores[:, :1]: gate
+    mask = torch.cat([prompts()["attention_mask"], torch.ones(4, 16, dtype=torch.long)], dim=1)
+    whole = logits(model, out.sequences, mask)[:, -17:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=1e-3, atol=1e-3)
+    assert {float(g) for layer in routing for g in layer.gate.flatten()} == {0.0, 1.0}
+
+
+def test_the_cache_holds_what_was_kept():
+    own = generated(language_model()).past_key_values
+    for cache in ("kept", "all"):
+        model = gated(language_model(), cache=cache)
+        held = generated(model).past_key_values
+        layer = held.layers[0]
+        assert isinstance(layer, KeptCache)
+        counts = (layer.positions >= 0).sum(1)
+        assert layer.keys.shape[2] == int(counts.max())
+        if cache == "all":  # padding has none
+            assert counts.tolist() == [23 + length for length in LENGTHS]
+        else:
+            assert all(0 < count < 23 + length for count, length in zip(counts.tolist(), LENGTHS, strict=True))
+            assert cache_bytes(held) < cache_bytes(own)
+
+
+def test_sampling_beams_and_nothing_left_on_modules():
+    model = gated(language_model())
+    before = {name: {*vars(module)} for name, module in model.named_modules()}
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        texts.append(model.generate(**prompts(), max_new_tokens=10, do_sample=True, top_k=0))
+    assert torch.equal(*texts)
+    beams = [
+        model.generate(**prompts(), max_new_tokens=8, do_sample=False, num_beams=3, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*beams)
+    assert {name: {*vars(module)} for name, module in model.named_modules()} == before
+
+
+def test_only_gates_get_gradients_when_the_rest_is_frozen(tmp_path):
+    model = gated(language_model(), target=0.5).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("router" in name)
+    model(**prompts(), labels=prompts()["input_ids"]).loss.backward()
+    routers = [p.grad for name, p in model.named_parameters() if "router" in name]
+    assert len(routers) == 2
+    assert all(grad.abs().sum() > 0 for grad in routers)
+    model.eval()
+    amod.save_pretrained(model, tmp_path / "lm")
+    again = amod.from_pretrained(tmp_path / "lm")
+    assert again.plan == model.plan
+    assert torch.equal(logits(again, **prompts_as()), logits(model, **prompts_as()))
+    plain = amod.dense(model)
+    assert torch.equal(logits(plain, **prompts_as()), logits(language_model(), **prompts_as()))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"router": "tuning", "layers": [4]}, "block 4 is not one of 0 to 3"),
+        ({"router": "tuning", "cache": "none"}, "cache='none': choose one of kept, all"),
+        ({"router": "tuning", "target": 2}, "target=2: must be a share"),
+        ({"router": "attention"}, "depends on later ones"),
+    ],
+)
+def test_bad_input_is_one_line(given, words):
+    with pytest.raises(amod.UserError, match=words) as caught:
+        amod.convert(language_model(), **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_not_served():
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)
+    with pytest.raises(amod.UserError, match="GPT2LMHeadModel cannot be routed"):
+        amod.convert(transformers.GPT2LMHeadModel(config), router="tuning")
+    static = transformers.StaticCache(config=language_model().config, max_cache_len=8)
+    with pytest.raises(amod.UserError, match="needs an empty DynamicCache"):
+        gated(language_model())(prompts()["input_ids"][:, :4], past_key_values=static)
