@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -44,7 +45,10 @@ def check_train(composed: Any) -> TrainConfig:
     kind = UntrainedConfig if isinstance(composed, DictConfig) and "images" in composed else TrainConfig
     cfg = composed if isinstance(composed, TrainConfig) else parse(kind, composed)
     check_task(cfg)
-    check_variant(cfg)
+    if cfg.model.task == "language":
+        check_language(cfg)
+    else:
+        check_variant(cfg)
     check_trainer(cfg.trainer)
     schedule = cfg.schedule
     for theirs, ours in TWICE.items():
@@ -91,6 +95,33 @@ def check_task(cfg: TrainConfig) -> None:
     if cfg.callbacks.name == "early_stopping" and cfg.callbacks.monitor not in task.columns:
         known = ", ".join(name for name in task.columns if name.startswith("val/"))
         raise UserError(f"callbacks.monitor={cfg.callbacks.monitor}: {task.name} measures {known}; choose one of them")
+
+
+def check_language(cfg: TrainConfig) -> None:
+    """A model of transformers' in a folder, dense or with gates."""
+    name, router, schedule = cfg.model.name, cfg.router, cfg.schedule
+    if router.name not in ("none", "tuning"):
+        raise UserError(f"router={router.name}: model={cfg.model.label} is a language model; choose none or tuning")
+    file = Path(name) / "config.json"
+    with reachable(f"model.name={name}"):
+        if not file.is_file():
+            raise UserError(
+                f"model.name={name}: no config.json there; name a folder of a causal language model of transformers "
+                "(tools/stories.py makes one)"
+            )
+    unused = {"model.checkpoint": cfg.model.checkpoint, "budget": cfg.budget, "placement.blocks": cfg.placement.blocks}
+    unused |= {f"schedule.{key}": getattr(schedule, key) for key in ("mixup", "cutmix", "label_smoothing")}
+    for key, value in unused.items():
+        if value:
+            raise UserError(f"{key}={shown(value)}: model={cfg.model.label} is a language model; leave it out")
+    if router.name == "tuning":
+        try:
+            depth = int(json.loads(file.read_text())["num_hidden_layers"])
+            make_plan(depth, "tuning", placement=router.layers, **gates_of(router))
+        except UserError as error:
+            raise UserError(f"router: {error}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file}: says no num_hidden_layers; name a language model of transformers") from None
 
 
 def check_evaluate(composed: Any) -> EvaluateConfig:

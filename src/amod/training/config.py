@@ -180,6 +180,7 @@ class Data(Group):
     train_on: Literal["train", "train+val"] = "train"
     num_classes: Annotated[int, Field(ge=2)] | None = None
     num_workers: WholeNumber | None = None
+    length: Annotated[int, Field(ge=2)] = 128  # of text: tokens of a sample
     test_fraction: Part = 0.2
     val_fraction: Part = 0.1
     split_seed: Seed = 0

@@ -72,6 +72,7 @@ LAYOUTS = {
         f"{_DOWNLOAD} (30 MB), or install Debian's package dataset-fashion-mnist",
         True,
     ),
+    "text": Layout("", ("**/*.txt",), "point data.root at a folder of .txt files"),
     "digits": Layout("", (), "it comes with scikit-learn"),
     "folder": Layout("", ("*/*",), "point data.root at a folder of class folders, or of train/ [val/] [test/]"),
 }

@@ -178,7 +178,11 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         "seconds": recorder.seconds,
     }
     if trainer.is_global_zero:
-        weights = {key: value.contiguous() for key, value in module.evaluated.state_dict().items()}
+        state = module.evaluated.state_dict()
+        tied = {value.data_ptr(): key for key, value in state.items()}  # a file of safetensors has no two names for one
+        weights = {
+            key: value.contiguous() if tied[value.data_ptr()] == key else value.clone() for key, value in state.items()
+        }
         names = {"classes": json.dumps(data.class_names)}
         write_atomically(folder / "weights.safetensors", save(weights, names))
         write_atomically(folder / "curves.png", plot_curves(recorder))

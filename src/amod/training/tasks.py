@@ -74,7 +74,17 @@ CLASSIFICATION = Task(
     tested=("top1", "top5"),
     best="top1",
 )
-TASKS = {task.name: task for task in (CLASSIFICATION,)}
+LANGUAGE = Task(
+    name="language",
+    file="language",
+    data=("text",),
+    shown={"loss": ("loss", ""), "perplexity": ("perplexity", "")},
+    tested=("loss", "perplexity"),
+    best="loss",
+    best_is_low=True,
+    samples="sequences",
+)
+TASKS = {task.name: task for task in (CLASSIFICATION, LANGUAGE)}
 
 
 def said(task: Task, name: str, value: float, digits: int) -> str:

@@ -1,0 +1,182 @@
+"""model.task=language: causal language models of transformers on folders of .txt files. A file of a task, see
+``tasks.py``. Axes: B samples, N tokens of a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics import Metric
+
+from amod.errors import UserError, one_line
+from amod.flops import count_flops
+from amod.gates import is_gated, penalty
+from amod.training.checks import gates_of
+from amod.training.config import Data, TrainConfig, Variant
+from amod.training.data import locate
+from amod.training.finished import with_weights
+from amod.training.loaders import DataModule, Key, Samples
+from amod.training.module import Batch, TaskModule
+from amod.training.tasks import LANGUAGE
+from amod.training.weights import Built
+from amod.vit import convert, dense
+
+END = "<|endoftext|>"
+
+
+class LanguageModel(TaskModule):
+    """``model(ids)``. A batch is token ids (B, N) and indices (B,); the loss is of every token but the first."""
+
+    task = LANGUAGE
+
+    def own_metrics(self) -> dict[str, Metric]:
+        return {}
+
+    def loss(self, batch: Batch) -> Tensor:
+        ids = batch[0]
+        if not is_gated(self.model):
+            return next_token_loss(self.model(ids, use_cache=False).logits, ids)
+        out, routing = self.model(ids, use_cache=False, return_routing=True)
+        return next_token_loss(out.logits, ids) + penalty(routing, cast(Any, self.model).plan)
+
+    def measure(self, metrics: Any, batch: Batch) -> tuple[Tensor, None]:
+        return next_token_loss(self.evaluated(batch[0], use_cache=False).logits, batch[0]), None
+
+    def values(self, computed: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**computed, "perplexity": computed["loss"].exp()}
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Nats per token: (B, N, words), (B, N)."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+
+
+class Pieces(Dataset):
+    """Rows (n, N) of token ids."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[list[Any], list[str]]:
+        return [(torch.from_numpy(self.ids[at]), at) for _, at in keys], []
+
+
+class TextData(DataModule):
+    unit = LANGUAGE.samples
+
+    def samples(self, key: str, train: bool) -> Samples:
+        return cast(Samples, Pieces(self.splits[key]))
+
+    def record(self) -> dict[str, Any]:
+        def about(ids: np.ndarray) -> dict[str, Any]:
+            return {self.unit: len(ids), "fingerprint": hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest()}
+
+        return {"classes": [], "splits": {key: about(ids) for key, ids in self.splits.items()}}
+
+
+def texts_of(cfg: Data) -> dict[str, str]:
+    """{name: text} of all files, ended by END or the end of a file; UserError for one that cannot be read."""
+    root, found = locate(cfg), {}
+    for file in sorted(root.rglob("*.txt")):
+        try:
+            parts = file.read_text(encoding="utf-8").split(END)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as UTF-8 text ({one_line(error)})") from None
+        found |= {f"{file.relative_to(root)}:{i}": text.strip() for i, text in enumerate(parts) if text.strip()}
+    return found
+
+
+def pieces(cfg: Data, tokenizer: Any) -> dict[str, np.ndarray]:
+    """The samples (n, N) int64 of train, val and test."""
+    streams: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for name, text in texts_of(cfg).items():
+        digest = hashlib.blake2b(f"{cfg.split_seed}/{name}".encode(), digest_size=8).digest()
+        draw = int.from_bytes(digest, "little") / 2**64
+        rest = 1 - cfg.test_fraction
+        split = "test" if draw >= rest else "val" if draw >= rest * (1 - cfg.val_fraction) else "train"
+        streams[split] += tokenizer(text)["input_ids"]
+    rows = {key: np.array(ids[: len(ids) // cfg.length * cfg.length]).astype(np.int64) for key, ids in streams.items()}
+    if empty := [key for key, ids in rows.items() if not len(ids)]:
+        raise UserError(
+            f"data.root={cfg.root}: has too little text, none of {cfg.length} tokens is left for {empty[0]}; give more "
+            "texts (files, or parts ended by a line <|endoftext|>), or a smaller data.length"
+        )
+    return {key: ids.reshape(-1, cfg.length) for key, ids in rows.items()}
+
+
+def read(cfg: TrainConfig) -> TextData:
+    schedule, splits = cfg.schedule, pieces(cfg.data, opened(transformers.AutoTokenizer, cfg))
+    return TextData(cfg.data, splits, schedule.batch_size, schedule.eval_batch_size, cfg.seed)
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def opened(kind: Any, cfg: Variant, **given: Any) -> Any:
+    """transformers' model or tokenizer in the folder ``model.name``."""
+    try:
+        return kind.from_pretrained(cfg.model.name, local_files_only=True, **given)
+    except Exception as error:  # whatever transformers makes of the files
+        raise UserError(
+            f"model.name={cfg.model.name}: transformers reads no {kind.__name__} there ({one_line(error)})"
+        ) from error
+
+
+def build(cfg: Variant, data: Any) -> Built:
+    model = opened(transformers.AutoModelForCausalLM, cfg, use_safetensors=True, dtype=torch.float32)
+    if cfg.router.name == "tuning":
+        model = convert(model, router="tuning", layers=cfg.router.layers, **gates_of(cfg.router))
+    return Built(model, True)
+
+
+def module(model: nn.Module, cfg: TrainConfig, data: TextData) -> LanguageModel:
+    return LanguageModel(model, cfg.schedule, cfg.seed)
+
+
+def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
+    """What a sample costs; with gates, until they are measured, as if all were open."""
+    lm: Any = dense(model) if is_gated(model) else model
+    return {
+        "router": cfg.router.name,
+        "tokens": cfg.data.length,
+        "blocks_routed": [],
+        "depth": lm.config.num_hidden_layers,
+        "gflops": count_flops(lm, cfg.data.length) / 1e9,
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def measured(model: nn.Module, data: TextData) -> dict[str, Any]:
+    """Of a model with gates: the share kept on up to 64 test samples, and the GFLOPs on 8 of them."""
+    if not is_gated(model):
+        return {}
+    ids = torch.from_numpy(data.splits["test"][:64]).to(next(model.parameters()).device)
+    model.eval()
+    with torch.no_grad():
+        _, routing = model(ids, use_cache=False, return_routing=True)
+    shares = {str(layer.layer): round(float(layer.gate.mean()), 4) for layer in routing}
+    return {
+        "share_kept": round(sum(shares.values()) / len(shares), 4),
+        "share_kept_by_block": shares,
+        "gflops": count_flops(model, ids[:8]) / 1e9,
+    }
+
+
+def load_measured(folder: Path, cfg: TrainConfig, split: str) -> tuple[nn.Module, TextData]:
+    data = read(cfg)
+    data.splits["test"] = np.concatenate([*data.splits.values()]) if split == "all" else data.splits[split]
+    return with_weights(build(cfg, data).model, folder), data
