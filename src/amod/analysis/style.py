@@ -21,6 +21,7 @@ COLOURS = {
     "few_merges": "#009E73",
     "evit": "#F0E442",
     "plan": "#8B4513",
+    "tuning": "#1F78B4",
     "class_attention": "#4B0082",
     "class_attention_value": "#8A2BE2",
 }
@@ -36,6 +37,7 @@ MARKERS = {
     "few_merges": "<",
     "evit": ">",
     "plan": "p",
+    "tuning": "*",
     "class_attention": "h",
     "class_attention_value": "H",
 }
@@ -51,6 +53,7 @@ LINES = {
     "few_merges": (0, (8, 2, 1, 2)),
     "evit": (0, (2, 1)),
     "plan": (0, (4, 1, 1, 1)),
+    "tuning": (0, (2, 2, 6, 2)),
     "class_attention": (0, (6, 2, 2, 2)),
     "class_attention_value": (0, (6, 1, 1, 1)),
 }
@@ -66,6 +69,7 @@ NAMES = {
     "few_merges": "few merges",
     "evit": "EViT",
     "plan": "own plan",
+    "tuning": "Router-Tuning",
     "class_attention": "class attention",
     "class_attention_value": "class attention x value norm",
 }

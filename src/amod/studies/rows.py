@@ -24,6 +24,7 @@ ROUTERS = (
     "linear",
     "attention",
     "attention_weighted",
+    "tuning",
 )  # as tables and pictures list them
 NAMES = {
     "none": "dense",
@@ -35,13 +36,15 @@ METRICS = {
     "val_top1_untrained": "untrained top-1 (%)",
     "test_top1_untrained": "untrained test top-1 (%)",
     "epochs_to_peak": "epochs to within 1 % of the peak",
+    "share_kept": "share kept",
+    "seconds": "seconds",
 }
-AXES = ("data", "model", "variant", "placement", "keep_prefix", "lr", "capacity", "router")
+AXES = ("data", "model", "variant", "placement", "keep_prefix", "gate", "lr", "capacity", "router")
 TEXT = ("run", "status", "stage", *(axis for axis in AXES if axis != "capacity"), "git_commit", "git_changed", "note")
 WHOLE = ("seed", "params", "depth", "epochs_to_peak", "best_epoch", "epochs", "threads")
 COLUMNS = (
     *("run", "status", "stage", *AXES, "seed", "gflops", "params", "depth", *METRICS),
-    *("best_epoch", "epochs", "seconds", "threads", "git_commit", "git_changed", "note"),
+    *("best_epoch", "epochs", "threads", "git_commit", "git_changed", "note"),
 )
 CURVES = {"run": "str", "epoch": "int64", "val_top1": "float64"}
 
@@ -97,11 +100,19 @@ def row_of(run: Run) -> dict[str, Any]:
         "variant": run.variant,
         "placement": settings.get("placement.blocks", settings.get("placement", "alternate")),
         "keep_prefix": settings.get("router.keep_prefix", "false"),
+        "gate": gate_of(settings),
         "lr": settings.get("schedule.lr", ""),
         "capacity": float(settings.get("capacity", 1)),
         "router": settings["router"],
         "seed": int(settings["seed"]),
     }
+
+
+def gate_of(settings: Mapping[str, str]) -> str:
+    """What a trained gate skips and per what: "attention per token"; "" of other routers."""
+    if settings["router"] != "tuning":
+        return ""
+    return f"{settings.get('router.skip', 'attention')} per {settings.get('router.per', 'token')}"
 
 
 def reported(runs: Sequence[Run], root: Path, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -165,6 +176,7 @@ def describe(labels: Mapping[str, Any]) -> str:
     parts += [placed(labels["placement"])] if labels.get("placement", "alternate") != "alternate" else []
     parts += [labels["variant"]] if labels.get("variant") else []
     parts += ["class token kept"] if labels.get("keep_prefix", "false") != "false" else []
+    parts += [labels["gate"]] if labels.get("gate") else []
     parts += [f"lr {labels['lr']}"] if labels.get("lr") else []
     parts += [f"C = {labels['capacity']:g}"] if "capacity" in labels else []
     parts += [NAMES[labels["router"]]] if "router" in labels else []
