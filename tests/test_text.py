@@ -150,10 +150,10 @@ def test_a_sequence_keeps_the_decision_of_its_prompt():
 
 
 def test_the_cache_holds_what_was_kept():
-    own = generated(language_model()).past_key_values
+    own = generated(language_model()).cache
     for cache in ("kept", "all"):
         model = gated(language_model(), cache=cache)
-        held = generated(model).past_key_values
+        held = generated(model).cache
         layer = held.layers[0]
         assert isinstance(layer, KeptCache)
         counts = (layer.positions >= 0).sum(1)
@@ -219,4 +219,4 @@ def test_a_model_that_is_not_served():
         amod.convert(transformers.GPT2LMHeadModel(config), router="tuning")
     static = transformers.StaticCache(config=language_model().config, max_cache_len=8)
     with pytest.raises(amod.UserError, match="needs an empty DynamicCache"):
-        gated(language_model())(prompts()["input_ids"][:, :4], past_key_values=static)
+        gated(language_model())(prompts()["input_ids"][:, :4], cache=static)

@@ -33,10 +33,10 @@ def measure(model: Any, ids: torch.Tensor, count: int) -> tuple[float, float, in
     begin = time.perf_counter()
     out = model(ids, use_cache=True)
     prefill = time.perf_counter() - begin
-    cache, word = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    cache, word = out.cache, out.logits[:, -1:].argmax(-1)
     begin = time.perf_counter()
     for _ in range(count):
-        out = model(word, use_cache=True, past_key_values=cache)
+        out = model(word, use_cache=True, cache=cache)
         word = out.logits[:, -1:].argmax(-1)
     return prefill, (time.perf_counter() - begin) / count, cache_bytes(cache)
 
@@ -71,7 +71,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     told = (
         f"`python tools/router_tuning_text.py`, commit {commit.strip()}, torch {torch.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} thread(s); batch {given.batch}, prompts of {given.length}, {given.decode} decoded; "
+        f"{platform.machine()}, {torch.get_num_threads()} thread(s); batch {given.batch}, prompts of {given.length}, "
+        f"{given.decode} decoded; "
         f"one seed, {given.rounds} rounds."
     )
     given.out.mkdir(parents=True, exist_ok=True)

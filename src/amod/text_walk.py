@@ -33,6 +33,8 @@ class KeptCache(DynamicLayer):
     """A layer's keys and values (B, H, T, d) of the tokens that have some, packed to the left: T is the most of any
     text. ``positions`` (B, T) are their columns in the text, -1 where a text has fewer."""
 
+    is_croppable = False
+
     def __init__(self, before: Any = None) -> None:
         super().__init__()
         self.seen = 0

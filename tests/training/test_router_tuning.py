@@ -1,0 +1,152 @@
+"""Trained gates through the commands' own functions: images, and a folder of texts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from amod.errors import UserError
+from amod.training.checks import check_evaluate, check_train
+from amod.training.compose import compose_config
+from amod.training.evaluation import evaluate
+from amod.training.run import train
+
+QUICK = ["trainer.accelerator=cpu", "data.num_workers=0"]
+DIGITS = ["data=digits", "model=vit_pico", "model.kwargs.img_size=8", "model.kwargs.patch_size=2"]
+DIGITS += ["model.kwargs.embed_dim=32", "model.kwargs.depth=4", "model.kwargs.num_heads=2", *QUICK]
+
+
+def run(folder, *overrides):
+    train(check_train(compose_config("train", [*overrides, f"run_dir={folder}"])))
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "run"
+    run(folder, *DIGITS, "router=none", "schedule.epochs=2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """A tiny language model with its tokenizer, and texts."""
+    root = tmp_path_factory.mktemp("stories")
+    words = ["<s>", "</s>", "<unk>", *"abcdefghij"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(root / "model")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=len(words), num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(root / "model")
+    (root / "texts").mkdir()
+    for i in range(4):
+        texts = [" ".join("abcdefghij"[(i + j + k) % 10] for k in range(30)) for j in range(12)]
+        (root / f"texts/{i}.txt").write_text("\n<|endoftext|>\n".join(texts))
+    text = ["data=text", "model=stories", f"model.name={root / 'model'}", f"data.root={root / 'texts'}", *QUICK]
+    return [*text, "data.length=16", "schedule=router_tuning", "schedule.batch_size=8"]
+
+
+def test_only_the_routers_change(dense, tmp_path, capsys):
+    target = ["router.target=0.5", "router.layers=[1,2]", "schedule.epochs=2", f"model.checkpoint={dense}"]
+    summary = run(tmp_path / "run", *DIGITS, "router=tuning", *target, "schedule=router_tuning")
+    before, after = (load_file(folder / "weights.safetensors") for folder in (dense, tmp_path / "run"))
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert {*after} - {*before} == {"routers.1.weight", "routers.2.weight"}
+    assert all(after[f"routers.{i}.weight"].abs().sum() > 0 for i in (1, 2))
+    assert summary["params_trained"] == 2 * 32
+    assert f"64 of {summary['params']:,} parameters are trained: the routers" in capsys.readouterr().out
+    assert 0 < summary["share_kept"] < 1
+    assert sorted(summary["share_kept_by_block"]) == ["1", "2"]
+    dense_summary = json.loads((dense / "summary.json").read_text())
+    assert summary["gflops"] < dense_summary["gflops"] + 2e-9 * 17 * 32
+    assert summary["test_top1_untrained"] == dense_summary["test_top1"]  # all gates open
+    found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
+    assert found["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-3)
+
+
+def test_a_language_model_on_a_folder_of_texts(stories, tmp_path):
+    summary = run(tmp_path / "run", *stories, "router=tuning", "router.target=0.5", "schedule.epochs=2")
+    weights = load_file(tmp_path / "run/weights.safetensors")
+    base = load_file(next(item for item in stories if item.startswith("model.name"))[11:] + "/model.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in base.items())
+    assert sum("router" in key for key in weights) == 2  # layers 1 of 3, and 0 (n = 1: 1); see gated_blocks
+    rows = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    assert rows[0] == "epoch,step,lr,train/loss,val/loss,val/perplexity"
+    best = min(float(row.split(",")[4]) for row in rows[1:])
+    assert summary["val_loss"] == best
+    assert summary["test_perplexity"] == pytest.approx(2.718281828 ** summary["test_loss"], rel=1e-3)
+    found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
+    assert found["test/loss"] == pytest.approx(summary["test_loss"], abs=1e-4)
+
+
+def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path):
+    settings = [*stories, "router=tuning", "router.target=0.5", "schedule.epochs=2"]
+    whole = run(tmp_path / "whole", *settings)
+    import signal
+
+    from amod.training.callbacks import RunRecorder
+
+    save = RunRecorder._save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def save_and_die(self, trainer, name):
+            save(self, trainer, name)
+            if name == "last":
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(RunRecorder, "_save", save_and_die)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", *settings)
+    again = run(tmp_path / "run", *settings)
+    files = [tmp_path / name / "weights.safetensors" for name in ("whole", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert again["test_loss"] == whole["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["router=attention", "schedule=router_tuning"], "schedule.train=routers: router=attention has no weights"),
+        (["router=tuning", "router.target=1.5"], r"router.target=1.5: must be a number in \[0, 1\]"),
+        (["router=tuning", "router.layers=[9]"], "router: placement: block 9 is not one of 0 to 3"),
+        (["router=tuning", "placement=late"], "placement=late: router=tuning has router.layers in its place"),
+        (["router=tuning", "budget=1"], "budget=1.0: router=tuning costs what its gates leave"),
+        (["router=tuning", "router.target=0.5", "router.scale=0"], "target=0.5: does nothing with scale=0"),
+    ],
+)
+def test_bad_settings_are_one_line(overrides, words, tmp_path):
+    with pytest.raises(UserError, match=words) as caught:
+        check_train(compose_config("train", [*DIGITS, *overrides, f"run_dir={tmp_path / 'run'}"]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["router=attention"], "router=attention: model=stories is a language model; choose none or tuning"),
+        (["router=tuning", "router.layers=[3]"], "block 3 is not one of 0 to 2"),
+        (["router=tuning", "data=digits"], "data=digits: is not for model=stories, whose task is language"),
+        (["router=tuning", "model.name=nowhere"], r"model.name=nowhere: no config.json there"),
+        (["router=tuning", "callbacks=early_stopping"], "callbacks.monitor=val/top1: language measures val/loss"),
+    ],
+)
+def test_bad_settings_of_a_language_model_are_one_line(stories, overrides, words, tmp_path):
+    settings = [item for item in stories if "data=digits" not in overrides or not item.startswith("data.length")]
+    with pytest.raises(UserError, match=words):
+        check_train(compose_config("train", [*settings, *overrides, f"run_dir={tmp_path / 'run'}"]))
+
+
+def test_too_little_text(stories, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/one.txt").write_text("a b c")
+    with pytest.raises(UserError, match="has too little text, none of 16 tokens is left"):
+        run(tmp_path / "run", *stories, "router=tuning", f"data.root={tmp_path / 'texts'}")
+    assert not (tmp_path / "run").exists()
