@@ -203,5 +203,7 @@ def test_other_routers_have_no_target():
         amod.convert(vit(), target=0.5)
     with pytest.raises(amod.UserError, match="a Gate, which cannot stand beside Merge"):
         amod.convert(vit(), plan={1: amod.Gate(), 2: amod.Merge(2)})
+    with pytest.raises(amod.UserError, match="export: what trained gates skip differs"):
+        amod.export(gated(vit()), "model.onnx")
     with pytest.raises(amod.UserError, match="depends on the images; give images"):
         amod.count_flops(gated(vit()))

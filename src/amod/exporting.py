@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line, reachable
 from amod.flops import Size, default_input_size
+from amod.gates import is_gated
 from amod.plan import Merge, Plan, Prune, Route, as_data
 from amod.routing import Routing
 from amod.runtimes import SUFFIXES, Session, needed, open_session
@@ -109,6 +110,8 @@ def export(
     Raises:
         UserError: the model, path or format cannot be served, or the file gives other logits. No file is left then.
     """
+    if is_gated(model):
+        raise UserError("export: what trained gates skip differs from image to image, which no file can say; use torch")
     if of_transformers(model):
         raise UserError(
             f"{type(model).__name__}: is of transformers'; torch.export.export takes it, any batch at one length"

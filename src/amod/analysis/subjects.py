@@ -46,6 +46,8 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
     found = []
     for i in range(max(1, len(runs))):
         config = saved(runs[i]) if runs else cfg
+        if config.router.name == "tuning":
+            raise UserError("router=tuning: explain compares tokens kept by their score, and a gate has no such number")
         source = str(denses[i]) if denses else config.model.checkpoint
         model = load(config, runs[i] if runs else None, num_classes)
         vit = dense(model)

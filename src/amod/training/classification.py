@@ -108,6 +108,8 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
     size = (vit.in_chans, *vit.patch_embed.img_size)
     routed = [entry for entry in vit.plan.values() if isinstance(entry, Route)] if kept else []
     capacity: float | None = routed[0].capacity if routed else 1.0
+    if cfg.router.name == "tuning":
+        capacity = None
     if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
         capacity = cfg.capacity if cfg.budget is None and cfg.router.depth is None else None
     return {
