@@ -107,7 +107,7 @@ class Judge:
                 continue
             if isinstance(entry, Route):
                 n = left = entry.kept(here, self.prefix)
-            elif entry is not None:
+            elif isinstance(entry, Merge | Prune):
                 if isinstance(entry, Merge):
                     compared += (here // 2) * (here - here // 2)
                 left = here = entry.remain(here, self.prefix)

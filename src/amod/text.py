@@ -53,20 +53,22 @@ def depth_of(model: Any) -> int:
 
 def routed(model: Any, plan: Plan) -> Any:
     """The copy of ``model`` that follows a checked plan."""
+    gates: dict[int, Gate] = {}
     for i, entry in plan.items():
         if not isinstance(entry, Gate):
             raise UserError(
                 f"plan: block {i}, {entry}: which tokens it keeps depends on later ones, which a causal model does not "
                 "know; use router=tuning"
             )
+        gates[i] = entry
     model = copy.deepcopy(model)
     decoder = next(decoders(model))
     device = next(model.parameters()).device
-    for i, entry in plan.items():
+    for i, gate in gates.items():
         layer = decoder.layers[i]
         dress(layer, GatedLayer)
-        layer.entry = entry
-        layer.router = GateRouter(decoder.config.hidden_size, entry.per == "sequence").to(device).train(model.training)
+        layer.entry = gate
+        layer.router = GateRouter(decoder.config.hidden_size, gate.per == "sequence").to(device).train(model.training)
     dress(model, RoutedModel)
     model.plan = dict(plan)
     model.config.amod = {"format": FORMAT, "plan": as_data(plan)}

@@ -35,6 +35,9 @@ class KeptCache(DynamicLayer):
 
     is_croppable = False
 
+    keys: Any
+    values: Any
+
     def __init__(self, before: Any = None) -> None:
         super().__init__()
         self.seen = 0
@@ -125,7 +128,7 @@ class GatedLayer(Dressed):
         store = None if cache is None or self.training else self.store(cache)
         before = self.input_layernorm(x)  # type: ignore[operator]
         if skip == "mlp":
-            x, _ = self.attended(x, before, real, real, store, position_embeddings, None)
+            x = self.attended(x, before, real, real, store, position_embeddings, None)[0]
         normed = self.mlp_norm(x) if skip == "mlp" else before
         logits = self.router(normed, real)
         gate = straight_through(logits)

@@ -15,7 +15,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from amod.analysis.style import COLOURS, MARKERS
-from amod.plan import ClassOnly, Merge, Plan, Prune, from_data
+from amod.plan import ClassOnly, Gate, Merge, Plan, Prune, from_data
 from amod.training.folder import write_atomically
 
 NAMES = {
@@ -61,6 +61,8 @@ def in_words(plan: Plan) -> str:
             text = f"keep {entry.keep:.2f}" + ("" if entry.fuse else ", no fusing")
         elif isinstance(entry, ClassOnly):
             text = "class token alone"
+        elif isinstance(entry, Gate):
+            text = f"gates, {entry.skip} per {entry.per}"
         else:
             text = f"C = {100 * entry.capacity:.0f} %"
         if parts and parts[-1][0] == text:

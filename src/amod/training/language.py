@@ -90,7 +90,8 @@ class TextData(DataModule):
 
 def texts_of(cfg: Data) -> dict[str, str]:
     """{name: text} of all files, ended by END or the end of a file; UserError for one that cannot be read."""
-    root, found = locate(cfg), {}
+    root = locate(cfg)
+    found: dict[str, str] = {}
     for file in sorted(root.rglob("*.txt")):
         try:
             parts = file.read_text(encoding="utf-8").split(END)
