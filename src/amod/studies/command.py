@@ -131,11 +131,13 @@ def default_jobs() -> int:
 
 
 def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
-    """Every command with what it costs: GFLOPs of one forward pass of one image, and epochs."""
+    """Every command with what it costs: GFLOPs of one forward pass of one image (gates open), and epochs."""
     import torch
 
     from amod.flops import count_flops
+    from amod.gates import is_gated
     from amod.training.weights import build, input_config
+    from amod.vit import dense
 
     counted: dict[str, float] = {}
     for run in runs:
@@ -146,6 +148,7 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
         if shape not in counted:
             with torch.device("meta"):
                 model = build(cfg, cfg.data.num_classes or 2).model
+            model = dense(model) if is_gated(model) else model
             counted[shape] = count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
         state = "finished" if finished(run, root) else "to run"
         epochs = f"{cfg.schedule.epochs} epochs" if run.script == "train.py" else "no training"
