@@ -171,7 +171,7 @@ class GatedLayer(Dressed):
         """
         attn, first = self.self_attn, 0 if store is None else store.seen
         asking, among = kept_first(keep if gate is None else torch.ones_like(keep))
-        shown, there = kept_first(seen)
+        shown, there = kept_first(seen if gate is None else torch.ones_like(seen))
         keys = self.rotated(attn.k_proj(take(normed, shown)), rotary, shown, "k_norm")
         values = attn.v_proj(take(normed, shown)).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
         positions = (shown + first).masked_fill(~there, -1)
@@ -183,6 +183,8 @@ class GatedLayer(Dressed):
         query = self.rotated(attn.q_proj(take(normed, asking)), rotary, asking, "q_norm")
         column, row = positions[:, None, :], (asking + first)[:, :, None]
         visible = (column >= 0) & (column <= row)
+        if gate is not None:  # a skipped token sees itself too: its gate learns from an update that means something
+            visible &= take(seen, shown)[:, None, :] | (column == row)
         window = getattr(attn, "sliding_window", getattr(attn.config, "sliding_window", None))
         if window is not None:
             visible &= column > row - window
