@@ -24,13 +24,30 @@ from amod.blocks import CutBlock
 from amod.dress import Dressed, dress, of_transformers
 from amod.errors import UserError, one_line
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
-from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, check_plan, make_plan, read_plan
-from amod.routers import ROUTERS, make_router
+from amod.plan import (
+    BY_THEMSELVES,
+    READS_ATTENTION,
+    ClassOnly,
+    Entry,
+    Halt,
+    Merge,
+    Plan,
+    Predict,
+    Prune,
+    Route,
+    check_plan,
+    make_plan,
+    read_plan,
+)
+from amod.routers import ROUTERS, Predictor, make_router
 from amod.walk import MASKS, Walk, class_tokens
 
 FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
 """timm's isotropic transformers whose forward loops over blocks of one kind."""
 ViT = TypeVar("ViT", bound=nn.Module)
+
+CUT = (Merge, Prune, ClassOnly)
+"""What happens inside a block."""
 
 PAPER_DEPTHS: dict[str, dict[float, int]] = {
     "deit_tiny_patch16_224": {0.125: 7, 0.5: 9},
@@ -90,13 +107,18 @@ class RoutedViT(Dressed):
         return indices
 
     def tokens_kept(self, tokens: int) -> dict[int, int]:
-        """How many tokens each block with an entry keeps (its MLP's), by block, if ``tokens`` enter the model."""
-        prefix, kept = self.num_prefix_tokens, {}
+        """How many tokens each block with an entry keeps (its MLP's), by block, if ``tokens`` enter the model; where
+        tokens halt, the most that may be there."""
+        prefix, whole, kept = self.num_prefix_tokens, tokens, {}
         for i, entry in sorted(self.plan.items()):
             if isinstance(entry, Route):
                 kept[i] = entry.kept(tokens, prefix)
                 continue
-            tokens = class_tokens(self) if isinstance(entry, ClassOnly) else entry.remain(tokens, prefix)
+            if isinstance(entry, ClassOnly):
+                tokens = class_tokens(self)
+            else:
+                asked = (tokens, prefix, whole) if isinstance(entry, Predict) else (tokens, prefix)
+                tokens = entry.remain(*asked)
             kept[i] = tokens
         return kept
 
@@ -117,6 +139,8 @@ def convert(
     r: int | None = None,
     keep_rate: float | None = None,
     fuse: bool = True,
+    halt_scale: float | None = None,
+    halt_shift: float | None = None,
     last: str | None = None,
     budget: float | None = None,
     input_size: Size | int | None = None,
@@ -133,7 +157,8 @@ def convert(
         router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
             ``class_attention`` (the class token's row in the place of Eq. 4), ``class_attention_value`` (that row
             times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``evit``
-            (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
+            (:class:`Prune` in 3, 6, 9 of 12), ``dynamicvit`` (:class:`Predict` there), ``avit`` (:class:`Halt` in every
+            block), or ``none`` (dense). ``docs/methods.md`` tells them apart.
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
         placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
             ``late`` (the second half), ``few`` (2, 5, 8 of 12), or 0-based indices.
@@ -142,8 +167,9 @@ def convert(
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.
         memory: of routers that read attention, in [0, 1): share of the scores of the routed block before.
         r: of ``tome``, tokens merged per block, by default 13.
-        keep_rate: of ``evit``, the share of the patches that stay, by default 0.7.
+        keep_rate: of ``evit`` and ``dynamicvit``, the share of the patches that stay each time, by default 0.7.
         fuse: of ``evit``, the others become one token.
+        halt_scale, halt_shift: of ``avit``, by default 10 and 75: a halting score is sigmoid(scale t[0] - shift).
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that
             costs most without exceeding it.
@@ -164,6 +190,8 @@ def convert(
         "r": r,
         "keep_rate": keep_rate,
         "fuse": None if fuse else fuse,
+        "halt_scale": halt_scale,
+        "halt_shift": halt_shift,
     }
     if plan is not None:
         said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
@@ -174,12 +202,15 @@ def convert(
         plan = {int(i): plan[i] for i in sorted(plan)}
         return by.routed(vit, plan)
     router = "attention" if router is None else router
-    if router not in ROUTERS and router not in ("tome", "evit", "none"):
+    if router not in ROUTERS and router not in (*BY_THEMSELVES, "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
-        raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, none{hint}")
-    takes = {"tome": ("r",), "evit": ("keep_rate", "fuse")}.get(
-        router, ("capacity", "keep_prefix", "activation", "memory")
-    )
+        raise UserError(f"router={router!r}: choose one of {', '.join([*ROUTERS, *BY_THEMSELVES])}, none{hint}")
+    takes = {
+        "tome": ("r",),
+        "evit": ("keep_rate", "fuse"),
+        "dynamicvit": ("keep_rate",),
+        "avit": ("halt_scale", "halt_shift"),
+    }.get(router, ("capacity", "keep_prefix", "activation", "memory"))
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
@@ -189,7 +220,7 @@ def convert(
     options |= {"fuse": fuse, "last": last}
     if budget is not None:
         return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))
-    options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}
+    options |= {name: own[name] for name in ("r", "keep_rate", "halt_scale", "halt_shift") if own[name] is not None}
     return by.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
 
 
@@ -220,7 +251,7 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     for i in readers(model, plan):
         dress(model.blocks[i].attn, ReadableAttention)
     for i, entry in plan.items():
-        if not isinstance(entry, Route):
+        if isinstance(entry, CUT):
             dress(model.blocks[i], CutBlock)
     dress(model, RoutedViT)
     model.plan = dict(plan)
@@ -229,6 +260,9 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     model.routers = nn.ModuleDict(
         {str(i): make_router(entry.router, model.embed_dim, entry.activation) for i, entry in routes.items()}
     )
+    for i, entry in plan.items():
+        if isinstance(entry, Predict):
+            model.routers[str(i)] = Predictor(model.embed_dim)
     reference = next(vit.parameters())
     model.routers.to(reference.device).train(vit.training)
     model.tokens_kept(default_tokens(model))  # refuse a capacity that keeps nothing now rather than in training
@@ -251,9 +285,11 @@ def dense(model: ViT) -> ViT:
 
 def readers(model: Any, plan: Plan) -> list[int]:
     """The blocks whose attention gets a request: it leaves scores or keys, or must know where its tokens stood."""
-    cuts = [i for i, entry in plan.items() if not isinstance(entry, Route)]
+    cuts = [i for i, entry in plan.items() if not isinstance(entry, Route | Predict)]
     found = {i - 1 for i, entry in plan.items() if isinstance(entry, Route) and entry.router in READS_ATTENTION}
     found |= {*cuts}
+    stages = [i for i, entry in plan.items() if isinstance(entry, Predict)]
+    found |= {*range(min(stages), len(model.blocks))} if stages else set()
     if not isinstance(model, VisionTransformer):  # rotary tables or relative positions
         found |= {*plan} | {i for i in range(len(model.blocks)) if cuts and i > min(cuts)}
     return sorted(found)
@@ -274,8 +310,15 @@ def check_blocks(model: Any, plan: Plan) -> None:
             if entry.router not in ROUTERS:
                 raise UserError(f"plan: block {i} has router={entry.router!r}; choose one of {', '.join(ROUTERS)}")
             continue
-        if isinstance(entry, ClassOnly):
-            class_tokens(model)
+        if isinstance(entry, ClassOnly | Predict | Halt):
+            class_tokens(model, type(entry).__name__)
+        if isinstance(entry, Halt) and isinstance(model, Beit | VisionTransformerRelPos):
+            raise UserError(
+                f"plan: Halt: {type(model).__name__}'s relative positions are a table of all pairs of tokens, which "
+                "tokens of several images in a row do not have; use another method"
+            )
+        if not isinstance(entry, CUT):
+            continue
         missing = [part for part in ("norm1", "attn", "norm2", "mlp") if not hasattr(model.blocks[i], part)]
         if missing:
             raise UserError(
@@ -355,6 +398,15 @@ def plan_for_budget(
         amounts: list[dict[str, Any]] = [{"r": r} for r in range(patches // 2, -1, -1)]
     elif router == "evit":
         amounts = [{"keep_rate": kept / patches} for kept in range(1, patches + 1)]
+    elif router == "dynamicvit":  # its last predictor must keep a patch
+        stages = len(make_plan(len(vit.blocks), router, placement=placement))
+        rates = [rate / 1000 for rate in range(1, 1001)]
+        amounts = [{"keep_rate": rate} for rate in rates if Predict(rate**stages).keep * patches >= 1]
+    elif router == "avit":
+        raise UserError(
+            f"budget of {budget / 1e9:.6g} GFLOPs: router=avit decides image by image what it computes; train it with "
+            "another weight of the ponder loss, and measure amod.count_flops(model, images)"
+        )
     else:
         amounts = [{"capacity": kept / tokens} for kept in range(1, tokens + 1)]
         if options.get("keep_prefix"):
