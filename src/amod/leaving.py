@@ -1,7 +1,7 @@
 """Two methods whose training masks tokens and whose inference removes them, as parts of a ``walk.Walk``.
 
-DynamicViT: ``predicted``, before a block. A-ViT: ``halting``, the block and what halts behind it. Axes: B batch, N tokens
-of the model, T tokens of all images together that have not halted, R class tokens (2 with a distillation token).
+DynamicViT: ``predicted``, before a block. A-ViT: ``halting``, the block and what halts behind it. Axes: B batch,
+N tokens of the model, T tokens of all images together that have not halted, R class tokens (2 with a distillation one).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Going(NamedTuple):
 def halting(walk: Any, i: int, block: nn.Module, entry: Halt, x: Tensor, inputs: dict[str, Any], rows: int) -> Tensor:
     """The block on the tokens that have not halted: the first (B, N, D), then (1, T, D), from the last one (B, R, D).
 
-    An image whose class tokens have all halted leaves with all of its tokens: nobody reads them. While tokens are masked
-    it is (B, N, D) throughout, as in the published code.
+    An image whose class tokens have all halted leaves with all of its tokens: nobody reads them. While tokens are
+    masked it is (B, N, D) throughout, as in the published code.
     """
     if inputs.get(walk.model.mask_name) is not None:
         raise UserError(f"{walk.model.mask_name}: a model whose tokens halt takes no mask; leave it out")

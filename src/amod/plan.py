@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,7 @@ def check_plan(plan: Mapping[int, Entry], depth: int) -> None:
     stages = [plan[i] for i in sorted(plan) if isinstance(plan[i], Predict)]
     if stages and len(stages) + isinstance(plan.get(depth - 1), ClassOnly) < len(plan):
         raise UserError("plan: Predict stands beside Predict and ClassOnly alone: while it trains, it masks tokens")
-    if any(later.keep > earlier.keep for earlier, later in zip(stages, stages[1:], strict=False)):  # type: ignore[union-attr]
+    if any(later.keep > earlier.keep for earlier, later in pairwise(stages)):  # type: ignore[union-attr]
         raise UserError("plan: a later Predict keeps more than an earlier one; keep is a share of the model's patches")
     proportional = {entry.proportional for entry in plan.values() if isinstance(entry, Merge)}
     if len(proportional) > 1:

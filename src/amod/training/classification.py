@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from amod.plan import Route
 from amod.training.config import Schedule, TrainConfig, Variant
 from amod.training.finished import classes_in, load_model, weights_of
 from amod.training.loaders import ImageData, build_datamodule
+from amod.training.methods import Recipe, make_recipe
 from amod.training.module import Batch, TaskModule
 from amod.training.record import about, fingerprint, read_record
 from amod.training.sources import load_one
 from amod.training.splits import Split
 from amod.training.tasks import CLASSIFICATION
 from amod.training.terminal import say
-from amod.training.weights import Built, input_config
+from amod.training.weights import Built, input_config, teacher_of
 from amod.training.weights import build as build_vit
 from amod.vit import RoutedViT, default_tokens
 
@@ -34,9 +36,11 @@ class Classifier(TaskModule):
 
     task = CLASSIFICATION
 
-    def __init__(self, model: nn.Module, schedule: Schedule, num_classes: int, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, num_classes: int, seed: int, recipe: Recipe | None = None
+    ) -> None:
         self.num_classes = num_classes
-        super().__init__(model, schedule, seed)
+        super().__init__(model, schedule, seed, recipe)
         self.mixup = None
         if schedule.mixup > 0 or schedule.cutmix > 0:
             self.mixup = Mixup(
@@ -55,10 +59,13 @@ class Classifier(TaskModule):
 
     def loss(self, batch: Batch) -> Tensor:
         images, labels, _ = batch
+        targets, smoothing = labels, self.schedule.label_smoothing
         if self.mixup is not None:
-            images, targets = self.mixup(images, labels)
-            return F.cross_entropy(self.model(images), targets)
-        return F.cross_entropy(self.model(images), labels, label_smoothing=self.schedule.label_smoothing)
+            (images, targets), smoothing = self.mixup(images, labels), 0.0
+        if self.recipe is None:
+            return F.cross_entropy(self.model(images), targets, label_smoothing=smoothing)
+        logits, added = self.recipe(self.model, images, self.epoch)
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing) + added
 
     def measure(self, metrics: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels, _ = batch
@@ -89,7 +96,10 @@ def build(cfg: Variant, data: ImageData) -> Built:
 
 
 def module(model: nn.Module, cfg: TrainConfig, data: ImageData) -> Classifier:
-    return Classifier(model, cfg.schedule, data.num_classes, cfg.seed)
+    teacher = partial(teacher_of, cfg, data.num_classes, data.class_names)
+    return Classifier(
+        model, cfg.schedule, data.num_classes, cfg.seed, make_recipe(model, cfg.router, cfg.distil, teacher)
+    )
 
 
 def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
