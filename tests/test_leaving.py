@@ -99,6 +99,14 @@ def test_training_agrees_with_what_is_gathered_where_the_decisions_agree(monkeyp
     assert all((later <= earlier).all() for earlier, later in pairwise(stages))  # nested
 
 
+def test_a_patch_that_has_gone_does_not_come_back():
+    _, walk = walked(amod.convert(vit(), "dynamicvit"), masks=True)
+    first, second, third = (kept.bool() for kept in walk.decisions)
+    assert (second <= first).all()
+    assert (third <= second).all()
+    assert 0 < first.sum() < first.numel()
+
+
 def test_every_parameter_of_dynamicvit_gets_a_gradient():
     model = amod.convert(vit(), "dynamicvit").train()
     model(images()).sum().backward()
