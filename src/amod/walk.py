@@ -197,8 +197,8 @@ class Walk:
 
     @property
     def follows(self) -> bool:
-        """Whether anybody asks who stands for whom."""
-        asked = self.record or self.restore or self.placed
+        """Whether anybody asks who stands for whom; once it was followed it goes on being so."""
+        asked = self.record or self.restore or self.placed or self.owner is not None
         return asked or self.scores is not None or self.remembered is not None
 
     def follow(self, i: int, done: dict[str, Any], count: int, remain: int) -> None:
