@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import amod
 import reference
-from amod.plan import Merge
+from amod.plan import Merge, Route
 from amod.reduce import Match, match, merge, merge_places, moved, prune, prune_places
 
 
@@ -292,3 +292,11 @@ def test_scores_behind_a_pruning_block_are_those_of_the_tokens_that_remain(fuse)
         kept = routing[0].tokens(17)[b]
         expected = scores[kept].tolist() + ([scores[~kept].sum().item()] if fuse else [])
         assert_close(routing[1].scores[b], torch.tensor(expected), atol=1e-6, rtol=1e-4)
+
+
+def test_who_stands_for_whom_is_followed_between_scored_blocks_too():
+    """Only blocks 1 and 4 leave scores; what blocks 3 and 4 merge are tokens that block 1 has merged."""
+    plan = {1: Merge(3), 2: Route(0.5, "class_attention"), 3: Merge(3), 4: Merge(3), 5: Route(0.5, "class_attention")}
+    model = amod.convert(vit(depth=6), plan=plan)
+    with torch.no_grad():
+        assert torch.equal(model(images()), model(images(), return_routing=True)[0])

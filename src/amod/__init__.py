@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.errors import UserError
     from amod.exporting import export
-    from amod.flops import count_flops
+    from amod.flops import count_flops, image_flops
     from amod.hub import from_pretrained, push_to_hub, save_pretrained
-    from amod.plan import ClassOnly, Gate, Merge, Prune, Route, read_plan
+    from amod.plan import ClassOnly, Gate, Halt, Merge, Predict, Prune, Route, read_plan
     from amod.routing import RoutedLayer, Routing
     from amod.searching import Found, search
     from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
@@ -24,13 +24,16 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
 _HOME = {
     "UserError": "errors",
     "count_flops": "flops",
+    "image_flops": "flops",
     "from_pretrained": "hub",
     "push_to_hub": "hub",
     "save_pretrained": "hub",
     "export": "exporting",
     "ClassOnly": "plan",
     "Gate": "plan",
+    "Halt": "plan",
     "Merge": "plan",
+    "Predict": "plan",
     "Prune": "plan",
     "Route": "plan",
     "read_plan": "plan",
@@ -50,7 +53,9 @@ __all__ = [
     "ClassOnly",
     "Found",
     "Gate",
+    "Halt",
     "Merge",
+    "Predict",
     "Prune",
     "Route",
     "RoutedLayer",
@@ -62,6 +67,7 @@ __all__ = [
     "dense",
     "export",
     "from_pretrained",
+    "image_flops",
     "isoflop_depth",
     "push_to_hub",
     "read_plan",

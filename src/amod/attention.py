@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from amod.dress import Dressed
+from amod.reduce import Packed, masked_softmax
 from amod.routing import no_autocast, wide
 
 SAMPLE_BYTES, TILE_BYTES = 1 << 20, 2 << 20
@@ -73,6 +74,10 @@ class Request:
         """The same over all tokens of the model, for the block to take the rows and columns of those that are here."""
         self.positions: Tensor | None = None
         """(B, N): where the tokens that are here stood in the model's sequence; None: all are here, in place."""
+        self.keep: Tensor | None = None
+        """(B, N) of 0 and 1: whom the others may look at (DynamicViT's training)."""
+        self.packed: Packed | None = None
+        """The batch is one row of the tokens of many images, (1, T, D), each of which looks at its own (A-ViT)."""
         self.rows: int | None = None
         """Only so many of the first tokens ask."""
         self.reduce: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
@@ -103,6 +108,8 @@ class ReadableAttention(Dressed):
         if request is None:
             return super().forward(x, *args, **kwargs)
         q, k, v = project(self, x, kwargs.get("rope"), request.rows)
+        if request.packed is not None:
+            return finish(self, x, attend_packed(q, k, v, request.packed))
         out, request.left = attend(q, k, v, logit_bias(self, request, q), request, self.attn_drop, self.fused_attn)
         return finish(self, x if request.rows is None else x[:, : request.rows], out)
 
@@ -216,8 +223,9 @@ def attend(
     column = "column_mean" in request.want
     small = column and gradient and q.device.type == "cpu" and q.shape[2] <= EXPLICIT_TOKENS
     dropout = isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
-    if not fused or dropout or small or (request.differentiable and gradient) or _needs_plain_operators(q):
-        out, maps = explicit(q, k, v, bias, drop)
+    masked = request.keep is not None
+    if masked or not fused or dropout or small or (request.differentiable and gradient) or _needs_plain_operators(q):
+        out, maps = explicit(q, k, v, bias, drop, request.keep)
         maps = maps if request.differentiable else maps.detach()
         if column:
             left["column_mean"] = columns_of(maps)
@@ -233,6 +241,15 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias), left
 
 
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """Each image's tokens look at each other: q, k, v (1, H, T, d) -> (1, H, T, d). The shorter images are filled up to
+    the longest for this product alone."""
+    q, k, v = (t[0].transpose(0, 1)[packed.slots].transpose(1, 2) for t in (q, k, v))  # (b, H, longest, d)
+    mask = None if packed.filled is None else packed.filled[:, None, None, :]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2)[packed.image, packed.rank].transpose(0, 1).unsqueeze(0)
+
+
 def _needs_plain_operators(q: Tensor) -> bool:
     """Exporting and tracing, counting (the meta device, or a mode that looks at operators), and torch.func."""
     if torch.compiler.is_exporting() or q.is_meta:
@@ -244,12 +261,18 @@ def _needs_plain_operators(q: Tensor) -> bool:
 
 
 def explicit(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: Callable[[Tensor], Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: output (B, H, R, d), and the softmax map (B, H, R, N) before ``drop``, in float32 or wider."""
     with no_autocast(q.device.type):
         logits = (wide(q) * q.shape[-1] ** -0.5) @ wide(k).transpose(-2, -1)
-        maps = (logits if bias is None else logits + wide(bias)).softmax(dim=-1)
+        logits = logits if bias is None else logits + wide(bias)
+        maps = logits.softmax(dim=-1) if keep is None else masked_softmax(logits, keep)
         return (maps if drop is None else drop(maps)).to(v.dtype) @ v, maps
 
 

@@ -24,7 +24,7 @@ from amod.dress import of_transformers
 from amod.errors import UserError, one_line, reachable
 from amod.flops import Size, default_input_size
 from amod.gates import is_gated
-from amod.plan import Merge, Plan, Prune, Route, as_data
+from amod.plan import Halt, Merge, Plan, Predict, Prune, Route, as_data
 from amod.routing import Routing
 from amod.runtimes import SUFFIXES, Session, needed, open_session
 from amod.vit import RoutedViT
@@ -179,6 +179,11 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
             f"plan: block {random[0]} has router=random, which draws anew at every call, so that no file could be "
             "checked against it; export a model of another router"
         )
+    if any(isinstance(entry, Halt) for entry in plan_of(model).values()):
+        raise UserError(
+            "plan: Halt: how many tokens are left depends on the image, which no file of these formats can follow; "
+            "run the model in torch, or export one of another router"
+        )
     if int8 and form == "torch":
         raise UserError("int8: torch's .pt2 has no quantiser here; choose format=onnx or openvino")
     if int8 and images is None:
@@ -192,7 +197,7 @@ def any_size(model: Any, form: str) -> bool:
     ``dynamic_img_size``, for onnx and torch (OpenVINO does not have the resampling of position embeddings). Not where
     tokens merge or are pruned, nor with rotary tables: torch.export ties their numbers to those of the traced image.
     """
-    fixed = [entry for entry in plan_of(model).values() if isinstance(entry, Merge | Prune)]
+    fixed = [entry for entry in plan_of(model).values() if isinstance(entry, Merge | Prune | Predict)]
     return isinstance(model, VisionTransformer) and model.dynamic_img_size and form != "openvino" and not fixed
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
 from amod.gates import is_gated
+from amod.plan import Halt
 
 Size = tuple[int, int, int]
 """(channels, height, width) of an image. For a model of text, an int is as much: how many tokens."""
@@ -75,14 +76,22 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
     Args:
         model: any model of timm's or of :func:`amod.convert`'s, on any device; it is left as it is.
         input_size: (channels, height, width), by default the model's own; or images (B, 3, H, W), for a model whose
-            cost depends on them: they are run, and the mean over them is counted. For a model of text, how many
+            cost depends on them: they are run, and the mean over them is counted. Without any, a model whose tokens
+            halt costs what it does where none halts before the end. For a model of text, how many
             tokens, or token ids (B, N): each text costs what N tokens cost, padding as well.
     """
     if isinstance(input_size, Tensor) and not input_size.is_floating_point() and not is_gated(model):
         return count_on_meta(on_meta(model), input_size.shape[1])
-    if isinstance(input_size, Tensor):  # each alone: a batch may pad what it keeps
-        return sum(_count(model, image) for image in input_size.split(1)) // len(input_size)
+    if isinstance(input_size, Tensor):
+        if is_gated(model) or any(isinstance(entry, Halt) for entry in (getattr(model, "plan", None) or {}).values()):
+            return int(image_flops(model, input_size).double().mean())  # each alone: a batch may pad what it keeps
+        return _count(model, input_size) // len(input_size)
     return count_on_meta(on_meta(model), input_size or default_input_size(model))
+
+
+def image_flops(model: nn.Module, images: Tensor) -> Tensor:
+    """(B,) multiply-accumulates of each of the images (B, 3, H, W), run by itself: they differ where tokens halt."""
+    return torch.tensor([_count(model, images[i : i + 1]) for i in range(len(images))])
 
 
 def count_on_meta(model: nn.Module, input_size: Size | int) -> int:

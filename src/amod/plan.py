@@ -7,6 +7,8 @@ are such dicts, and any mixture of them is one too:
     MoD, A-MoD                  {1: Route(0.5), 3: Route(0.5), ...}
     ToMe                        {0: Merge(13), 1: Merge(13), ...}
     EViT                        {3: Prune(0.7), 6: Prune(0.7), 9: Prune(0.7)}
+    DynamicViT                  {3: Predict(0.7), 6: Predict(0.49), 9: Predict(0.343)}
+    A-ViT                       {0: Halt(), 1: Halt(), ...}
     a few large merges          {2: Merge(46), 5: Merge(46), 8: Merge(46), 11: ClassOnly()}
 """
 
@@ -17,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -147,6 +150,54 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Predict:
+    """Before the block, only the patches that a trained predictor ranks highest go on (DynamicViT)."""
+
+    keep: float
+    """Share of the *model's* patches that are there from this block on: floor(keep (N - prefix)) of them."""
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.keep) or not 0 < self.keep <= 1:
+            raise UserError(f"keep={self.keep!r}: must be a number in (0, 1], the share of patches that stay, e.g. 0.7")
+
+    def kept(self, patches: int) -> int:
+        """How many of the model's patches are there from this block on: 137 of 196 at 0.7."""
+        part, whole = fraction(self.keep)
+        kept = patches * part // whole
+        if kept < 1:
+            raise UserError(f"keep={self.keep!r} keeps no patch of {patches}: use at least {1 / patches:.4g}")
+        return kept
+
+    def remain(self, tokens: int, prefix: int, whole: int | None = None) -> int:
+        """How many tokens go through the block when N come to it, of ``whole`` (by default N) of the model."""
+        return min(tokens, prefix + self.kept((whole or tokens) - prefix))
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Behind the block, tokens that have seen enough leave, each image's own (A-ViT).
+
+    A token's halting score is h = sigmoid(scale t[0] - shift) of its first channel; it halts where its sum of h exceeds
+    1 - epsilon, in the last block at the latest.
+    """
+
+    scale: float = 10.0
+    shift: float = 75.0
+    epsilon: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "shift", "epsilon"):
+            if not _is_number(value := getattr(self, name)) or not math.isfinite(value):
+                raise UserError(f"{name}={value!r}: must be a number")
+        if not 0 < self.epsilon < 1:
+            raise UserError(f"epsilon={self.epsilon!r}: must be a number between 0 and 1, e.g. 0.01")
+
+    def remain(self, tokens: int, prefix: int) -> int:
+        """How many tokens leave the block at most; it depends on the image."""
+        return tokens
+
+
+@dataclass(frozen=True)
 class ClassOnly:
     """The class token's query against all keys, and nothing else: the same logits, for the last block of a model that
     reads its class token alone."""
@@ -158,9 +209,11 @@ def fraction(share: float) -> tuple[int, int]:
     return Fraction(float(share)).limit_denominator(10**9).as_integer_ratio()
 
 
-Entry = Route | Merge | Prune | ClassOnly | Gate
+Entry = Route | Merge | Prune | Predict | Halt | ClassOnly | Gate
 Plan = dict[int, Entry]
-ENTRIES: dict[str, type[Entry]] = {entry.__name__: entry for entry in (Route, Merge, Prune, ClassOnly, Gate)}
+ENTRIES: dict[str, type[Entry]] = {e.__name__: e for e in (Route, Merge, Prune, Predict, Halt, ClassOnly, Gate)}
+BY_THEMSELVES = ("tome", "evit", "dynamicvit", "avit", "tuning")
+"""The methods that are no router of ``Route``, and have blocks of their own."""
 SKIPS = ("block", "attention", "mlp")
 ACTIVATIONS = ("none", "sigmoid")
 READS_ATTENTION = {
@@ -236,6 +289,8 @@ def make_plan(
     r: int = 13,
     keep_rate: float = 0.7,
     fuse: bool = True,
+    halt_scale: float = 10.0,
+    halt_shift: float = 75.0,
     last: str | None = None,
     skip: str | None = None,
     per: str = "token",
@@ -247,18 +302,22 @@ def make_plan(
     if last not in (None, "class"):
         raise UserError(f"last={last!r}: choose class (the class token alone in the last block) or null")
     blocks = () if placement is None else routed_blocks(placement, depth)
-    entry: Entry
+    quarters = tuple(depth * part // 4 for part in (1, 2, 3))
+    plan: Plan
     if router == "tome":
-        entry, blocks = Merge(r), blocks or tuple(range(depth))
+        plan = dict.fromkeys(blocks or range(depth), Merge(r))
     elif router == "evit":
-        entry, blocks = Prune(keep_rate, fuse), blocks or tuple(depth * part // 4 for part in (1, 2, 3))
+        plan = dict.fromkeys(blocks or quarters, Prune(keep_rate, fuse))
+    elif router == "dynamicvit":
+        plan = {i: Predict(round(keep_rate**stage, 12)) for stage, i in enumerate(blocks or quarters, start=1)}
+    elif router == "avit":
+        plan = dict.fromkeys(blocks or range(depth), Halt(halt_scale, halt_shift))
     elif router == "tuning":
-        scale = float(target is not None) if scale is None else scale
-        entry, blocks = Gate(skip or "attention", per, target, scale, cache), blocks or gated_blocks(depth)
+        weight = float(target is not None) if scale is None else scale
+        plan = dict.fromkeys(blocks or gated_blocks(depth), Gate(skip or "attention", per, target, weight, cache))
     else:
-        entry = Route(capacity, router, keep_prefix, activation, memory, skip or "block")
         blocks = () if router == "none" else blocks or routed_blocks("alternate", depth)
-    plan: Plan = dict.fromkeys(blocks, entry)
+        plan = dict.fromkeys(blocks, Route(capacity, router, keep_prefix, activation, memory, skip or "block"))
     if last == "class":
         plan[depth - 1] = ClassOnly()
     check_plan(plan, depth)
@@ -280,6 +339,13 @@ def check_plan(plan: Mapping[int, Entry], depth: int) -> None:
             _check_scored(plan, i, entry)
         if isinstance(entry, Gate) and (cut := next((e for e in plan.values() if isinstance(e, Merge | Prune)), None)):
             raise UserError(f"plan: block {i} has a Gate, which cannot stand beside {cut}; leave one out")
+    if any(isinstance(entry, Halt) for entry in plan.values()) and (len(plan) < depth or len({*plan.values()}) > 1):
+        raise UserError("plan: Halt stands in every block or in none, everywhere the same, and beside no other entry")
+    stages = [plan[i] for i in sorted(plan) if isinstance(plan[i], Predict)]
+    if stages and len(stages) + isinstance(plan.get(depth - 1), ClassOnly) < len(plan):
+        raise UserError("plan: Predict stands beside Predict and ClassOnly alone: while it trains, it masks tokens")
+    if any(later.keep > earlier.keep for earlier, later in pairwise(stages)):  # type: ignore[union-attr]
+        raise UserError("plan: a later Predict keeps more than an earlier one; keep is a share of the model's patches")
     proportional = {entry.proportional for entry in plan.values() if isinstance(entry, Merge)}
     if len(proportional) > 1:
         raise UserError("plan: Merge entries differ in `proportional`; it is a setting of the whole model")

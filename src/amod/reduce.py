@@ -1,9 +1,11 @@
-"""How a sequence becomes shorter for good, as pure tensor functions that know no model: merging and pruning.
+"""How a sequence becomes shorter for good, as pure tensor functions that know no model: merging, pruning, halting.
 
-Axes: B batch, N tokens, n tokens that remain, E = ceil(N / 2) even ones, O = floor(N / 2) odd ones, r merged, D width.
+Axes: B batch, N tokens, n tokens that remain, E = ceil(N / 2) even ones, O = floor(N / 2) odd ones, r merged, D width,
+T tokens of all images together that have not halted.
 
 ``merge`` and ``prune`` make the shorter sequence; ``merge_places`` and ``prune_places`` say which token now stands for
-which, for whoever asks. Prefix tokens (class, distillation, registers) stay, and stay in front.
+which, for whoever asks. Prefix tokens (class, distillation, registers) stay, and stay in front. DynamicViT's training
+masks (``decide``, ``masked_softmax``); A-ViT's tokens halt one by one (``halt``) and are moved together (``pack``).
 """
 
 from __future__ import annotations
@@ -120,6 +122,75 @@ def prune(
     if size is not None and sizes is not None:
         sizes = torch.cat([sizes, size.sum(dim=1, keepdim=True) - sizes.sum(dim=1, keepdim=True)], dim=1)
     return torch.cat([stay, fused], dim=1), sizes, kept
+
+
+# --- DynamicViT: decisions that are learned ---------------------------------------------------------------------------
+
+
+def decide(log_probs: Tensor, kept: Tensor) -> Tensor:
+    """While it trains, a patch stays by a hard Gumbel softmax, and only one that has stayed until now can stay.
+
+    Args:
+        log_probs: (B, N, 2), of staying and of going.
+        kept: (B, N), 1 for those that have stayed.
+    Returns:
+        (B, N) of 0 and 1, with the gradient of the soft decision.
+    """
+    return F.gumbel_softmax(log_probs, hard=True, dim=-1)[..., 0] * kept
+
+
+def masked_softmax(logits: Tensor, keep: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """(e_j p_j + epsilon / N) / (sum_j e_j p_j + epsilon), e = exp(a - max a): nobody looks at who went, but at itself.
+
+    Args:
+        logits: (B, H, R, N) of the first R tokens.
+        keep: (B, N), of 0 and 1; it gets a gradient.
+    """
+    rows, tokens = logits.shape[-2:]
+    itself = torch.eye(rows, tokens, dtype=logits.dtype, device=logits.device)
+    keep = keep.to(logits.dtype)[:, None, None, :]
+    e = (logits - logits.amax(dim=-1, keepdim=True)).exp() * (keep + (1 - keep) * itself)
+    return (e + epsilon / tokens) / (e.sum(dim=-1, keepdim=True) + epsilon)
+
+
+# --- A-ViT: tokens that halt ------------------------------------------------------------------------------------------
+
+
+def halt(total: Tensor, score: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """One block's step for tokens that have not halted, of any shape.
+
+    A token halts where its sum of halting scores, ``total`` before the block and ``score`` by the block, exceeds
+    1 - epsilon. Its output is the mean of its states, weighted by h, where it halts by the remainder 1 - total.
+
+    Returns:
+        the weight of this block's state, and whether the token goes on.
+    """
+    going = total + score <= 1 - epsilon
+    return torch.where(going, score, 1 - total), going
+
+
+class Packed(NamedTuple):
+    """T tokens of b images in a row, image after image, and where they stand when the images lie under each other.
+
+    ``image`` and ``rank`` (T,): a token's image, counted among those that have any left, and its place in it.
+    ``slots`` (b, longest): the T positions image by image; ``filled`` of that shape says which are real, None: all.
+    """
+
+    image: Tensor
+    rank: Tensor
+    slots: Tensor
+    filled: Tensor | None
+
+
+def pack(image: Tensor) -> Packed:
+    """From the image (T,) of each token, ascending. Reads the longest image's length off the device."""
+    _, place, counts = torch.unique_consecutive(image, return_inverse=True, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    at = torch.arange(len(image), device=image.device)
+    columns = torch.arange(int(counts.max()), device=image.device)
+    filled = columns < counts.unsqueeze(1)
+    slots = (starts.unsqueeze(1) + columns).clamp(max=len(image) - 1)
+    return Packed(place, at - starts[place], slots, None if filled.numel() == len(image) else filled)
 
 
 # --- who stands for whom ------------------------------------------------------------------------------------------

@@ -108,6 +108,30 @@ class RandomRouter(Router):
         return torch.rand(x.shape[:2], device=x.device)
 
 
+class Predictor(nn.Module):
+    """DynamicViT's: for every patch, the log-probabilities of staying and of going.
+
+    Half of what it makes of a patch stays the patch's own, half becomes the mean over the patches that are still there.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.input = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.output = nn.Sequential(
+            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
+        )
+
+    def forward(self, patches: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, n, D), and (B, n) of 1 for those that are still there, None for all -> (B, n, 2)."""
+        own, others = self.input(patches).chunk(2, dim=-1)
+        if kept is None:
+            mean = others.mean(dim=1, keepdim=True)
+        else:
+            kept = kept.unsqueeze(-1).to(others.dtype)
+            mean = (others * kept).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.output(torch.cat([own, mean.expand_as(others)], dim=-1)).log_softmax(dim=-1)
+
+
 ROUTERS: dict[str, type[Router]] = {
     "attention": AttentionRouter,
     "attention_weighted": AttentionWeightedRouter,

@@ -25,24 +25,33 @@ from amod.dress import Dressed, dress, of_transformers
 from amod.errors import UserError, one_line
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import (
+    BY_THEMSELVES,
     READS_ATTENTION,
     ClassOnly,
     Entry,
     Gate,
+    Halt,
     Merge,
     Plan,
+    Predict,
     Prune,
     Route,
     check_plan,
     make_plan,
     read_plan,
 )
-from amod.routers import ROUTERS, GateRouter, make_router
+from amod.routers import ROUTERS, GateRouter, Predictor, make_router
 from amod.walk import MASKS, Walk, class_tokens
 
 FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
 """timm's isotropic transformers whose forward loops over blocks of one kind."""
 ViT = TypeVar("ViT", bound=nn.Module)
+
+CUT = (Merge, Prune, ClassOnly)
+"""What happens inside a block."""
+
+LEARNED = (Route, Gate, Predict)
+"""What asks a module of ``routers``."""
 
 PAPER_DEPTHS: dict[str, dict[float, int]] = {
     "deit_tiny_patch16_224": {0.125: 7, 0.5: 9},
@@ -102,16 +111,20 @@ class RoutedViT(Dressed):
         return indices
 
     def tokens_kept(self, tokens: int) -> dict[int, int]:
-        """How many tokens each block with an entry keeps (its MLP's), by block, if ``tokens`` enter the model; a gate's
-        number is up to the images, and it has none here."""
-        prefix, kept = self.num_prefix_tokens, {}
+        """How many tokens each block with an entry keeps (its MLP's), by block, if ``tokens`` enter the model; where
+        tokens halt, the most that may be there. A gate's number is up to the images, and it has none here."""
+        prefix, whole, kept = self.num_prefix_tokens, tokens, {}
         for i, entry in sorted(self.plan.items()):
             if isinstance(entry, Gate):
                 continue
             if isinstance(entry, Route):
                 kept[i] = entry.kept(tokens, prefix)
                 continue
-            tokens = class_tokens(self) if isinstance(entry, ClassOnly) else entry.remain(tokens, prefix)
+            if isinstance(entry, ClassOnly):
+                tokens = class_tokens(self)
+            else:
+                asked = (tokens, prefix, whole) if isinstance(entry, Predict) else (tokens, prefix)
+                tokens = entry.remain(*asked)
             kept[i] = tokens
         return kept
 
@@ -132,6 +145,8 @@ def convert(
     r: int | None = None,
     keep_rate: float | None = None,
     fuse: bool = True,
+    halt_scale: float | None = None,
+    halt_shift: float | None = None,
     last: str | None = None,
     budget: float | None = None,
     input_size: Size | int | None = None,
@@ -155,7 +170,8 @@ def convert(
             ``tuning`` (gates that are trained: Router-Tuning),
             ``class_attention`` (the class token's row in the place of Eq. 4), ``class_attention_value`` (that row
             times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``evit``
-            (:class:`Prune` in 3, 6, 9 of 12), or ``none`` (dense).
+            (:class:`Prune` in 3, 6, 9 of 12), ``dynamicvit`` (:class:`Predict` there), ``avit`` (:class:`Halt` in every
+            block), or ``none`` (dense). ``docs/methods.md`` tells them apart.
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
         placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
             ``late`` (the second half), ``few`` (2, 5, 8 of 12), or 0-based indices.
@@ -164,8 +180,9 @@ def convert(
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.
         memory: of routers that read attention, in [0, 1): share of the scores of the routed block before.
         r: of ``tome``, tokens merged per block, by default 13.
-        keep_rate: of ``evit``, the share of the patches that stay, by default 0.7.
+        keep_rate: of ``evit`` and ``dynamicvit``, the share of the patches that stay each time, by default 0.7.
         fuse: of ``evit``, the others become one token.
+        halt_scale, halt_shift: of ``avit``, by default 10 and 75: a halting score is sigmoid(scale t[0] - shift).
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that
             costs most without exceeding it.
@@ -198,6 +215,8 @@ def convert(
         "target": target,
         "scale": scale,
         "cache": cache,
+        "halt_scale": halt_scale,
+        "halt_shift": halt_shift,
     }
     if plan is not None:
         said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
@@ -208,13 +227,17 @@ def convert(
         plan = {int(i): plan[i] for i in sorted(plan)}
         return by.routed(vit, plan)
     router = "attention" if router is None else router
-    if router not in ROUTERS and router not in ("tome", "evit", "none", "tuning"):
+    if router not in ROUTERS and router not in (*BY_THEMSELVES, "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
-        raise UserError(f"router={router!r}: choose one of {', '.join(ROUTERS)}, tome, evit, tuning, none{hint}")
+        raise UserError(f"router={router!r}: choose one of {', '.join([*ROUTERS, *BY_THEMSELVES])}, none{hint}")
     gates = ("layers", "skip", "per", "target", "scale", "cache")
-    takes = {"tome": ("r",), "evit": ("keep_rate", "fuse"), "tuning": gates}.get(
-        router, ("capacity", "keep_prefix", "activation", "memory", "skip")
-    )
+    takes = {
+        "tome": ("r",),
+        "evit": ("keep_rate", "fuse"),
+        "dynamicvit": ("keep_rate",),
+        "avit": ("halt_scale", "halt_shift"),
+        "tuning": gates,
+    }.get(router, ("capacity", "keep_prefix", "activation", "memory", "skip"))
     if router == "tuning":
         for name, value in (("placement", placement), ("budget", budget)):
             if value is not None:
@@ -230,7 +253,7 @@ def convert(
     options |= {name: own[name] for name in gates[2:] if own[name] is not None}
     if budget is not None:
         return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))
-    options |= {name: value for name, value in (("r", r), ("keep_rate", keep_rate)) if value is not None}
+    options |= {name: own[name] for name in ("r", "keep_rate", "halt_scale", "halt_shift") if own[name] is not None}
     return by.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
 
 
@@ -261,14 +284,12 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     for i in readers(model, plan):
         dress(model.blocks[i].attn, ReadableAttention)
     for i, entry in plan.items():
-        if not isinstance(entry, Route) or entry.skip != "block":
+        if isinstance(entry, (*CUT, Gate)) or (isinstance(entry, Route) and entry.skip != "block"):
             dress(model.blocks[i], CutBlock)
     dress(model, RoutedViT)
     model.plan = dict(plan)
     model.mask_name = mask_name
-    routers = {
-        str(i): router_of(entry, model.embed_dim) for i, entry in plan.items() if isinstance(entry, Route | Gate)
-    }
+    routers = {str(i): router_of(entry, model.embed_dim) for i, entry in plan.items() if isinstance(entry, LEARNED)}
     model.routers = nn.ModuleDict(routers)
     reference = next(vit.parameters())
     model.routers.to(reference.device).train(vit.training)
@@ -276,7 +297,9 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     return model
 
 
-def router_of(entry: Route | Gate, dim: int) -> nn.Module:
+def router_of(entry: Route | Gate | Predict, dim: int) -> nn.Module:
+    if isinstance(entry, Predict):
+        return Predictor(dim)
     if isinstance(entry, Gate):
         return GateRouter(dim, entry.per == "sequence")
     return make_router(entry.router, dim, entry.activation)
@@ -298,9 +321,11 @@ def dense(model: ViT) -> ViT:
 
 def readers(model: Any, plan: Plan) -> list[int]:
     """The blocks whose attention gets a request: it leaves scores or keys, or must know where its tokens stood."""
-    cuts = [i for i, entry in plan.items() if not isinstance(entry, Route | Gate)]
+    cuts = [i for i, entry in plan.items() if not isinstance(entry, LEARNED)]
     found = {i - 1 for i, entry in plan.items() if isinstance(entry, Route) and entry.router in READS_ATTENTION}
     found |= {*cuts}
+    stages = [i for i, entry in plan.items() if isinstance(entry, Predict)]
+    found |= {*range(min(stages), len(model.blocks))} if stages else set()
     if not isinstance(model, VisionTransformer):  # rotary tables or relative positions
         found |= {*plan} | {i for i in range(len(model.blocks)) if cuts and i > min(cuts)}
     return sorted(found)
@@ -329,8 +354,15 @@ def check_blocks(model: Any, plan: Plan) -> None:
                 f"block {i} ({type(model.blocks[i]).__name__}) normalises behind its parts, and a gate reads what is "
                 "normalised before; use another model"
             )
-        if isinstance(entry, ClassOnly):
-            class_tokens(model)
+        if isinstance(entry, ClassOnly | Predict | Halt):
+            class_tokens(model, type(entry).__name__)
+        if isinstance(entry, Halt) and isinstance(model, Beit | VisionTransformerRelPos):
+            raise UserError(
+                f"plan: Halt: {type(model).__name__}'s relative positions are a table of all pairs of tokens, which "
+                "tokens of several images in a row do not have; use another method"
+            )
+        if isinstance(entry, Predict | Halt):
+            continue
         missing = [part for part in ("norm1", "attn", "norm2", "mlp") if not hasattr(model.blocks[i], part)]
         if missing:
             raise UserError(
@@ -410,6 +442,15 @@ def plan_for_budget(
         amounts: list[dict[str, Any]] = [{"r": r} for r in range(patches // 2, -1, -1)]
     elif router == "evit":
         amounts = [{"keep_rate": kept / patches} for kept in range(1, patches + 1)]
+    elif router == "dynamicvit":  # its last predictor must keep a patch
+        stages = len(make_plan(len(vit.blocks), router, placement=placement))
+        rates = [rate / 1000 for rate in range(1, 1001)]
+        amounts = [{"keep_rate": rate} for rate in rates if Predict(rate**stages).keep * patches >= 1]
+    elif router == "avit":
+        raise UserError(
+            f"budget of {budget / 1e9:.6g} GFLOPs: router=avit decides image by image what it computes; train it with "
+            "another weight of the ponder loss, and measure amod.count_flops(model, images)"
+        )
     else:
         amounts = [{"capacity": kept / tokens} for kept in range(1, tokens + 1)]
         if options.get("keep_prefix"):

@@ -18,11 +18,12 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amod import leaving
 from amod.attention import ReadableAttention, Request, rows_and_columns
 from amod.blocks import Halves
 from amod.errors import UserError
 from amod.gated import GatedStep
-from amod.plan import READS_ATTENTION, ClassOnly, Gate, Merge, Prune, Route
+from amod.plan import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
 from amod.reduce import Reduction, match, merge, merge_places, moved, prune, prune_places
 from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take, tokens_in, top_k, weigh_update
 
@@ -62,14 +63,16 @@ class Walk:
     Args:
         record: say in ``routing`` what blocks that merge or prune did, too.
         restore: hand timm all N tokens behind every block.
+        masks: DynamicViT and A-ViT mask tokens instead of removing them; by default while the model trains.
     """
 
     grad_checkpointing = False  # timm would put the step under it; the step puts the block
 
-    def __init__(self, model: Any, record: bool = False, restore: bool = False) -> None:
+    def __init__(self, model: Any, record: bool = False, restore: bool = False, masks: bool | None = None) -> None:
         self.model = model
         self.blocks = Steps([partial(self.step, i, block) for i, block in enumerate(model.blocks)])
         self.record, self.restore = record, restore
+        self.masks = model.training if masks is None else masks
         self.placed = not isinstance(model, VisionTransformer)
         """Whether the blocks read where a token stands: rotary rows, relative positions."""
         self.routing: Routing = []
@@ -79,6 +82,10 @@ class Walk:
         self.remembered: Tensor | None = None  # (B, n) the scores that the last block with a memory went by
         self.size: Tensor | None = None  # (B, n) how many patches each token stands for; None: one
         self.positions: Tensor | None = None  # (B, n) where each stood among the N, -1 for a fused one; None: in place
+        self.tokens: int | None = None  # N
+        self.keep: Tensor | None = None  # (B, N) of 0 and 1: whom the others look at, while DynamicViT trains
+        self.decisions: list[Tensor] = []  # (B, patches) of 0 and 1, of each of its predictors then
+        self.going: leaving.Going | None = None  # how far A-ViT's tokens are
         self.owner: Tensor | None = None  # (B, N) which of the n stands for each, -1 for none; None: itself
 
     def __getattr__(self, name: str) -> Any:
@@ -110,12 +117,24 @@ class Walk:
             raise UserError("is_causal: a routed model has no causal pass; leave it out")
         if self.x is not None:
             x = self.x
-        for name in ("scores", "remembered", "size", "positions", "owner"):  # the blocks may live on several devices
+        for name in (
+            "scores",
+            "remembered",
+            "size",
+            "positions",
+            "owner",
+            "keep",
+        ):  # the blocks may live on several devices
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value.to(x.device))
+        self.tokens = self.tokens or tokens_in(x)
         entry = self.model.plan.get(i)
-        if entry is None:
+        if isinstance(entry, Predict):
+            x = leaving.predicted(self, i, entry, x)
+        if entry is None or isinstance(entry, Predict):
             x = self.run(i, block, x, inputs)
+        elif isinstance(entry, Halt):
+            x = leaving.halting(self, i, block, entry, x, inputs, class_tokens(self.model))
         elif isinstance(entry, Route):
             x = self.route(i, block, entry, x, inputs)
         elif isinstance(entry, Gate):
@@ -221,9 +240,15 @@ class Walk:
         if not done:
             raise UserError(f"block {i}: {type(block).__name__} was put there after convert and cannot do {entry}")
         self.size = done["size"]
-        if self.record or self.restore or self.placed or self.scores is not None or self.remembered is not None:
+        if self.follows:
             self.follow(i, done, count, x.shape[1])
         return x
+
+    @property
+    def follows(self) -> bool:
+        """Whether anybody asks who stands for whom; once it was followed it goes on being so."""
+        asked = self.record or self.restore or self.placed or self.owner is not None
+        return asked or self.scores is not None or self.remembered is not None
 
     def follow(self, i: int, done: dict[str, Any], count: int, remain: int) -> None:
         """Who stands for whom now: for the record, for restoring, for the scores and positions of later blocks."""
@@ -248,6 +273,9 @@ class Walk:
     def restored(self, x: Tensor) -> Tensor:
         """All N tokens from those that are here; one that is gone is as it was when it went."""
         self.x = x
+        if self.going is not None and not self.masks:
+            assert self.whole is not None  # by leaving.py
+            return self.whole
         if self.owner is not None:
             assert self.whole is not None
             x = torch.where((self.owner < 0).unsqueeze(-1), self.whole, take(x, self.owner.clamp(min=0)))
@@ -263,6 +291,7 @@ class Walk:
         x: Tensor,
         inputs: dict[str, Any],
         indices: Tensor | None = None,
+        mask: Tensor | None = None,
         want: tuple[str, ...] = (),
         **asked: Any,
     ) -> Tensor:
@@ -271,9 +300,10 @@ class Walk:
         Args:
             x: (B, n, D), or the kept ones (B, K, D) at ``indices`` (B, K) of those that are here.
             inputs: what timm gave the step: rotary table, mask.
+            mask: to be added to the logits of the tokens that are here.
             want, asked: of a :class:`Request`.
         """
-        request, inputs = self.asked(i, block, inputs, indices, None, want, **asked)
+        request, inputs = self.asked(i, block, inputs, indices, mask, want, **asked)
         x = self.called(block, x, inputs)
         self.answered(i, request)
         return x
@@ -305,6 +335,8 @@ class Walk:
         if positions is not None and inputs.get("rope") is not None:
             inputs["rope"] = rotary_rows(inputs["rope"], positions, model.num_prefix_tokens)
         request = None
+        if self.keep is not None:
+            asked["keep"] = self.keep
         if want or asked or read or (self.placed and positions is not None):
             check_readable(i, block)
             differentiable = model.routers[str(i + 1)].differentiable if read else "reduce" in asked
@@ -367,11 +399,11 @@ def check_readable(i: int, block: nn.Module) -> None:
         )
 
 
-def class_tokens(model: Any) -> int:
-    """How many of the first tokens the head reads, if it reads no others."""
+def class_tokens(model: Any, entry: str = "ClassOnly") -> int:
+    """How many of the first tokens the head reads, if it reads no others, as an entry of the plan needs."""
     if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
         raise UserError(
-            f"ClassOnly: the head of this model reads all tokens (global_pool={model.global_pool!r}), not the class "
+            f"{entry}: the head of this model reads all tokens (global_pool={model.global_pool!r}), not the class "
             "token alone; leave the entry out"
         )
     return 2 if hasattr(model, "head_dist") else 1

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from amod.analysis import pictures
+from amod.analysis.depths import draw_depths
 from amod.analysis.measurement import CONTRAST, DENSE_MAPS, Measured, correlations
 from amod.analysis.routing_statistics import AGREEMENT, MEASURES, METHODS, Correlation, agreement, estimate
 from amod.analysis.style import NAMES
@@ -76,6 +77,9 @@ def write_report(
     importance = {block: values[:count] for block, values in run.importance.items()}
     panels = (run.grid, output / "importance.png", "Leave-one-out importance of each patch", names, dense)
     pictures.draw_importance(images, importance, run.removed[:count], run.prefix, *panels)
+    halting = routings.get(NAMES["avit"])
+    if halting:
+        draw_depths(images, halting, run.grid, output / "depths.png", names)
     every = {NAMES[router]: layers for router, layers in run.routing.items()}
     foot = f"{caption[:-1]}, {measured} images."
     pictures.draw_kept_often(every, run.grid, output / "kept-often.png", "How often each place is kept", foot)
@@ -96,7 +100,8 @@ def write_report(
     write_correlations(table, output / "correlation.csv")
     write_agreement(runs, output / "agreement.csv")
     wanted = "the true class" if about.labelled else "the class that the dense model predicts"
-    shown = ["kept", "scores", *(["heads"] if heads else []), "importance", "kept-often", "correlation"]
+    own = [*(["depths"] if halting else []), *(["heads"] if heads else [])]
+    shown = ["kept", "scores", *own, "importance", "kept-often", "correlation"]
     lines = [
         f"# What routing does: {about.subject}\n",
         f"    {about.command}\n",

@@ -15,7 +15,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from amod.analysis.style import COLOURS, MARKERS
-from amod.plan import ClassOnly, Gate, Merge, Plan, Prune, from_data
+from amod.plan import ClassOnly, Gate, Halt, Merge, Plan, Predict, Prune, from_data
 from amod.training.folder import write_atomically
 
 NAMES = {
@@ -59,6 +59,10 @@ def in_words(plan: Plan) -> str:
             text = f"merge {entry.r}" + ("" if entry.proportional else " (not proportional)")
         elif isinstance(entry, Prune):
             text = f"keep {entry.keep:.2f}" + ("" if entry.fuse else ", no fusing")
+        elif isinstance(entry, Predict):
+            text = f"keep {entry.keep:.2f}, predicted"
+        elif isinstance(entry, Halt):
+            text = "halting"
         elif isinstance(entry, ClassOnly):
             text = "class token alone"
         elif isinstance(entry, Gate):

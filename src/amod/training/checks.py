@@ -77,6 +77,7 @@ def check_train(composed: Any) -> TrainConfig:
                     f"trainer.{key}={shown(value)}: callbacks=early_stopping needs a validation at the end of an epoch "
                     "and none before; leave one of them out"
                 )
+    check_method(cfg)
     check_run_dir(cfg)
     if cfg.model.checkpoint is not None and not any(Path(cfg.run_dir).glob("checkpoints/*.ckpt")):
         check_checkpoint(cfg.model.checkpoint)
@@ -122,6 +123,29 @@ def check_language(cfg: TrainConfig) -> None:
             raise UserError(f"router: {error}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: says no num_hidden_layers; name a language model of transformers") from None
+
+
+def check_method(cfg: TrainConfig) -> None:
+    """What a method's training needs: a teacher to start from, time to warm up, tokens to compare."""
+    router = cfg.router
+    tokens = router.name == "dynamicvit" and router.distil_tokens > 0
+    if (cfg.distil or tokens) and cfg.model.checkpoint is None and not cfg.model.pretrained:
+        said = f"distil={cfg.distil:g}" if cfg.distil else f"router.distil_tokens={router.distil_tokens:g}"
+        off = "distil=0 router.distil_tokens=0" if router.name == "dynamicvit" else "distil=0"
+        raise UserError(
+            f"{said}: the teacher is the dense model that the run starts from; give model.checkpoint=RUN_FOLDER, or "
+            f"train without one: {off}"
+        )
+    if tokens and cfg.placement.last is not None:
+        raise UserError(
+            f"router.distil_tokens={router.distil_tokens:g}: placement.last=class leaves no patches to compare with "
+            "the teacher's; set router.distil_tokens=0"
+        )
+    if router.warmup is not None and router.warmup[1] > cfg.schedule.epochs:
+        raise UserError(
+            f"router.warmup={shown(router.warmup)}: ends behind the last of schedule.epochs={cfg.schedule.epochs}; the "
+            "model would never train at its keep rate"
+        )
 
 
 def check_evaluate(composed: Any) -> EvaluateConfig:
@@ -187,6 +211,11 @@ def check_variant(cfg: Variant) -> None:
     if cfg.budget is not None and cfg.router.name in ("none", "plan", "tuning"):
         why = "costs what its gates leave" if cfg.router.name == "tuning" else "always costs the same"
         raise UserError(f"budget={cfg.budget}: router={cfg.router.name} {why}; leave budget out")
+    if cfg.budget is not None and cfg.router.name == "avit":
+        raise UserError(
+            f"budget={cfg.budget}: router=avit decides image by image what it computes; leave budget out, and choose "
+            "router.ponder, the weight of the loss that makes tokens halt early"
+        )
     if cfg.budget is not None and wanted is not None:
         raise UserError(f"budget={cfg.budget}: router.depth={wanted} says the depth; leave one of them out")
     check_tokens(cfg)

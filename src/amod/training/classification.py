@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +21,14 @@ from amod.plan import Route
 from amod.training.config import Schedule, TrainConfig, Variant
 from amod.training.finished import classes_in, load_model, weights_of
 from amod.training.loaders import ImageData, build_datamodule
+from amod.training.methods import Recipe, make_recipe
 from amod.training.module import Batch, TaskModule
 from amod.training.record import about, fingerprint, read_record
 from amod.training.sources import load_one
 from amod.training.splits import Split
 from amod.training.tasks import CLASSIFICATION
 from amod.training.terminal import say
-from amod.training.weights import Built, input_config
+from amod.training.weights import Built, input_config, teacher_of
 from amod.training.weights import build as build_vit
 from amod.vit import RoutedViT, default_tokens, dense
 
@@ -36,9 +38,11 @@ class Classifier(TaskModule):
 
     task = CLASSIFICATION
 
-    def __init__(self, model: nn.Module, schedule: Schedule, num_classes: int, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, num_classes: int, seed: int, recipe: Recipe | None = None
+    ) -> None:
         self.num_classes = num_classes
-        super().__init__(model, schedule, seed)
+        super().__init__(model, schedule, seed, recipe)
         self.mixup = None
         if schedule.mixup > 0 or schedule.cutmix > 0:
             self.mixup = Mixup(
@@ -57,16 +61,18 @@ class Classifier(TaskModule):
 
     def loss(self, batch: Batch) -> Tensor:
         images, labels, _ = batch
+        targets, smoothing = labels, self.schedule.label_smoothing
         if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
-        if is_gated(self.model):
+            (images, targets), smoothing = self.mixup(images, labels), 0.0
+        if self.recipe is not None:
+            logits, added = self.recipe(self.model, images, self.epoch)
+        elif is_gated(self.model):
             logits, routing = self.model(images, return_routing=True)
-            extra = penalty(routing, cast(Any, self.model).plan)
+            added = penalty(routing, cast(Any, self.model).plan)
         else:
-            logits, extra = self.model(images), None
-        smoothing = 0.0 if self.mixup is not None else self.schedule.label_smoothing  # mixup has smoothed them
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        return loss if extra is None else loss + extra
+            logits, added = self.model(images), None
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        return loss if added is None else loss + added
 
     def measure(self, metrics: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels, _ = batch
@@ -97,7 +103,10 @@ def build(cfg: Variant, data: ImageData) -> Built:
 
 
 def module(model: nn.Module, cfg: TrainConfig, data: ImageData) -> Classifier:
-    return Classifier(model, cfg.schedule, data.num_classes, cfg.seed)
+    teacher = partial(teacher_of, cfg, data.num_classes, data.class_names)
+    return Classifier(
+        model, cfg.schedule, data.num_classes, cfg.seed, make_recipe(model, cfg.router, cfg.distil, teacher)
+    )
 
 
 def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:

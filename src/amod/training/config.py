@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic.fields import FieldInfo
 
 from amod.errors import UserError, did_you_mean, shown
-from amod.plan import PLACEMENTS, as_data, read_plan
+from amod.plan import BY_THEMSELVES, PLACEMENTS, as_data, read_plan
 from amod.training.tasks import TASKS
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -68,6 +68,15 @@ class Ascending(Rule):
 
     def allows(self, value: Any) -> bool:
         return len(value) == 2 and 0 < value[0] <= value[1] <= (self.high or value[1])
+
+
+class Rising(Rule):
+    """When something begins and when it has ended."""
+
+    words = "two rising numbers of at least 0"
+
+    def allows(self, value: Any) -> bool:
+        return len(value) == 2 and 0 <= value[0] < value[1]
 
 
 class Sides(Rule):
@@ -136,7 +145,7 @@ class Model(Group):
 
 
 UNROUTED = ("none", "isoflop")
-WITHOUT_CAPACITY = (*UNROUTED, "tome", "evit", "plan", "tuning")
+WITHOUT_CAPACITY = (*UNROUTED, *BY_THEMSELVES, "plan")
 
 
 class Router(Group):
@@ -148,7 +157,7 @@ class Router(Group):
     memory: Annotated[float, Field(ge=0, le=0.99)] = 0.0  # of the scores by class attention
     depth: Count | None = None  # of isoflop
     r: WholeNumber | None = None  # of tome
-    keep_rate: Share | None = None  # of evit
+    keep_rate: Share | None = None  # of evit and dynamicvit
     fuse: bool = True
     skip: Literal["attention", "mlp", "block"] | None = None  # of tuning, and what follows
     per: Literal["token", "sequence"] = "token"
@@ -156,6 +165,15 @@ class Router(Group):
     target: Probability | None = None
     scale: NotNegative | None = None
     cache: Literal["kept", "all"] = "kept"
+    warmup: Annotated[list[NotNegative], AfterValidator(Rising())] | None = None  # of evit, in epochs
+    ratio_weight: NotNegative = 2.0  # of dynamicvit, and the next three
+    distil_tokens: NotNegative = 0.5
+    backbone_lr: NotNegative = 0.01
+    frozen: Annotated[float, Field(ge=0, le=0.99)] = 0.1667
+    halt_scale: float = 10.0  # of avit, and the next three
+    halt_shift: float = 75.0
+    ponder: NotNegative = 5e-4
+    distribution: NotNegative = 1e-3
     file: Text | None = None  # of plan
     plan: dict[str, Any] | None = None  # what that file said when the run began; a run folder has it, whole
 
@@ -271,6 +289,7 @@ class Variant(Group):
 
     capacity: Share
     budget: Positive | None = None
+    distil: NotNegative = 0.0
     seed: Seed = 0
     model: Model
     router: Router

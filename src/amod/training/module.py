@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 
 from amod.errors import UserError, one_line
 from amod.training.config import Schedule
+from amod.training.methods import Recipe
 from amod.training.tasks import Task
 from amod.training.weights import shortened
 
@@ -69,9 +71,11 @@ def peak_lr(schedule: Schedule, images: int) -> float:
     return schedule.lr if reference is None else schedule.lr * images / reference
 
 
-def make_optimizer(model: nn.Module, schedule: Schedule, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, schedule: Schedule, lr: float, recipe: Recipe | None = None
+) -> torch.optim.Optimizer:
     return create_optimizer_v2(
-        model,
+        recipe.groups(model, schedule.weight_decay) if recipe is not None and recipe.ratios else model,
         opt=schedule.optimizer,
         lr=lr,
         weight_decay=schedule.weight_decay,
@@ -117,9 +121,10 @@ class TaskModule(LightningModule):
 
     task: Task
 
-    def __init__(self, model: nn.Module, schedule: Schedule, seed: int) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, seed: int, recipe: Recipe | None = None) -> None:
         super().__init__()
         self.model = model
+        self.recipe = recipe
         self.schedule = schedule
         self.seed = seed
         self.lr = 0.0
@@ -172,6 +177,7 @@ class TaskModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.indices = batch[-1]
+        self.epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
         loss = self.loss(batch)
         if not torch.isfinite(loss):
             self._stop(f"the loss is {loss.item()}", self.indices)
@@ -224,14 +230,20 @@ class TaskModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         lr = peak_lr(self.schedule, global_batch(self.trainer, self.schedule))
-        optimizer = make_optimizer(self.model, self.schedule, lr)
+        optimizer = make_optimizer(self.model, self.schedule, lr, self.recipe)
         steps = training_steps(self.trainer)
         warmup = round(self.schedule.warmup_epochs / self.schedule.epochs * steps)
         if warmup > steps // 2:
             log.info("the warm-up is shortened to half of the training: %d of %d steps", steps // 2, steps)
             warmup = steps // 2
         floor = self.schedule.min_lr / self.schedule.lr
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, warmup, floor))
+        recipe = self.recipe
+
+        def factor(part: str, step: int) -> float:
+            return lr_factor(step, steps, warmup, floor) * (recipe.factor(part, step / steps) if recipe else 1.0)
+
+        parts = [group.get("part", "backbone") for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(factor, part) for part in parts])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _seed(self, *key: int) -> None:

@@ -27,6 +27,7 @@ from amod.errors import UserError, one_line, shown
 from amod.training.callbacks import RunRecorder, restored_signals, rounded
 from amod.training.checkpoints import AtomicCheckpoints, best_checkpoint, newest_checkpoint
 from amod.training.config import Schedule, TrainConfig, TrainerArguments
+from amod.training.costs import Costs, halting_cost
 from amod.training.curves import plot_curves
 from amod.training.folder import (
     RunLock,
@@ -47,6 +48,8 @@ from amod.training.terminal import quiet, say, show
 from amod.training.troubles import known_troubles
 from amod.training.weights import weightless
 
+# What decides the compute of a method in the place of a capacity.
+OWN = {"tome": "r", "evit": "keep_rate", "dynamicvit": "keep_rate", "avit": "ponder", "plan": "file"}
 PROFILERS = {
     "simple": profilers.SimpleProfiler,
     "advanced": profilers.AdvancedProfiler,
@@ -109,10 +112,11 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     bar = sys.stdout.isatty() if cfg.trainer.enable_progress_bar is None else cfg.trainer.enable_progress_bar
     recorder = RunRecorder(folder, cfg.checkpoint_every_steps, not bar, flat(saved_config(cfg, whole=True)), task)
     recorder.listen()
+    costs = Costs()
     trainer = make_trainer(
         cfg.trainer,
         folder,
-        callbacks=[recorder, *callbacks(cfg, task), *([RichProgressBar()] if bar else [])],
+        callbacks=[recorder, costs, *callbacks(cfg, task), *([RichProgressBar()] if bar else [])],
         enable_progress_bar=bar,
         plugins=[AtomicCheckpoints()],
     )
@@ -122,9 +126,10 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     data = parts.read(cfg)
     check_batches(trainer, data, schedule)
     newest = newest_checkpoint(folder)  # where there is one, the weights are there, and their source may be gone
-    built = parts.build(weightless(cfg) if newest else cfg, data)
+    source = weightless(cfg) if newest else cfg
+    built = parts.build(source, data)
     trainable = freeze(built.model, schedule.train)
-    module = parts.module(built.model, cfg, data)
+    module = parts.module(built.model, source, data)
     compute = parts.cost(built.model, cfg)
     batch = global_batch(trainer, schedule)
     lr = peak_lr(schedule, batch)
@@ -176,7 +181,9 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         "epochs": len(recorder.rows),
         "ended_by": ended_by,
         "seconds": recorder.seconds,
+        **costs.summary(),
     }
+    summary |= halting_cost(module.evaluated, data.test_dataloader())
     if trainer.is_global_zero:
         state = module.evaluated.state_dict()
         tied = {value.data_ptr(): key for key, value in state.items()}  # a file of safetensors has no two names for one
@@ -215,7 +222,7 @@ def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], bat
     costs = f"{compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters"
     say(f"{cfg.model.label}, router {cfg.router.name}: {costs}")
     if blocks := compute["blocks_routed"]:
-        own = {"tome": "r", "evit": "keep_rate", "plan": "file"}.get(cfg.router.name)
+        own = OWN.get(cfg.router.name)
         asked = f"router.{own}={getattr(cfg.router, own)}" if own else f"capacity={cfg.capacity:g}"
         asked = asked if cfg.budget is None else f"budget={cfg.budget:g} GFLOPs"
         kept: dict[int, list[int]] = {}

@@ -25,7 +25,7 @@ from amod.errors import UserError, misfits, one_line
 from amod.flops import count_flops
 from amod.plan import from_data
 from amod.training.checks import gates_of
-from amod.training.config import WITHOUT_CAPACITY, Model, Variant
+from amod.training.config import WITHOUT_CAPACITY, Model, Placement, Router, Variant
 from amod.training.record import classes_of, differ
 from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
@@ -139,9 +139,24 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         r=None if cfg.budget is not None else router.r,
         keep_rate=None if cfg.budget is not None else router.keep_rate,
         fuse=router.fuse,
+        halt_scale=router.halt_scale if router.name == "avit" else None,
+        halt_shift=router.halt_shift if router.name == "avit" else None,
         last=last,
         budget=None if cfg.budget is None or router.name == "none" else cfg.budget * 1e9,
     )
+
+
+def teacher_of(cfg: Variant, num_classes: int, classes: Sequence[str] | None) -> nn.Module:
+    """The dense model that the run starts from; without weights where a resumed run's checkpoint has them."""
+    plain = {"router": Router(name="none"), "placement": Placement(name="own"), "budget": None}
+    with torch.random.fork_rng(devices=[]):  # the run draws what it would draw without a teacher
+        built = build(cfg.model_copy(update=plain), num_classes, classes)
+    if not built.adapted and (cfg.model.checkpoint is not None or cfg.model.pretrained):
+        raise UserError(
+            f"distil={cfg.distil:g}: the weights that the run starts from have no head for these classes, so they "
+            "teach none; train a dense model first (router=none) and give its folder as model.checkpoint="
+        )
+    return built.model
 
 
 def placement_of(cfg: Variant) -> str | list[int] | None:
