@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from amod.attention import READABLE, ReadableAttention
 from amod.blocks import CutBlock
-from amod.dress import Dressed, dress, of_transformers
-from amod.errors import UserError, one_line
+from amod.dress import Dressed, dress, of_detection, of_transformers, served_by
+from amod.detr_plan import DetrPlan
+from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import (
     BY_THEMSELVES,
@@ -132,7 +133,7 @@ def convert(
     capacity: float | None = None,
     placement: str | Sequence[int] | None = None,
     *,
-    plan: Mapping[int, Entry] | str | Path | None = None,
+    plan: Mapping[int, Entry] | DetrPlan | str | Path | None = None,
     keep_prefix: bool = False,
     activation: str = "none",
     memory: float = 0.0,
@@ -144,6 +145,8 @@ def convert(
     last: str | None = None,
     budget: float | None = None,
     input_size: Size | int | None = None,
+    parts: Sequence[str] | None = None,
+    memory_from: str | None = None,
 ) -> ViT:
     """A copy of a transformer of timm's or transformers' that follows a plan; ``vit`` itself is left as it is.
 
@@ -175,13 +178,14 @@ def convert(
             costs most without exceeding it.
         input_size: (channels, height, width) of the budget's image, by default the model's own; of text, how many
             tokens.
+        parts: of a DETR, which of ``encoder``, ``queries`` and ``memory`` (what the decoder looks at) are routed, by
+            default all three; ``plan`` is then a :class:`DetrPlan` (``docs/detection.md``).
+        memory_from: of a DETR, the attention that scores the memory: ``cross``, of the decoder layer before, the
+            default; or ``encoder``, of its last layer.
 
     Raises:
         UserError: the model, the plan or the budget cannot be served; the message says why.
     """
-    by = _served_by(vit)
-    by.check_model(vit)
-    depth = by.depth_of(vit)
     own = {
         "capacity": capacity,
         "keep_prefix": keep_prefix or None,
@@ -193,10 +197,22 @@ def convert(
         "halt_scale": halt_scale,
         "halt_shift": halt_shift,
     }
+    by, of_detr = _served_by(vit), {"parts": parts, "memory_from": memory_from}
+    by.check_model(vit)
+    if of_detection(vit):
+        served = {"capacity": capacity, "activation": own["activation"]} | of_detr
+        rest = {name: value for name, value in own.items() if name not in served} | {"last": last, "budget": budget}
+        _refuse(rest, "a DETR does not have it; leave it out")
+        if plan is not None:
+            _refuse({"router": router, "placement": placement} | served, "plan= says it already; leave it out")
+        return by.convert(vit, router, capacity, placement, plan=plan, activation=activation, **of_detr)
+    _refuse(of_detr, "is of a DETR alone; leave it out")
+    depth = by.depth_of(vit)
     if plan is not None:
+        if not isinstance(plan, Mapping | str | Path):
+            raise UserError(f"plan={plan!r}: is no plan for {type(vit).__name__}; write {{block: entry}}")
         said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
-        if given := [name for name, value in said.items() if value is not None]:
-            raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
+        _refuse(said, "plan= says it already; leave one of them out")
         plan = read_plan(plan) if isinstance(plan, str | Path) else plan
         check_plan(plan, depth)
         plan = {int(i): plan[i] for i in sorted(plan)}
@@ -224,18 +240,18 @@ def convert(
     return by.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
 
 
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    """UserError for the first of the arguments that was given."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}={value!r}: {why}")
+
+
 def _served_by(model: Any) -> Any:
-    """The file that knows such models: this one, or ``huggingface.py``, which has the same functions."""
+    """The file that knows such models: this one, or one of transformers' that has the same functions."""
     if not of_transformers(model):
         return sys.modules[__name__]
-    try:
-        from amod import huggingface
-    except ImportError as error:  # an older one has no attention interface
-        raise UserError(
-            f"{type(model).__name__}: this transformers cannot be served ({one_line(error)}); "
-            "pip install 'amod[transformers]'"
-        ) from error
-    return huggingface
+    return served_by(getattr(model.config, "model_type", None), type(model).__name__)
 
 
 def depth_of(vit: Any) -> int:
