@@ -359,7 +359,9 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = No
 @tiled_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     b, h, r, d = q.shape
-    return v.new_empty(b, r, h, d).transpose(1, 2), q.new_empty(b, k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return v.new_empty(b, r, h, d).transpose(1, 2), q.new_empty(
+        b, k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32)
+    )
 
 
 @torch.library.custom_op("amod::column_mean", mutates_args=())

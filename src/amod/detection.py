@@ -107,8 +107,7 @@ def routed(model: Any, plan: DetrPlan) -> Any:
     dress(model, RoutedDetr)
     model.plan, model.attention_before = plan, before
     model.config.amod = {"format": FORMAT, "plan": plan.as_data()}
-    for part in (encoder, decoder):
-        part.set_attn_implementation(IMPLEMENTATION)
+    model.config._attn_implementation = IMPLEMENTATION
     return model
 
 
@@ -125,8 +124,7 @@ def dense(model: Any) -> Any:
                 module.__dict__.pop(name, None)
     if "amod" in vars(plain.config):
         del plain.config.amod
-    for part in (plain.model.encoder, plain.model.decoder):
-        part.set_attn_implementation(before)
+    plain.config._attn_implementation = before
     return plain
 
 

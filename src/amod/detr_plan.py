@@ -58,7 +58,12 @@ def make_detr_plan(
     if isinstance(parts, str) or not parts or not {*parts} <= {*PARTS}:
         raise UserError(f"parts={parts!r}: must be a list with some of {', '.join(PARTS)}")
     depth = dict(zip(PARTS, (layers[0], layers[1], layers[1]), strict=True))
-    plans = {part: make_plan(depth[part], router, capacity, placement, activation=activation) for part in parts}
+    plans = {}
+    for part in parts:
+        try:
+            plans[part] = make_plan(depth[part], router, capacity, placement, activation=activation)
+        except UserError as error:
+            raise UserError(f"{part}: {error}") from None
     plan = DetrPlan(memory_from=memory_from, **plans)
     check_detr_plan(plan, layers)
     return plan

@@ -67,7 +67,7 @@ class DecoderStep:
 
 
 class RoutedDecoderLayer(Dressed):
-    """Over transformers' decoder layer. One that is routed has a ``router`` of queries, a ``memory_router``, or both."""
+    """Over transformers' decoder layer. A routed one has a ``router`` of queries, a ``memory_router``, or both."""
 
     named_alike = True
     step: DecoderStep
@@ -156,7 +156,7 @@ def spread(left: Tensor, earlier: Tensor | None, kept: Tensor | None, among: Ten
 class RoutedDecoder(RoutedEncoder):
     """Over transformers' decoder."""
 
-    def forward(self, *args: Any, walk: DetrWalk | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, walk: Any = None, **kwargs: Any) -> Any:
         if kwargs.get("attention_mask") is not None:
             raise UserError("decoder_attention_mask: a routed DETR has all its queries; leave it out")
         walk = DetrWalk() if walk is None else walk

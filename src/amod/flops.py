@@ -137,7 +137,9 @@ def _count(model: nn.Module, images: Tensor) -> int:
 
 def _without_masks(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """transformers looks whether a mask masks anything; on the meta device it cannot, and the cost is the same."""
-    masks = {name for name, value in kwargs.items() if name.endswith("attention_mask") and getattr(value, "is_meta", 0)}
+    masks = {
+        name for name, value in kwargs.items() if name.endswith("attention_mask") and getattr(value, "is_meta", False)
+    }
     return args, {name: value for name, value in kwargs.items() if name not in masks}
 
 

@@ -54,7 +54,8 @@ def save_pretrained(
             raise UserError(
                 "class_names, training: are of timm's models; transformers keeps names in model.config.id2label"
             )
-        served_by(model.config.model_type, type(model).__name__).save_pretrained(model, folder)
+        config: Any = model.config
+        served_by(config.model_type, type(model).__name__).save_pretrained(model, folder)
         return folder
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture"):

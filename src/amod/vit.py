@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from amod.attention import READABLE, ReadableAttention
 from amod.blocks import CutBlock
-from amod.dress import Dressed, dress, of_detection, of_transformers, served_by
 from amod.detr_plan import DetrPlan
+from amod.dress import Dressed, dress, of_detection, of_transformers, served_by
 from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import (
