@@ -202,7 +202,12 @@ def _from_run(folder: Path) -> Any:
     from amod.training.folder import read_config
     from amod.training.record import classes_of
 
-    model: Any = load_model(folder, read_config(folder / "config.yaml"), classes_in(weights_of(folder)))
+    run = read_config(folder / "config.yaml")
+    if run.model.task == "detection":
+        from amod.training import detecting
+
+        return detecting.load_model(folder, run)
+    model: Any = load_model(folder, run, classes_in(weights_of(folder)))
     if names := classes_of(folder):
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
     return model

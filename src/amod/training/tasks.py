@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from amod.errors import UserError, one_line
+
 
 class Parts(Protocol):
     """What the file of a task has. Configs are ``config.TrainConfig``, data a ``loaders.DataModule``."""
@@ -46,6 +48,7 @@ class Task:
     best: str
     best_is_low: bool = False
     samples: str = "images"
+    extra: str = ""  # of pyproject.toml, with the packages that it needs
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -53,7 +56,14 @@ class Task:
         return ("epoch", "step", "lr", "train/loss", *(f"val/{name}" for name in self.shown))
 
     def parts(self) -> Parts:
-        return cast(Parts, import_module(f"amod.training.{self.file}"))
+        try:
+            return cast(Parts, import_module(f"amod.training.{self.file}"))
+        except ImportError as error:
+            if not self.extra:
+                raise
+            raise UserError(
+                f"{self.name}: needs packages that are not here ({one_line(error)}); pip install 'amod[{self.extra}]'"
+            ) from error
 
     def best_of(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """The first row with the best validation; the last of a run without validation."""
@@ -71,7 +81,16 @@ CLASSIFICATION = Task(
     tested=("top1", "top5"),
     best="top1",
 )
-TASKS = {task.name: task for task in (CLASSIFICATION,)}
+DETECTION = Task(
+    name="detection",
+    file="detecting",
+    data=("coco",),
+    shown={"loss": ("loss", ""), "map": ("mAP", " %"), "map50": ("mAP at IoU 0.5", " %")},
+    tested=("map", "map50"),
+    best="map",
+    extra="detection",
+)
+TASKS = {task.name: task for task in (CLASSIFICATION, DETECTION)}
 
 
 def said(task: Task, name: str, value: float, digits: int) -> str:
