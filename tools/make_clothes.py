@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def write(out: Path, part: str, source: Source, count: int, size: int, seed: int
     (out / "annotations").mkdir(exist_ok=True)
     text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
     (out / f"annotations/instances_{part}2017.json").write_text(text)
-    print(f"{folder}: {count} images, {len(annotations)} boxes")
+    print(f"{part}2017: {count} images, {len(annotations)} boxes")
 
 
 def main() -> None:
@@ -108,9 +109,14 @@ def main() -> None:
     usual = OmegaConf.load(CONF / "data/fashion_mnist.yaml")
     fallback = OmegaConf.to_container(usual.fallback)
     cfg = Data(name="fashion_mnist", root=given.root, fallback=fallback, download=True)
+    if given.out.exists():
+        parser.error(f"--out {given.out} is there already; remove it or name another folder")
     clothes = {key: load_one(cfg, key, None)[0] for key in ("val", "test")}
-    write(given.out, "train", clothes["val"].source, given.train, given.size, given.seed)  # of the 60,000
-    write(given.out, "val", clothes["test"].source, given.val, given.size, given.seed)
+    half = given.out.with_name(f".{given.out.name}.part")
+    shutil.rmtree(half, ignore_errors=True)
+    write(half, "train", clothes["val"].source, given.train, given.size, given.seed)  # of the 60,000
+    write(half, "val", clothes["test"].source, given.val, given.size, given.seed)
+    half.rename(given.out)
 
 
 if __name__ == "__main__":

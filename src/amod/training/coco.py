@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from amod.errors import UserError, one_line
-from amod.training.config import Augment, Data
+from amod.training.config import Augment, Data, Schedule
 from amod.training.data import check_data, locate
 from amod.training.loaders import DataModule, Samples
 from amod.training.splits import Source, Split
@@ -179,11 +179,10 @@ class CocoData(DataModule):
     join = staticmethod(join)
 
     def __init__(
-        self, cfg: Data, splits: Mapping[str, Split], size: Sequence[int], augment: Augment, batch: int, eval_batch: int,
-        seed: int,
-    ) -> None:  # fmt: skip
-        super().__init__(cfg, splits, batch, eval_batch, seed)
-        self.train_transform, self.eval_transform = transforms(size, augment)
+        self, cfg: Data, splits: Mapping[str, Split], size: Sequence[int], schedule: Schedule, seed: int
+    ) -> None:
+        super().__init__(cfg, splits, schedule.batch_size, schedule.eval_batch_size, seed)
+        self.train_transform, self.eval_transform = transforms(size, schedule.augment)
 
     @property
     def source(self) -> Annotated:

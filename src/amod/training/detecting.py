@@ -27,7 +27,7 @@ from amod.training.module import Batch, TaskModule
 from amod.training.record import classes_of
 from amod.training.tasks import DETECTION
 from amod.training.terminal import say
-from amod.training.weights import Built, placement_of, read_state, shortened, weightless
+from amod.training.weights import Built, head_classes, placement_of, read_state, shortened, weightless
 
 log = logging.getLogger(__name__)
 PUBLISHED = {"resnet50": "facebook/detr-resnet-50", "resnet101": "facebook/detr-resnet-101"}
@@ -101,8 +101,7 @@ def read(cfg: TrainConfig) -> CocoData:
 
 
 def data_of(cfg: TrainConfig, splits: Mapping[str, Any]) -> CocoData:
-    s, size = cfg.schedule, image_size(cfg)
-    return CocoData(cfg.data, splits, size, s.augment, s.batch_size, s.eval_batch_size, cfg.seed)
+    return CocoData(cfg.data, splits, image_size(cfg), cfg.schedule, cfg.seed)
 
 
 def image_size(cfg: Variant) -> list[int]:
@@ -123,16 +122,17 @@ def build_detr(cfg: Variant, classes: Sequence[str], ids: Sequence[int]) -> Buil
     """
     if cfg.router.name in ("isoflop", "tome", "evit", "plan"):
         raise UserError(f"router={cfg.router.name}: not for a DETR; choose none, attention, linear, random or reversed")
-    model, adapted, state = create(cfg, len(classes)), False, {}
+    model, adapted, known = create(cfg, len(classes)), False, None
+    state: dict[str, Tensor] = {}
     if cfg.model.checkpoint is not None:
-        state = read_state(Path(cfg.model.checkpoint), prefixes=())
+        checkpoint = Path(cfg.model.checkpoint)
+        state, known = read_state(checkpoint, prefixes=()), head_classes(checkpoint)
         if inner := next((p for p in ("ema.module.", "model.model.") if any(k.startswith(p) for k in state)), None):
             cut = inner.removesuffix("model.") if inner.startswith("model.") else inner
             state = {key.removeprefix(cut): value for key, value in state.items() if key.startswith(cut)}
     elif cfg.model.pretrained:
         state = published(cfg).state_dict()
     if state:
-        known = classes_of(Path(cfg.model.checkpoint)) if Path(cfg.model.checkpoint or "").is_dir() else None
         adapted = load_detr(model, state, cfg, classes, ids, known)
     routed = variant(model, cfg)
     routers = {key: value for key, value in state.items() if "router." in key}
@@ -155,7 +155,8 @@ def create(cfg: Variant, num_classes: int) -> DetrForObjectDetection:
         "use_pretrained_backbone": False, "num_channels": 3, "out_indices": given.pop("out_indices", [1, 2, 3, 4]),
     }  # fmt: skip
     try:
-        config = DetrConfig(backbone_config=backbone, num_labels=num_classes, auxiliary_loss=True, **given)
+        given |= {"num_labels": num_classes, "auxiliary_loss": True}
+        config = DetrConfig(backbone_config=backbone, **given)
         model = DetrForObjectDetection(config)
     except Exception as error:  # whatever timm and transformers make of them
         what = f"model.name={cfg.model.name} with model.kwargs={given}"
