@@ -145,9 +145,9 @@ def build_detr(cfg: Variant, classes: Sequence[str], ids: Sequence[int]) -> Buil
 
 
 def create(cfg: Variant, num_classes: int) -> DetrForObjectDetection:
-    """The dense DETR with random weights, as the original begins: Xavier, and queries from a normal distribution.
-
-    transformers' own beginning is much smaller, which suits fine-tuning alone.
+    """The dense DETR with random weights, as the original begins: Xavier in encoder and decoder, queries from a normal
+    distribution, torch's defaults elsewhere. transformers' own beginning is much smaller, and detr_pico learns nothing
+    from it.
     """
     given = cfg.model.kwargs.arguments()
     backbone = {
@@ -157,6 +157,9 @@ def create(cfg: Variant, num_classes: int) -> DetrForObjectDetection:
     try:
         given |= {"num_labels": num_classes, "auxiliary_loss": True}
         config = DetrConfig(backbone_config=backbone, **given)
+        heads = config.encoder_attention_heads, config.decoder_attention_heads
+        if any(config.d_model % n for n in (4, *heads)):
+            raise ValueError(f"d_model {config.d_model} must be a multiple of 4 and of the heads {heads}")
         model = DetrForObjectDetection(config)
     except Exception as error:  # whatever timm and transformers make of them
         what = f"model.name={cfg.model.name} with model.kwargs={given}"
@@ -166,6 +169,8 @@ def create(cfg: Variant, num_classes: int) -> DetrForObjectDetection:
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
     nn.init.normal_(model.model.query_position_embeddings.weight)
+    for module in (model.model.input_projection, model.class_labels_classifier, *model.bbox_predictor.layers):
+        module.reset_parameters()
     if cfg.model.name.startswith("resnet"):  # the original trains its last three stages
         for name, parameter in model.model.backbone.named_parameters():
             parameter.requires_grad_(any(stage in name for stage in ("layer2", "layer3", "layer4")))

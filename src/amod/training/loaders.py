@@ -109,7 +109,7 @@ class Samples(Dataset):
             raise UserError(f"{images[index]}: cannot be read ({one_line(error)})") from error
 
 
-def collate(batch: UserError | tuple[list[Any], list[str]], join: Callable[[list[Any]], Any]) -> Any:
+def collate(batch: UserError | tuple[list[Any], list[str]], join: Callable[[list[Any]], Any] = default_collate) -> Any:
     if isinstance(batch, UserError):
         return batch
     samples, skipped = batch
