@@ -8,6 +8,7 @@ config. How a pass runs is in ``detr_walk.py``. This file is imported when such 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,17 @@ def convert(
         plan = detr_plan_from(plan)
         check_detr_plan(plan, layers)
     return routed(model, plan)
+
+
+def convert_as_asked(model: Any, plan: Any, given: Mapping[str, Any]) -> Any:
+    """:func:`convert` with the arguments of :func:`amod.convert` that were ``given``; UserError for those of others."""
+    served = inspect.signature(convert).parameters
+    for name, value in given.items():
+        if name not in served:
+            raise UserError(f"{name}={value!r}: a DETR does not have it; leave it out")
+        if plan is not None:
+            raise UserError(f"{name}={value!r}: plan= says it already; leave one of them out")
+    return convert(model, plan=plan, **given)
 
 
 def check_model(model: Any) -> None:
@@ -132,16 +144,16 @@ def dense(model: Any) -> Any:
 
 
 class TransformerAlone(nn.Module):
-    """Encoder and decoder of a DETR on the tokens of one image."""
+    """Encoder and decoder of a DETR on the tokens of images."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, features: Tensor) -> Any:
-        """(1, D, H / 32, W / 32), all of it image."""
+        """(B, D, H / 32, W / 32), all of it image."""
         base, tokens = self.model.model, features.flatten(2).transpose(1, 2)
-        queries = base.query_position_embeddings.weight.unsqueeze(0)
+        queries = base.query_position_embeddings.weight.expand(len(tokens), -1, -1)
         walk = {"walk": DetrWalk()} if isinstance(self.model, RoutedDetr) else {}
         encoded = base.encoder(inputs_embeds=tokens, spatial_position_embeddings=tokens, **walk)
         return base.decoder(

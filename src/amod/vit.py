@@ -178,10 +178,7 @@ def convert(
             costs most without exceeding it.
         input_size: (channels, height, width) of the budget's image, by default the model's own; of text, how many
             tokens.
-        parts: of a DETR, which of ``encoder``, ``queries`` and ``memory`` (what the decoder looks at) are routed, by
-            default all three; ``plan`` is then a :class:`DetrPlan` (``docs/detection.md``).
-        memory_from: of a DETR, the attention that scores the memory: ``cross``, of the decoder layer before, the
-            default; or ``encoder``, of its last layer.
+        parts, memory_from: of a DETR, as in ``docs/detection.md``; its ``plan`` is a :class:`DetrPlan`.
 
     Raises:
         UserError: the model, the plan or the budget cannot be served; the message says why.
@@ -198,19 +195,15 @@ def convert(
         "halt_shift": halt_shift,
     }
     by, of_detr = _served_by(vit), {"parts": parts, "memory_from": memory_from}
-    by.check_model(vit)
     if of_detection(vit):
-        served = {"capacity": capacity, "activation": own["activation"]} | of_detr
-        rest = {name: value for name, value in own.items() if name not in served} | {"last": last, "budget": budget}
-        _refuse(rest, "a DETR does not have it; leave it out")
-        if plan is not None:
-            _refuse({"router": router, "placement": placement} | served, "plan= says it already; leave it out")
-        return by.convert(vit, router, capacity, placement, plan=plan, activation=activation, **of_detr)
+        given = {"router": router, "placement": placement, "last": last, "budget": budget} | own | of_detr
+        return by.convert_as_asked(vit, plan, {name: value for name, value in given.items() if value is not None})
     _refuse(of_detr, "is of a DETR alone; leave it out")
+    by.check_model(vit)
     depth = by.depth_of(vit)
     if plan is not None:
-        if not isinstance(plan, Mapping | str | Path):
-            raise UserError(f"plan={plan!r}: is no plan for {type(vit).__name__}; write {{block: entry}}")
+        if isinstance(plan, DetrPlan):
+            raise UserError("plan: a DetrPlan is of a DETR alone; write {block: entry}")
         said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
         _refuse(said, "plan= says it already; leave one of them out")
         plan = read_plan(plan) if isinstance(plan, str | Path) else plan

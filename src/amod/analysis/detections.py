@@ -31,6 +31,7 @@ def explain_detections(cfg: ExplainConfig) -> None:
     folder = folders(cfg, "run")[0]
     run = saved(folder)
     run.data = data_config(cfg, run)
+    model: Any
     model, data = detecting.load_measured(folder, run, cfg.split)
     name = NAMES[run.router.name]
     if run.router.name in UNROUTED:
@@ -43,11 +44,10 @@ def explain_detections(cfg: ExplainConfig) -> None:
         out, routing = model(images, pixel_mask=masks, return_routing=True)
         grid = tuple(model.model.backbone(images, masks)[-1][0].shape[-2:])
     output = Path(cfg.output or f"outputs/explain/{folder.resolve().name}")
-    draw_detections(
-        images, masks, targets, out, routing, grid, classes_of(folder) or [], output / "detections.png", name
-    )
+    picture, classes = output / "detections.png", classes_of(folder) or []
+    draw_detections(images, masks, targets, out, routing, grid, classes, picture, name)
     kept = [sum(layer.indices.shape[1] for layer in part) for part in routing]
-    say(f"{output}/detections.png: {len(images)} images, of each {kept[0]} image tokens, {kept[1]} queries, {kept[2]} "
+    say(f"{picture}: {len(images)} images, of each {kept[0]} image tokens, {kept[1]} queries, {kept[2]} "
         "tokens of the memory kept in all routed layers")  # fmt: skip
 
 
