@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import amod
+from amod.analysis.detections import explain_detections
+from amod.analysis.explain_checks import check_explain
 from amod.training import coco, detecting
 from amod.training.checks import check_evaluate, check_train
 from amod.training.compose import compose_config
@@ -94,6 +96,15 @@ def cfg_of(folder: Path) -> TrainConfig:
     from amod.training.folder import read_config
 
     return read_config(folder / "config.yaml")
+
+
+def test_explained(finished, tmp_path, capsys):
+    said = [f"run={finished}", f"output={tmp_path}", "shown=3"]
+    explain_detections(check_explain(compose_config("explain", said)))
+    assert Image.open(tmp_path / "detections.png").width > 300
+    assert "3 images, of each 2 image tokens, 3 queries" in capsys.readouterr().out
+    with pytest.raises(amod.UserError, match=r"images=.*: is not for a detector's run"):
+        check_explain(compose_config("explain", [*said, f"images={tmp_path}"]))
 
 
 def test_adapted_from_a_run_and_its_routers_start_afresh(finished, data, tmp_path, caplog):
