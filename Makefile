@@ -35,7 +35,7 @@ reproduce-all: ## every table and figure; SCALE=small, medium or paper, DRY=1 li
 $(STUDIES): reproduce-%: $(VENV)/.ready
 	$(RUN) src/reproduce.py study=$* scale=$(SCALE) dry=$(if $(filter 1 true yes,$(DRY)),true,false) $(ARGS)
 
-ifeq ($(SCALE),small)
+ifeq ($(SCALE)$(filter 1 true yes,$(DRY)),small)
 reproduce-table9: data/clothes
 endif
 
