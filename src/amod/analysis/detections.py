@@ -47,7 +47,7 @@ def explain_detections(cfg: ExplainConfig) -> None:
     picture, classes = output / "detections.png", classes_of(folder) or []
     draw_detections(images, masks, targets, out, routing, grid, classes, picture, name)
     kept = [sum(layer.indices.shape[1] for layer in part) for part in routing]
-    say(f"{picture}: {len(images)} images, of each {kept[0]} image tokens, {kept[1]} queries, {kept[2]} "
+    say(f"{picture}: {len(images)} images, of each at most {kept[0]} image tokens, {kept[1]} queries, {kept[2]} "
         "tokens of the memory kept in all routed layers")  # fmt: skip
 
 
