@@ -45,7 +45,8 @@ def halting_cost(model: Any, loader: Any, images: int = 512) -> dict[str, float]
 
     Of any other nothing: its images all cost the same.
     """
-    if not any(isinstance(entry, Halt) for entry in getattr(model, "plan", {}).values()):
+    plan = getattr(model, "plan", {})
+    if not isinstance(plan, dict) or not any(isinstance(entry, Halt) for entry in plan.values()):  # a DETR's is no dict
         return {}
     device = next(model.parameters()).device
     found: list[torch.Tensor] = []
