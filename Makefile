@@ -35,6 +35,13 @@ reproduce-all: ## every table and figure; SCALE=small, medium or paper, DRY=1 li
 $(STUDIES): reproduce-%: $(VENV)/.ready
 	$(RUN) src/reproduce.py study=$* scale=$(SCALE) dry=$(if $(filter 1 true yes,$(DRY)),true,false) $(ARGS)
 
+ifeq ($(SCALE)$(filter 1 true yes,$(DRY)),small)
+reproduce-table9: data/clothes
+endif
+
+data/clothes: | $(VENV)/.ready
+	$(RUN) tools/make_clothes.py --out $@
+
 frontier: $(VENV)/.ready ## plans without training, agreement and accuracy against FLOPs and time: ARGS="run=RUN_FOLDER"
 	$(RUN) src/frontier.py $(ARGS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from amod.analysis.explain_checks import check_explain, is_saved_model
+from amod.analysis.explain_checks import check_explain, is_detection, is_saved_model
 from amod.training.command import launch
 from amod.training.config import ExplainConfig
 
@@ -19,6 +19,10 @@ def job(cfg: ExplainConfig) -> None:
         from amod.analysis.saved_models import explain_saved
 
         return explain_saved(cfg)
+    if is_detection(cfg):
+        from amod.analysis.detections import explain_detections
+
+        return explain_detections(cfg)
     from amod.analysis.explain import explain  # torch, timm and Lightning take seconds: only once the config is checked
 
     return explain(cfg, f"python src/explain.py {shlex.join(sys.argv[1:])}")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import amod
 import families
-from amod.analysis import pictures
+from amod.analysis import panels, pictures
 from amod.analysis.explain import explain
 from amod.analysis.explain_checks import check_explain
 from amod.analysis.routing_statistics import seen
@@ -173,7 +173,7 @@ def test_merged_patches_have_one_colour(tmp_path, monkeypatch):
     owner = torch.tensor([[0, 1, 2, 1, 3]])  # the first and the third patch are one
     routing = [amod.RoutedLayer(0, torch.zeros(1, 0), torch.arange(4)[None], owner)]
     drawn = []
-    monkeypatch.setattr(pictures, "_squares", lambda axis, colours: drawn.append(axis.get_images()[0]))
+    monkeypatch.setattr(pictures, "squares", lambda axis, colours: drawn.append(axis.get_images()[0]))
     pictures.draw_kept_patches(image, {"ToMe": routing}, (2, 2), tmp_path / "kept.png", "title")
     pixels, before = np.asarray(drawn[0].get_array()), image[0].permute(1, 2, 0).numpy()
     assert np.allclose(pixels[:, 4:], before[:, 4:])
@@ -189,7 +189,8 @@ def test_prefix_tokens_are_squares_below(family, tmp_path, monkeypatch):
     with torch.no_grad():
         routing = model(images, return_routing=True)[1]
     seen = []
-    monkeypatch.setattr(pictures, "_squares", lambda axis, colours: seen.append(len(colours)))
+    for module in (pictures, panels):
+        monkeypatch.setattr(module, "squares", lambda axis, colours: seen.append(len(colours)))
     grid = vit.patch_embed.grid_size
     for draw in (pictures.draw_kept_patches, pictures.draw_scores):
         draw(images, {"A-MoD": routing}, grid, tmp_path / "picture.png", "title")
@@ -201,7 +202,7 @@ def test_what_was_skipped_is_pale_and_without_colour_and_what_was_kept_as_it_was
     image = torch.rand(1, 3, 8, 8)
     routing = [amod.RoutedLayer(1, torch.rand(1, 5), torch.tensor([[0, 2]]))]  # the class token and the second patch
     drawn = []
-    monkeypatch.setattr(pictures, "_squares", lambda axis, colours: drawn.append((axis.get_images()[0], colours)))
+    monkeypatch.setattr(pictures, "squares", lambda axis, colours: drawn.append((axis.get_images()[0], colours)))
     pictures.draw_kept_patches(image, {"A-MoD": routing}, (2, 2), tmp_path / "kept.png", "title")
     ((shown, colours),) = drawn
     pixels, before = np.asarray(shown.get_array()), image[0].permute(1, 2, 0).numpy()

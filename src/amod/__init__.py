@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
+    from amod.detr_plan import DetrPlan
     from amod.errors import UserError
     from amod.exporting import export
     from amod.flops import count_flops, image_flops
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
 
 _HOME = {
+    "DetrPlan": "detr_plan",
     "UserError": "errors",
     "count_flops": "flops",
     "image_flops": "flops",
@@ -51,6 +53,7 @@ _HOME = {
 __all__ = [
     "PAPER_DEPTHS",
     "ClassOnly",
+    "DetrPlan",
     "Found",
     "Gate",
     "Halt",

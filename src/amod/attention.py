@@ -317,21 +317,21 @@ def class_scores(
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    b, h, n, d = q.shape
-    one_map, threads = 4 * n * n, torch.get_num_threads()
+    (b, h, r, d), n = q.shape, k.shape[2]
+    one_map, threads = 4 * r * n, torch.get_num_threads()
     room = TILE_BYTES * threads
     samples = max(1, SAMPLE_BYTES * threads // max(1, h * one_map))
     heads = h if h * one_map <= room else max(1, room // one_map)
-    rows = n if one_map <= room else max(16, room // (4 * n))
-    output = q.new_empty(0) if v is None else v.new_empty(b, n, h, d).transpose(1, 2)
+    rows = r if one_map <= room else max(16, room // (4 * n))
+    output = q.new_empty(0) if v is None else v.new_empty(b, r, h, d).transpose(1, 2)
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.new_zeros(b, 1, n, dtype=dtype)
     buffer = q.new_empty(samples * heads, rows, n, dtype=dtype)
     # a product with a constant row sums the columns
-    weights = q.new_full((samples, 1, heads * rows), 1 / (h * n), dtype=dtype)
-    bias = None if bias is None else bias.to(dtype).expand(b, h, n, n)
+    weights = q.new_full((samples, 1, heads * rows), 1 / (h * r), dtype=dtype)
+    bias = None if bias is None else bias.to(dtype).expand(b, h, r, n)
     with torch.no_grad(), no_autocast(q.device.type):
-        for s, g, i in product(range(0, b, samples), range(0, h, heads), range(0, n, rows)):
+        for s, g, i in product(range(0, b, samples), range(0, h, heads), range(0, r, rows)):
             at = (slice(s, s + samples), slice(g, g + heads), slice(i, i + rows))
             q_, k_ = q[at].flatten(0, 1).to(dtype), k[at[:2]].flatten(0, 1).to(dtype)
             tile = buffer[: q_.shape[0], : q_.shape[1]]
@@ -354,20 +354,22 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None = None) -
 # As operators, the tile loops are one node to torch.compile rather than an unrolled loop.
 @torch.library.custom_op("amod::tiled_attention", mutates_args=())
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:  # noqa: UP045
-    """Output (B, H, N, d) and column mean (B, N) in one pass over tiles of the map. No gradient."""
+    """Output (B, H, R, d) and column mean (B, N) in one pass over tiles of the map. No gradient."""
     return _tiled(q, k, v, bias)
 
 
 @tiled_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    b, h, n, d = q.shape
-    return v.new_empty(b, n, h, d).transpose(1, 2), q.new_empty(b, n, dtype=torch.promote_types(q.dtype, torch.float32))
+    b, h, r, d = q.shape
+    return v.new_empty(b, r, h, d).transpose(1, 2), q.new_empty(
+        b, k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32)
+    )
 
 
 @torch.library.custom_op("amod::column_mean", mutates_args=())
 def column_mean(q: Tensor, k: Tensor, bias: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
     """Column mean (B, N) alone, in O(N) memory per head. No gradient."""
-    if q.is_cuda and bias is None and find_spec("triton") is not None:
+    if q.is_cuda and bias is None and q.shape == k.shape and find_spec("triton") is not None:
         from amod.kernels import triton_column_mean
 
         return triton_column_mean(q, k)
@@ -376,4 +378,4 @@ def column_mean(q: Tensor, k: Tensor, bias: Optional[Tensor] = None) -> Tensor: 
 
 @column_mean.register_fake
 def _(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape[0], k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import nn
+
+from amod.errors import UserError, one_line
 
 
 class Dressed(nn.Module):
@@ -47,6 +50,29 @@ def _blank(over: type[Dressed], own: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
+DETECTORS = ("detr",)
+"""``config.model_type`` of transformers' detectors that are served by ``detection.py``."""
+
+
 def of_transformers(model: Any) -> bool:
     """Whether it is a model of transformers', which this does not import."""
     return any(kind.__module__.partition(".")[0] == "transformers" for kind in type(model).__mro__)
+
+
+def of_detection(model: Any) -> bool:
+    """Whether it is one of transformers' detectors that ``detection.py`` knows."""
+    return of_transformers(model) and getattr(getattr(model, "config", None), "model_type", None) in DETECTORS
+
+
+def served_by(model_type: str | None, what: object) -> Any:
+    """The file that converts, saves and loads transformers' models of this ``config.model_type``.
+
+    Args:
+        what: in the UserError if transformers cannot be used.
+    """
+    try:
+        return import_module("amod.detection" if model_type in DETECTORS else "amod.huggingface")
+    except ImportError as error:  # an older one has no attention interface
+        raise UserError(
+            f"{what}: is of transformers', which cannot be used ({one_line(error)}); pip install 'amod[transformers]'"
+        ) from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amod.dress import of_transformers
+from amod.dress import DETECTORS, of_transformers
 from amod.errors import UserError, one_line
 from amod.gates import is_gated
 from amod.plan import Halt
@@ -124,6 +124,8 @@ def _count(model: nn.Module, images: Tensor) -> int:
 
     found = (m for m in model.modules() if hasattr(m, "normalized_shape") or isinstance(m, nn.GroupNorm))
     hooks = [module.register_forward_hook(count_norm) for module in found]
+    readers = [m for m in model.modules() if of_transformers(m) and hasattr(m, "set_attn_implementation")]
+    hooks += [module.register_forward_pre_hook(_without_masks, with_kwargs=True) for module in readers]
     try:
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), Counter() as counter:
             model.eval()(images)
@@ -134,11 +136,21 @@ def _count(model: nn.Module, images: Tensor) -> int:
     return counter.macs + norms
 
 
+def _without_masks(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """transformers looks whether a mask masks anything; on the meta device it cannot, and the cost is the same."""
+    masks = {
+        name for name, value in kwargs.items() if name.endswith("attention_mask") and getattr(value, "is_meta", False)
+    }
+    return args, {name: value for name, value in kwargs.items() if name not in masks}
+
+
 def default_input_size(model: Any) -> Size:
     """The image that the model was made for."""
     if of_transformers(model):
         config = model.config
         config = getattr(config, "vision_config", config)
+        if config.model_type in DETECTORS:
+            raise UserError("input_size: a DETR takes images of any size; say (channels, height, width)")
         if not hasattr(config, "image_size"):
             raise UserError(f"input_size: {type(model).__name__} reads text; say how many tokens, or give token ids")
         size = config.image_size

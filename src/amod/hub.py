@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
-from amod.dress import of_transformers
+from amod.dress import of_transformers, served_by
 from amod.errors import UserError, misfits, one_line, reachable
 from amod.plan import as_data, from_data
 from amod.vit import RoutedViT, convert, dense
@@ -54,7 +54,8 @@ def save_pretrained(
             raise UserError(
                 "class_names, training: are of timm's models; transformers keeps names in model.config.id2label"
             )
-        _huggingface(type(model).__name__).save_pretrained(model, folder)
+        config: Any = model.config
+        served_by(config.model_type, type(model).__name__).save_pretrained(model, folder)
         return folder
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture"):
@@ -118,7 +119,7 @@ def from_pretrained(source: str | Path) -> Any:
             f"which reads up to format {FORMAT}: install a newer amod"
         )
     if hub:
-        return _huggingface(source).from_pretrained(folder, config)
+        return served_by(config["model_type"], source).from_pretrained(folder, config)
     if not (folder / WEIGHTS).is_file():
         pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))]
         hint = (
@@ -196,23 +197,17 @@ def _fetched(repo: str) -> Path:
         raise UserError(f"{repo}: no such folder, and the hub gives no such model ({one_line(error)})") from error
 
 
-def _huggingface(what: object) -> Any:
-    try:
-        from amod import huggingface
-    except ImportError as error:
-        raise UserError(
-            f"{what}: is of transformers', which cannot be imported ({one_line(error)}); "
-            "pip install 'amod[transformers]'"
-        ) from error
-    return huggingface
-
-
 def _from_run(folder: Path) -> Any:
     from amod.training.finished import classes_in, load_model, weights_of
     from amod.training.folder import read_config
     from amod.training.record import classes_of
 
-    model: Any = load_model(folder, read_config(folder / "config.yaml"), classes_in(weights_of(folder)))
+    run = read_config(folder / "config.yaml")
+    if run.model.task == "detection":
+        from amod.training import detecting
+
+        return detecting.load_model(folder, run)
+    model: Any = load_model(folder, run, classes_in(weights_of(folder)))
     if names := classes_of(folder):
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
     return model

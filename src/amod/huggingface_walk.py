@@ -118,12 +118,6 @@ class Step:
         """How many tokens are kept whatever their score."""
         return self.prefix if self.entry is not None and self.entry.keep_prefix else 0
 
-    def kept(self, tokens: int) -> int:
-        """K for N tokens, as ``Route.kept``; but of a short text at least one is kept, beside the prefix."""
-        assert self.entry is not None
-        part, whole = fraction(self.entry.capacity)
-        return min(max(tokens * part // whole, self.prefix_kept + 1), tokens)
-
 
 class RoutedLayer(Dressed):
     """Over the class of a layer. One that is routed has a ``router``."""
@@ -158,18 +152,15 @@ class RoutedLayer(Dressed):
             mask: (B or 1, H or 1, N, N).
             real: (B, N), which tokens are no padding; None: all.
         """
-        step, tokens = self.step, x.shape[1]
+        step = self.step
         earlier = walk.left.get(step.index - 1)
         earlier = None if earlier is None else earlier.to(x.device)
         scores = self.router(x, earlier)
-        if mask is None or real is None:
-            indices, among = routing.top_k(scores.detach(), step.kept(tokens), step.prefix_kept), None
-        else:
-            kept = padding.counts(real, entry.capacity, step.prefix_kept + 1)
-            indices, among = padding.choose(scores.detach(), real, step.kept(tokens), kept, step.prefix_kept)
+        indices, among = pick(scores, real, entry.capacity, step.prefix_kept)
+        if mask is not None and among is not None:
             mask = padding.mask_among(rows_and_columns(mask, indices), among)
         before = take(x, indices)
-        after, left = self.run(before, mask, among, args, rows_of(indices, kwargs, tokens))
+        after, left = self.run(before, mask, among, args, rows_of(indices, kwargs, x.shape[1]))
         if left is not None and earlier is not None:  # the layer saw the kept tokens alone
             walk.left[step.index] = (
                 routing.refine(earlier, indices, left)
@@ -206,12 +197,30 @@ class RoutedLayer(Dressed):
         return out, left if real is None or step.read != "column_mean" else padding.mean_of_real_rows(left, real)
 
 
+def pick(scores: Tensor, real: Tensor | None, capacity: float, prefix: int = 0) -> tuple[Tensor, Tensor | None]:
+    """The kept of each sample, (B, K) ascending, and which of them are no fillers; None: all, there is no padding.
+
+    K = floor(C N), as ``Route.kept``; but of a short text at least one is kept, beside the prefix.
+
+    Args:
+        scores, real: (B, N).
+        prefix: the first so many real tokens are kept whatever their score.
+    """
+    (part, whole), tokens = fraction(capacity), scores.shape[1]
+    k = min(max(tokens * part // whole, prefix + 1), tokens)
+    if real is None:
+        return routing.top_k(scores.detach(), k, prefix), None
+    return padding.choose(scores.detach(), real, k, padding.counts(real, capacity, prefix + 1), prefix)
+
+
 def rows_of(indices: Tensor, kwargs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """What transformers gives a layer, for the kept tokens (B, K) of N."""
     taken = dict(kwargs)
     if kwargs.get("position_embeddings") is not None:
         cos, sin = kwargs["position_embeddings"]
         taken["position_embeddings"] = rotary_rows(cos, indices, tokens, 1), rotary_rows(sin, indices, tokens, 0)
+    if kwargs.get("spatial_position_embeddings") is not None:  # of a DETR
+        taken["spatial_position_embeddings"] = take(kwargs["spatial_position_embeddings"], indices)
     if kwargs.get("position_ids") is not None:
         taken["position_ids"] = take(kwargs["position_ids"].expand(indices.shape[0], -1), indices)
     return taken
@@ -235,7 +244,9 @@ class RoutedEncoder(Dressed):
     named_alike = True
     config: Any
 
-    def forward(self, *args: Any, routing: dict[int, Any] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, routing: dict[int, Any] | None = None, walk: Walk | None = None, **kwargs: Any
+    ) -> Any:
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise UserError(
                 "output_attentions: a routed layer has no map of all tokens; ask for return_routing=True, or use "
@@ -246,7 +257,7 @@ class RoutedEncoder(Dressed):
                 f"attn_implementation={self.config._attn_implementation!r}: leaves no scores; a routed model runs with "
                 f"set_attn_implementation({IMPLEMENTATION!r})"
             )
-        walk = Walk(routing)
+        walk = Walk(routing) if walk is None else walk
         out = super().forward(*args, walk=walk, **kwargs)
         if not walk.met:
             raise UserError(

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from amod.attention import READABLE, ReadableAttention
 from amod.blocks import CutBlock
-from amod.dress import Dressed, dress, of_transformers
-from amod.errors import UserError, one_line
+from amod.detr_plan import DetrPlan
+from amod.dress import Dressed, dress, of_detection, of_transformers, served_by
+from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import (
     BY_THEMSELVES,
@@ -138,7 +139,7 @@ def convert(
     capacity: float | None = None,
     placement: str | Sequence[int] | None = None,
     *,
-    plan: Mapping[int, Entry] | str | Path | None = None,
+    plan: Mapping[int, Entry] | DetrPlan | str | Path | None = None,
     keep_prefix: bool = False,
     activation: str = "none",
     memory: float = 0.0,
@@ -156,6 +157,8 @@ def convert(
     target: float | None = None,
     scale: float | None = None,
     cache: str | None = None,
+    parts: Sequence[str] | None = None,
+    memory_from: str | None = None,
 ) -> ViT:
     """A copy of a transformer of timm's or transformers' that follows a plan; ``vit`` itself is left as it is.
 
@@ -194,13 +197,11 @@ def convert(
         per: of ``tuning``, a gate for each ``token`` (the default) or each ``sequence``.
         target, scale: of ``tuning``'s training: scale relu(mean gate - target) is added to the loss (:class:`Gate`).
         cache: of ``tuning`` in a language model (``docs/router-tuning.md``): ``kept`` or ``all``.
+        parts, memory_from: of a DETR, as in ``docs/detection.md``; its ``plan`` is a :class:`DetrPlan`.
 
     Raises:
         UserError: the model, the plan or the budget cannot be served; the message says why.
     """
-    by = _served_by(vit)
-    by.check_model(vit)
-    depth = by.depth_of(vit)
     own = {
         "capacity": capacity,
         "keep_prefix": keep_prefix or None,
@@ -218,10 +219,18 @@ def convert(
         "halt_scale": halt_scale,
         "halt_shift": halt_shift,
     }
+    by, of_detr = _served_by(vit), {"parts": parts, "memory_from": memory_from}
+    if of_detection(vit):
+        given = {"router": router, "placement": placement, "last": last, "budget": budget} | own | of_detr
+        return by.convert_as_asked(vit, plan, {name: value for name, value in given.items() if value is not None})
+    _refuse(of_detr, "is of a DETR alone; leave it out")
+    by.check_model(vit)
+    depth = by.depth_of(vit)
     if plan is not None:
+        if isinstance(plan, DetrPlan):
+            raise UserError("plan: a DetrPlan is of a DETR alone; write {block: entry}")
         said = {"router": router, "placement": placement, "last": last, "budget": budget} | own
-        if given := [name for name, value in said.items() if value is not None]:
-            raise UserError(f"{given[0]}={said[given[0]]!r}: plan= says it already; leave one of them out")
+        _refuse(said, "plan= says it already; leave one of them out")
         plan = read_plan(plan) if isinstance(plan, str | Path) else plan
         check_plan(plan, depth)
         plan = {int(i): plan[i] for i in sorted(plan)}
@@ -257,18 +266,23 @@ def convert(
     return by.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
 
 
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    """UserError for the first of the arguments that was given."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}={value!r}: {why}")
+
+
 def _served_by(model: Any) -> Any:
-    """The file that knows such models: this one, or ``huggingface.py``, which has the same functions."""
+    """The file that knows such models: this one, or one of transformers' that has the same functions."""
     if not of_transformers(model):
         return sys.modules[__name__]
-    try:
-        from amod import huggingface, text
-    except ImportError as error:  # an older one has no attention interface
-        raise UserError(
-            f"{type(model).__name__}: this transformers cannot be served ({one_line(error)}); "
-            "pip install 'amod[transformers]'"
-        ) from error
-    return text if text.is_served(model) else huggingface
+    by = served_by(getattr(model.config, "model_type", None), type(model).__name__)
+    if of_detection(model):
+        return by
+    from amod import text
+
+    return text if text.is_served(model) else by
 
 
 def depth_of(vit: Any) -> int:

@@ -9,7 +9,7 @@ from scipy import stats
 
 import amod
 from amod.analysis.measurement import DENSE_MAPS, correlations, grid_of, head_scores, measure
-from amod.analysis.pictures import _patches
+from amod.analysis.panels import patch_pixels
 from amod.analysis.routing_statistics import agreement, correlate, correlation, estimate, patch_contrast
 from amod.routing import RoutedLayer
 from families import PLAIN, build
@@ -85,7 +85,7 @@ def test_contrast_of_patches():
 
 def test_patches_lie_where_they_are_and_prefix_tokens_nowhere():
     values = torch.tensor([9.0, 8.0, 1, 2, 3, 4, 5, 6])  # two tokens without a patch, a grid of two rows
-    pixels = _patches(values, (2, 3), (4, 6))
+    pixels = patch_pixels(values, (2, 3), (4, 6))
     assert pixels.tolist() == [[1, 1, 2, 2, 3, 3]] * 2 + [[4, 4, 5, 5, 6, 6]] * 2
 
 

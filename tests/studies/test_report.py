@@ -94,6 +94,12 @@ def test_ours_stands_beside_the_papers_figure_of_the_same_cell():
     assert "| cars | vit_large | A-MoD | 0.5 | 45.925 | 45.9249 | 91.95 | not run |" in text
 
 
+def test_table_9_has_the_compute_of_the_transformer():
+    text = paper_rows("table9", "coco", attention_on_detr=(0.5, "alternate", 33), linear_on_detr=(0.5, "alternate", 34))
+    assert "| coco | detr | A-MoD | 0.5 | 7.745 | 7.7457 | 38.6 | 33.00 |" in text
+    assert "| coco | detr | MoD | 0.5 | 7.747 | 7.7471 | 39.6 | 34.00 |" in text
+
+
 def test_table_7_is_about_the_blocks_of_sec_4_5():
     other = paper_rows("table7", "imagenet", attention_on_deit_small=(0.5, "alternate", 70))
     assert "| imagenet | deit_small | A-MoD | 0.5 | 3.8 | 3.8164 | 79.63 | not run |" in other

@@ -13,13 +13,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from amod.training import detecting
 from amod.training.classification import Classifier
 from amod.training.compose import compose_config, keys_of, train_config
 from amod.training.config import CONF
 from amod.training.folder import GROUPS as GROUPS_OF_A_RUN
 from amod.training.folder import read_config, saved_config
 from amod.training.module import lr_factor
-from amod.training.weights import build, create_vit, input_config
+from amod.training.weights import build, create_vit, input_config, weightless
 from tiny import config
 
 GROUPS = (*GROUPS_OF_A_RUN, "callbacks")
@@ -50,7 +51,13 @@ def test_trainer_settings_are_lightnings():
 
 @pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
 def test_every_model_is_made(choice):
-    model = train_config([f"model={choice}"]).model
+    cfg = train_config([f"model={choice}"])
+    model = cfg.model
+    if model.task == "detection":
+        with torch.device("meta"):
+            detr = detecting.build_detr(weightless(cfg), ["thing"] * 80, range(80)).model
+        assert sum(p.numel() for p in detr.parameters()) == {"detr": 41_521_941, "detr_pico": 648_725}[choice]
+        return
     with torch.device("meta"):
         vit = create_vit(model, num_classes=7)
     inputs = input_config(model)

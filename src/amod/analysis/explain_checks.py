@@ -26,6 +26,8 @@ def check_explain(composed: Any) -> ExplainConfig:
     if is_saved_model(cfg.run):
         return check_saved(cfg)
     runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
+    if is_detection(cfg):
+        return check_detection(cfg, runs)
     for key, others in (("mod", mods), ("dense", denses)):
         if others and len(others) != max(1, len(runs)):
             given = shown(getattr(cfg, key))
@@ -61,6 +63,25 @@ def check_saved(cfg: ExplainConfig) -> ExplainConfig:
             f"images={shown(cfg.images)}: run={cfg.run} is a saved model without data; name a folder of pictures"
         )
     check_output(cfg)
+    return cfg
+
+
+def is_detection(cfg: ExplainConfig) -> bool:
+    """Whether run= names runs of detectors."""
+    runs = folders(cfg, "run")
+    return (saved(runs[0]) if runs else cfg).model.task == "detection"
+
+
+def check_detection(cfg: ExplainConfig, runs: list[Path]) -> ExplainConfig:
+    if len(runs) != 1:
+        raise UserError(f"run={shown(cfg.run)}: name the folder of one detector's run")
+    for key in ("mod", "dense", "images"):
+        if getattr(cfg, key) is not None:
+            raise UserError(f"{key}={shown(getattr(cfg, key))}: is not for a detector's run; leave it out")
+    run = saved(runs[0])
+    check_left_to_the_run(cfg, dense=run.router.name in UNROUTED)
+    check_output(cfg)
+    check_data(data_config(cfg, run), test_only=cfg.split == "test")
     return cfg
 
 

@@ -7,8 +7,6 @@ squares under the panel, in the order in which they enter the model.
 
 from __future__ import annotations
 
-import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -16,15 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from amod.analysis.panels import (
+    as_shown,
+    faded,
+    figure_of,
+    first_panel,
+    heat,
+    merged_patches,
+    outline,
+    patch_pixels,
+    pyplot_agg,
+    save_figure,
+    span,
+    squares,
+    text_lines,
+)
 from amod.analysis.routing_statistics import MEASURES, METHODS, Correlation, Seen, seen
 from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
 from amod.routing import Routing
 
-PALE = 0.93
-"""Skipped patches lose their colour and fade towards this grey: they can be seen, and what was kept stands out."""
 SQUARES = "Squares below: tokens without a patch"
 
 
@@ -45,19 +55,19 @@ def draw_kept_patches(
         grid: patches in a column and in a row; tokens beyond their product are the prefix tokens.
         names: a label per image.
     """
-    shown = _as_shown(images)
+    shown = as_shown(images)
 
     def panel(axis: Any, row: int, layer: Seen) -> None:
         mask, group = layer.kept[row].cpu(), layer.group[row].cpu()
         prefix = len(mask) - grid[0] * grid[1]
-        light = _patches(mask.float(), grid, shown.shape[1:3])[:, :, None]
-        image = _merged(shown[row], group[prefix:], grid)
-        axis.imshow(image * light + _faded(shown[row]) * (1 - light))
-        _outline(axis, _patches(torch.where(mask, group, -1).float(), grid, shown.shape[1:3]))
-        _squares(axis, ["black" if kept else "white" for kept in mask[:prefix]])
+        light = patch_pixels(mask.float(), grid, shown.shape[1:3])[:, :, None]
+        image = merged_patches(shown[row], group[prefix:], grid)
+        axis.imshow(image * light + faded(shown[row]) * (1 - light))
+        outline(axis, patch_pixels(torch.where(mask, group, -1).float(), grid, shown.shape[1:3]))
+        squares(axis, ["black" if kept else "white" for kept in mask[:prefix]])
 
     foot = f"Skipped patches are pale and without colour, merged ones have one colour. {SQUARES}, black if kept."
-    _draw_blocks(shown, routings, panel, path, title, names, _lines(caption, foot))
+    _draw_blocks(shown, routings, panel, path, title, names, text_lines(caption, foot))
 
 
 def draw_scores(
@@ -70,17 +80,17 @@ def draw_scores(
     caption: str = "",
 ) -> None:
     """The score of every token as heat, for each routed block and model (Fig. 26). Arguments as above."""
-    shown = _as_shown(images)
+    shown = as_shown(images)
 
     def panel(axis: Any, row: int, layer: Seen) -> None:
         if layer.scores is None:
             return
         scores = layer.scores[row].cpu()
-        _heat(axis, scores, grid, shown.shape[1:3])
-        axis.set_title(f"{axis.get_title()}: {_span(scores)}", fontsize=6)
+        heat(axis, scores, grid, shown.shape[1:3])
+        axis.set_title(f"{axis.get_title()}: {span(scores)}", fontsize=6)
 
     foot = f"Bright: high score; each panel has its own scale, from the first to the second number. {SQUARES}."
-    _draw_blocks(shown, routings, panel, path, title, names, _lines(caption, foot))
+    _draw_blocks(shown, routings, panel, path, title, names, text_lines(caption, foot))
 
 
 def draw_heads(
@@ -97,21 +107,21 @@ def draw_heads(
     Args:
         heads: by the model's name, the block and the column mean of each head's map, (B, H, N).
     """
-    shown = _as_shown(images)
+    shown = as_shown(images)
     rows = [(image, model) for image in range(len(images)) for model in heads]
-    figure, axes = _figure(len(rows), 1 + max(scores.shape[1] for _, scores in heads.values()), shown, title)
+    figure, axes = figure_of(len(rows), 1 + max(scores.shape[1] for _, scores in heads.values()), shown, title)
     for row, (image, model) in enumerate(rows):
         block, scores = heads[model]
-        _first_panel(axes[row, 0], shown[image], names[image] if names else "image", f"{model}, block {block}")
+        first_panel(axes[row, 0], shown[image], names[image] if names else "image", f"{model}, block {block}")
         for head, score in enumerate(scores[image].cpu()):
             axis = axes[row, 1 + head]
-            _heat(axis, score, grid, shown.shape[1:3])
-            axis.set_title(f"head {head}: {_span(score)}", fontsize=6)
+            heat(axis, score, grid, shown.shape[1:3])
+            axis.set_title(f"head {head}: {span(score)}", fontsize=6)
     foot = (
         "Share of the attention that each token receives, as a mean over all tokens that look; each panel has its own "
         f"scale, from the first to the second number. {SQUARES}."
     )
-    _save(figure, axes, path, _lines(caption, foot))
+    save_figure(figure, axes, path, text_lines(caption, foot))
 
 
 def draw_importance(
@@ -130,23 +140,23 @@ def draw_importance(
     Args:
         importance: by block, (B, M), of the positions ``removed`` (B, M).
     """
-    shown = _as_shown(images)
-    figure, axes = _figure(len(images), 1 + len(importance), shown, title)
+    shown = as_shown(images)
+    figure, axes = figure_of(len(images), 1 + len(importance), shown, title)
     for image in range(len(images)):
-        _first_panel(axes[image, 0], shown[image], names[image] if names else "image", "")
+        first_panel(axes[image, 0], shown[image], names[image] if names else "image", "")
         for column, (block, values) in enumerate(importance.items(), start=1):
             axis, value = axes[image, column], values[image].cpu()
             field = torch.full((grid[0] * grid[1],), torch.nan)
             field[removed[image].cpu() - prefix] = value
             most = max(float(value.abs().max()), 1e-12)
-            axis.imshow(_patches(field, grid, shown.shape[1:3]), cmap="PuOr_r", vmin=-most, vmax=most)
+            axis.imshow(patch_pixels(field, grid, shown.shape[1:3]), cmap="PuOr_r", vmin=-most, vmax=most)
             axis.set_facecolor("0.7")
             axis.set_title(f"block {block}: ±{most:.2g}", fontsize=6)
     foot = (
         "Change of the dense model's cross-entropy (nats) without the patch: orange higher, the patch mattered; purple "
         "lower; grey: not measured. Each panel has its own scale, the number above it."
     )
-    _save(figure, axes, path, _lines(caption, foot))
+    save_figure(figure, axes, path, text_lines(caption, foot))
 
 
 def draw_kept_often(
@@ -155,7 +165,7 @@ def draw_kept_often(
     """How often each place is kept, and not merged with another, over all images: a router that does not look at the
     image keeps the same places."""
     blocks = _blocks(routings)
-    figure, axes = _figure(len(routings), len(blocks), np.zeros((1, *grid, 3)), title)
+    figure, axes = figure_of(len(routings), len(blocks), np.zeros((1, *grid, 3)), title)
     mesh = None
     for row, (model, routing) in enumerate(routings.items()):
         for layer in seen(routing):
@@ -163,11 +173,11 @@ def draw_kept_often(
             often = layer.alone().float().mean(dim=0)
             prefix = len(often) - grid[0] * grid[1]
             mesh = axis.imshow(often[prefix:].view(grid), cmap="cividis", vmin=0, vmax=1)
-            _squares(axis, [mesh.cmap(float(value)) for value in often[:prefix]])
+            squares(axis, [mesh.cmap(float(value)) for value in often[:prefix]])
             axis.set_title(f"block {layer.block}", fontsize=7)
         axes[row, 0].set_ylabel(model, fontsize=8)
     figure.colorbar(mesh, ax=axes, label="share of the images", shrink=0.8)
-    _save(figure, axes, path, _lines(caption, f"{SQUARES}."))
+    save_figure(figure, axes, path, text_lines(caption, f"{SQUARES}."))
 
 
 def draw_correlation(
@@ -180,7 +190,7 @@ def draw_correlation(
     Args:
         labels: the sources to draw, and their names.
     """
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot_agg().subplots(
         len(MEASURES), len(METHODS), figsize=(10, 6), sharex=True, sharey="row", layout="constrained"
     )
     figure.suptitle(title, fontsize=10)
@@ -216,7 +226,7 @@ def draw_correlation(
         axis.set_xlabel("routed block")
     figure.supylabel("correlation of score and importance", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    _save(figure, axes, path, caption)
+    save_figure(figure, axes, path, caption)
 
 
 def _line_style(source: str) -> tuple[Any, Any, Any, Any]:
@@ -227,110 +237,8 @@ def _line_style(source: str) -> tuple[Any, Any, Any, Any]:
     return COLOURS["isoflop"], MARKERS["isoflop"], LINES["isoflop"], "none"
 
 
-# --- panels -------------------------------------------------------------------------------------------------------
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _as_shown(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) -> (B, H, W, 3) in [0, 1]."""
-    return images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _faded(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) in pale greys, by the luma of its colours."""
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    return (PALE + 0.35 * (grey - grey.max()))[:, :, None].repeat(3, axis=2)
-
-
-def _merged(image: np.ndarray, group: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3), the pixels of patches that are one by now in their mean colour.
-
-    Args:
-        group: (patches,), of one number where they are one.
-    """
-    _, place, count = group.unique(return_inverse=True, return_counts=True)
-    place, several = (
-        _patches(values.float(), grid, image.shape[:2]).astype(int) for values in (place, (count > 1)[place])
-    )
-    size = np.bincount(place.ravel(), minlength=len(count))
-    mean = [np.bincount(place.ravel(), image[..., c].ravel(), len(count)) / size for c in range(3)]
-    return np.where(several[..., None] > 0, np.stack(mean, axis=-1)[place], image)
-
-
-def _outline(axis: Any, light: np.ndarray) -> None:
-    """A thin line where pixels (H, W) differ: between kept and skipped patches, around merged ones."""
-    from matplotlib.collections import LineCollection
-
-    down, right = (np.argwhere(np.diff(light, axis=axis)) for axis in (0, 1))
-    lines = [[(x - 0.5, y + 0.5), (x + 0.5, y + 0.5)] for y, x in down]
-    lines += [[(x + 0.5, y - 0.5), (x + 0.5, y + 0.5)] for y, x in right]
-    axis.add_collection(LineCollection(lines, colors="black", linewidths=0.5))
-
-
 def _blocks(routings: Mapping[str, Routing]) -> list[int]:
     return sorted({layer.layer for routing in routings.values() for layer in routing})
-
-
-def _lines(*parts: str) -> str:
-    return "\n".join(part for part in parts if part)
-
-
-def _span(scores: Tensor) -> str:
-    return f"{float(scores.min()):.3g} to {float(scores.max()):.3g}"
-
-
-def _patches(values: Tensor, grid: tuple[int, int], size: Sequence[int]) -> np.ndarray:
-    """The values of the patches, the last of ``values``, as pixels (H, W)."""
-    field = values[len(values) - grid[0] * grid[1] :].view(1, 1, *grid).float().cpu()
-    return torch.nn.functional.interpolate(field, size=tuple(size), mode="nearest")[0, 0].numpy()
-
-
-def _heat(axis: Any, scores: Tensor, grid: tuple[int, int], size: Sequence[int]) -> None:
-    low, high = float(scores.min()), float(scores.max())
-    mesh = axis.imshow(_patches(scores, grid, size), cmap="cividis", vmin=low, vmax=max(high, low + 1e-12))
-    _squares(axis, [mesh.cmap(mesh.norm(float(score))) for score in scores[: len(scores) - grid[0] * grid[1]]])
-
-
-def _squares(axis: Any, colours: Sequence[Any]) -> None:
-    """A square under the panel for each token without a patch."""
-    from matplotlib.patches import Rectangle
-
-    height, width = axis.get_images()[0].get_array().shape[:2]
-    side = 0.09 * min(1.0, height / width)  # of the panel's width
-    for place, colour in enumerate(colours):
-        corner, tall = (1.2 * side * place, -0.13), side * width / height
-        look: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "linewidth": 0.5, "clip_on": False}
-        axis.add_patch(Rectangle(corner, side, tall, transform=axis.transAxes, **look))
-    if colours:
-        axis.set_xlabel(" ", fontsize=5)  # room for them
-
-
-def _figure(rows: int, columns: int, shown: np.ndarray, title: str) -> tuple[Any, Any]:
-    height, width = shown.shape[1:3]
-    wide = 1.25 * min(2.0, max(1.0, width / height))
-    tall = wide * height / width + 0.3
-    figure, axes = _pyplot().subplots(
-        rows, columns, figsize=(wide * columns + 0.3, tall * rows + 1.0), squeeze=False, layout="constrained"
-    )
-    figure.suptitle(title, fontsize=9)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    return figure, axes
-
-
-def _first_panel(axis: Any, image: np.ndarray, name: str, model: str) -> None:
-    axis.imshow(image, interpolation="nearest")
-    axis.set_title(name, fontsize=7)
-    axis.set_ylabel(model, fontsize=8)
 
 
 def _draw_blocks(
@@ -346,26 +254,11 @@ def _draw_blocks(
     blocks = _blocks(routings)
     layers = {model: seen(routing) for model, routing in routings.items()}
     rows = [(image, model) for image in range(len(shown)) for model in routings]
-    figure, axes = _figure(len(rows), 1 + len(blocks), shown, title)
+    figure, axes = figure_of(len(rows), 1 + len(blocks), shown, title)
     for row, (image, model) in enumerate(rows):
-        _first_panel(axes[row, 0], shown[image], names[image] if names else "image", model)
+        first_panel(axes[row, 0], shown[image], names[image] if names else "image", model)
         for layer in layers[model]:
             axis = axes[row, 1 + blocks.index(layer.block)]
             axis.set_title(f"block {layer.block}", fontsize=7)
             panel(axis, image, layer)
-    _save(figure, axes, path, caption)
-
-
-def _save(figure: Any, axes: Any, path: Path, caption: str) -> None:
-    for axis in axes.flat:
-        if not axis.has_data():
-            axis.set_axis_off()
-    if caption:
-        width = int(figure.get_figwidth() * 17)  # characters of this size that fit
-        wrapped = "\n".join(textwrap.fill(line, width) for line in caption.splitlines())
-        figure.supxlabel(wrapped, fontsize=7, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=130)
-    _pyplot().close(figure)
-    Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)  # a third of the bytes
+    save_figure(figure, axes, path, caption)

@@ -134,11 +134,6 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
     """Every command with what it costs: GFLOPs of one forward pass of one image (gates open), and epochs."""
     import torch
 
-    from amod.flops import count_flops
-    from amod.gates import is_gated
-    from amod.training.weights import build, input_config
-    from amod.vit import dense
-
     counted: dict[str, float] = {}
     for run in runs:
         kind = TrainConfig if run.script == "train.py" else UntrainedConfig
@@ -147,14 +142,28 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
         shape = f"{cfg.model} {cfg.router} {cfg.placement} {cfg.capacity} {cfg.budget} {cfg.data.num_classes}"
         if shape not in counted:
             with torch.device("meta"):
-                model = build(cfg, cfg.data.num_classes or 2).model
-            model = dense(model) if is_gated(model) else model
-            counted[shape] = count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
+                counted[shape] = gflops_of(cfg)
         state = "finished" if finished(run, root) else "to run"
         epochs = f"{cfg.schedule.epochs} epochs" if run.script == "train.py" else "no training"
         print(f"# {counted[shape]:.4f} GFLOPs, {epochs}, {state}")
         print(" ".join(command(run, root, how)))
     print(f"{len(runs)} runs", flush=True)
+
+
+def gflops_of(cfg: Any) -> float:
+    """Of one image, from the config alone: without data, weights or numbers."""
+    if cfg.model.task == "detection":
+        from amod.training import detecting
+
+        return detecting.cost(detecting.build_detr(cfg, ["thing"] * 80, range(80)).model, cfg)["gflops"]
+    from amod.flops import count_flops
+    from amod.gates import is_gated
+    from amod.training.weights import build, input_config
+    from amod.vit import dense
+
+    model = build(cfg, cfg.data.num_classes or 2).model
+    model = dense(model) if is_gated(model) else model  # its gates open
+    return count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
 
 
 def throughput(study: Mapping[str, Any], scale: Mapping[str, Any], results: Path) -> list[str]:

@@ -85,7 +85,8 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
             f"study={here['name']}: needs the stage {here['stage']}, but scale={scale['name']} has {', '.join(stages)}"
         )
     stage = stages[here["stage"]]
-    data = here.get("data") or (scale["transfer"] if here["stage"] == "transfer" else [scale["data"]])
+    usual = scale["transfer"] if here["stage"] == "transfer" else [stage.get("data", scale["data"])]
+    data = here.get("data") or usual
     variants = here.get("variants") or {"": []}
     ordered: dict[str, Run] = {}
 
@@ -100,13 +101,14 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
         common = [f"model={model}", f"seed={seed}", *scale.get("settings", []), *changes]
         start = None
         if stage.get("start", WEIGHTS) != WEIGHTS:
-            first = stages[stage["start"]]["settings"]
-            start = add(stage["start"], variant, [f"data={scale['data']}", "router=none", *common, *first])
+            first = stages[stage["start"]]
+            chosen = [f"data={first.get('data', scale['data'])}", "router=none", *common, *first["settings"]]
+            start = add(stage["start"], variant, chosen)
         for name, given in product(data, here.get("runs", [])):
             axes = {key: values for key, values in given.items() if key != "not_with"}
             for values in [] if variant in given.get("not_with", []) else product(*axes.values()):
-                chosen = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
-                add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *chosen], start)
+                own = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+                add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *own], start)
     return list(ordered.values())
 
 

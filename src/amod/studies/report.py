@@ -178,7 +178,9 @@ def beside_the_paper(study: Mapping[str, Any], rows: pd.DataFrame) -> str:
 
 
 def computed_gflops(model: str, router: str, capacity: float, placement: str, data: str) -> float:
-    """Our count for one of the paper's models, with a head for the classes of `data`."""
+    """Our count for one of the paper's models, with a head for the classes of `data`; of a DETR, its transformer."""
+    if model == "detr":
+        return detr_gflops(router, capacity)
     import timm
     import torch
 
@@ -193,6 +195,17 @@ def computed_gflops(model: str, router: str, capacity: float, placement: str, da
     elif router != "none":
         vit = amod.convert(vit, router, capacity, placement)
     return amod.count_flops(vit) / 1e9
+
+
+def detr_gflops(router: str, capacity: float) -> float:
+    import torch
+    from transformers import DetrConfig, DetrForObjectDetection
+
+    from amod.detection import convert, transformer_flops
+
+    with torch.device("meta"):
+        detr = DetrForObjectDetection(DetrConfig())
+    return transformer_flops(convert(detr, router, None if router == "none" else capacity), 800, 1066) / 1e9
 
 
 def runs_section(rows: pd.DataFrame) -> str:

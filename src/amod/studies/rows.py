@@ -35,6 +35,9 @@ METRICS = {
     "val_top1": "validation top-1 (%)",
     "val_top1_untrained": "untrained top-1 (%)",
     "test_top1_untrained": "untrained test top-1 (%)",
+    "test_map": "test mAP (%)",
+    "test_map50": "test mAP at IoU 0.5 (%)",
+    "test_map_untrained": "untrained test mAP (%)",
     "epochs_to_peak": "epochs to within 1 % of the peak",
     "share_kept": "share kept",
     "seconds": "seconds",
@@ -46,7 +49,7 @@ COLUMNS = (
     *("run", "status", "stage", *AXES, "seed", "gflops", "params", "depth", *METRICS),
     *("best_epoch", "epochs", "threads", "git_commit", "git_changed", "note"),
 )
-CURVES = {"run": "str", "epoch": "int64", "val_top1": "float64"}
+CURVES = {"run": "str", "epoch": "int64", "val_top1": "float64"}  # of detectors, mAP in the place of top-1
 
 
 def table_of(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
@@ -80,7 +83,7 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
             summary = json.loads((folder / "summary.json").read_text())
             environment = json.loads((folder / "environment.json").read_text())
             row |= {key: value for key, value in (environment | summary).items() if key in COLUMNS and key not in AXES}
-            curve = curve_of(folder, summary.get("val_top1_untrained"))
+            curve = curve_of(folder, summary.get("val_top1_untrained", summary.get("val_map_untrained")))
             row |= {"status": "finished", "note": "", "epochs_to_peak": epochs_to_peak(curve)}
             curves += [(run.name, epoch, value) for epoch, value in curve]
         elif row["status"] == "not run":
@@ -140,8 +143,10 @@ def curve_of(folder: Path, untrained: float | None) -> list[tuple[int, float]]:
     """(epochs trained, validation top-1 in percent), the untrained accuracy first where there is one."""
     if not (folder / "metrics.csv").exists():
         return []  # measured without training
-    found = pd.read_csv(folder / "metrics.csv").dropna(subset=["val/top1"])
-    trained = [(int(epoch) + 1, float(top1)) for epoch, top1 in zip(found["epoch"], found["val/top1"], strict=True)]
+    found = pd.read_csv(folder / "metrics.csv")
+    key = "val/top1" if "val/top1" in found else "val/map"
+    found = found.dropna(subset=[key])
+    trained = [(int(epoch) + 1, float(value)) for epoch, value in zip(found["epoch"], found[key], strict=True)]
     return trained if untrained is None else [(0, untrained), *trained]
 
 

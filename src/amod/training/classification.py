@@ -19,6 +19,7 @@ from amod.flops import count_flops
 from amod.gates import is_gated, penalty
 from amod.plan import Route
 from amod.training.config import Schedule, TrainConfig, Variant
+from amod.training.costs import halting_cost
 from amod.training.finished import classes_in, load_model, weights_of
 from amod.training.loaders import ImageData, build_datamodule
 from amod.training.methods import Recipe, make_recipe
@@ -136,9 +137,10 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
 
 
 def measured(model: nn.Module, data: ImageData) -> dict[str, Any]:
-    """Of a model with gates: the share kept on up to 256 test images, and the GFLOPs on 32 of them."""
+    """Where it is up to the image what is computed: with gates, the share kept on up to 256 test images, and the GFLOPs
+    on 32 of them; where tokens halt, :func:`halting_cost`."""
     if not is_gated(model):
-        return {}
+        return halting_cost(model, data.test_dataloader())
     samples = data.samples("test", train=False)
     images, _ = samples.stacked(samples.drawn(256, 0))
     images = images.to(next(model.parameters()).device)

@@ -141,6 +141,7 @@ class Model(Group):
     pretrained: bool = False
     checkpoint: Text | None = None
     drop_path: Probability = 0.0
+    image_size: Annotated[list[Count], AfterValidator(Ascending())] | None = None  # of detection
     kwargs: TimmArguments = TimmArguments()
 
 
@@ -213,6 +214,8 @@ class Augment(Open):
     ratio: Annotated[list[float], AfterValidator(Ascending())] | None = None
     hflip: Probability | None = None
     re_prob: Probability | None = None
+    sides: list[Count] | None = None  # of detection
+    crop: bool | None = None
 
 
 class Schedule(Group):
@@ -223,6 +226,7 @@ class Schedule(Group):
     accumulate: Count = 1
     optimizer: Text
     lr: Positive
+    backbone_lr: Positive | None = None  # of detection
     lr_reference_batch: Count | None = None
     momentum: Probability = 0.9
     weight_decay: NotNegative
@@ -279,7 +283,7 @@ class Logger(Group):
 
 class Callbacks(Group):
     name: Annotated[str, AfterValidator(OneOf(*choices("callbacks")))] = "none"
-    monitor: Literal["val/top1", "val/loss"] = "val/top1"
+    monitor: Literal["val/top1", "val/loss", "val/map"] = "val/top1"
     patience: Count = 5
     min_delta: NotNegative = 0.0
 

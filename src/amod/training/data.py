@@ -74,6 +74,14 @@ LAYOUTS = {
     ),
     "text": Layout("", ("**/*.txt",), "point data.root at a folder of .txt files"),
     "digits": Layout("", (), "it comes with scikit-learn"),
+    "coco": Layout(
+        "coco",
+        ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017/*", "val2017/*"),
+        "get train2017, val2017 and annotations_trainval2017 from cocodataset.org, or make a small set by "
+        "tools/make_clothes.py",
+        test_files=("annotations/instances_val2017.json", "val2017/*"),
+        any_name=True,
+    ),
     "folder": Layout("", ("*/*",), "point data.root at a folder of class folders, or of train/ [val/] [test/]"),
 }
 

@@ -16,7 +16,8 @@ import random
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -55,7 +56,7 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int]:
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, Any, int]:
         """(image (3, H, W), label, index in the source) of one key."""
         epoch, position = key
         index = int(self.split.indices[position])
@@ -65,7 +66,11 @@ class Samples(Dataset):
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
-        return self.transform(image), int(self.split.source.labels[index]), index
+        return (*self.prepared(image, index), index)
+
+    def prepared(self, image: Image.Image, index: int) -> tuple[torch.Tensor, Any]:
+        """(image (3, H, W), what is to be learnt of it)."""
+        return self.transform(image), int(self.split.source.labels[index])
 
     def drawn(self, most: int, seed: int) -> np.ndarray:
         """Positions of at most so many samples, without a look at their labels."""
@@ -104,11 +109,11 @@ class Samples(Dataset):
             raise UserError(f"{images[index]}: cannot be read ({one_line(error)})") from error
 
 
-def collate(batch: UserError | tuple[list[Any], list[str]]) -> Any:
+def collate(batch: UserError | tuple[list[Any], list[str]], join: Callable[[list[Any]], Any] = default_collate) -> Any:
     if isinstance(batch, UserError):
         return batch
     samples, skipped = batch
-    return tuple(default_collate(samples)), skipped
+    return tuple(join(samples)), skipped
 
 
 def outlive_signals(worker: int) -> None:
@@ -201,6 +206,8 @@ class DataModule(LightningDataModule):
     """
 
     unit = "images"
+    join: Callable[[Any], Any] = staticmethod(default_collate)
+    """A batch's parts from its samples; the last are the indices (B,)."""
 
     def __init__(self, cfg: Data, splits: Mapping[str, Any], batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
@@ -213,7 +220,7 @@ class DataModule(LightningDataModule):
         return []
 
     def samples(self, key: str, train: bool) -> Dataset:
-        """What draws whole batches of a split, as ``Samples`` does; its parts are joined by ``collate``."""
+        """What draws whole batches of a split, as ``Samples`` does."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
@@ -261,7 +268,7 @@ class DataModule(LightningDataModule):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": collate,
+            "collate_fn": partial(collate, join=self.join),
             "worker_init_fn": outlive_signals,
             "generator": torch.Generator(),  # the loader draws a base seed; not from the model's generator
         }

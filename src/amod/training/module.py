@@ -161,6 +161,10 @@ class TaskModule(LightningModule):
         """(loss, outputs) of an evaluation batch, once ``own_metrics`` have been updated with it."""
         raise NotImplementedError
 
+    def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """Of all parameters; the rate of its first group is the one that is reported."""
+        return make_optimizer(self.model, self.schedule, lr, self.recipe)
+
     def values(self, computed: dict[str, Tensor]) -> dict[str, Tensor]:
         """The numbers of ``task.shown`` from the loss and the computed ``own_metrics``."""
         return computed
@@ -230,7 +234,7 @@ class TaskModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         lr = peak_lr(self.schedule, global_batch(self.trainer, self.schedule))
-        optimizer = make_optimizer(self.model, self.schedule, lr, self.recipe)
+        optimizer = self.make_optimizer(lr)
         steps = training_steps(self.trainer)
         warmup = round(self.schedule.warmup_epochs / self.schedule.epochs * steps)
         if warmup > steps // 2:

@@ -27,7 +27,7 @@ from amod.errors import UserError, one_line, shown
 from amod.training.callbacks import RunRecorder, restored_signals, rounded
 from amod.training.checkpoints import AtomicCheckpoints, best_checkpoint, newest_checkpoint
 from amod.training.config import Schedule, TrainConfig, TrainerArguments
-from amod.training.costs import Costs, halting_cost
+from amod.training.costs import Costs
 from amod.training.curves import plot_curves
 from amod.training.folder import (
     RunLock,
@@ -183,7 +183,6 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         "seconds": recorder.seconds,
         **costs.summary(),
     }
-    summary |= halting_cost(module.evaluated, data.test_dataloader())
     if trainer.is_global_zero:
         state = module.evaluated.state_dict()
         tied = {value.data_ptr(): key for key, value in state.items()}  # a file of safetensors has no two names for one

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from amod.errors import UserError, one_line
+
 
 class Parts(Protocol):
     """What the file of a task has. Configs are ``config.TrainConfig``, data a ``loaders.DataModule``."""
@@ -49,6 +51,7 @@ class Task:
     best: str
     best_is_low: bool = False
     samples: str = "images"
+    extra: str = ""  # of pyproject.toml, with the packages that it needs
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -56,7 +59,14 @@ class Task:
         return ("epoch", "step", "lr", "train/loss", *(f"val/{name}" for name in self.shown))
 
     def parts(self) -> Parts:
-        return cast(Parts, import_module(f"amod.training.{self.file}"))
+        try:
+            return cast(Parts, import_module(f"amod.training.{self.file}"))
+        except ImportError as error:
+            if not self.extra:
+                raise
+            raise UserError(
+                f"{self.name}: needs packages that are not here ({one_line(error)}); pip install 'amod[{self.extra}]'"
+            ) from error
 
     def best_of(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """The first row with the best validation; the last of a run without validation."""
@@ -84,7 +94,16 @@ LANGUAGE = Task(
     best_is_low=True,
     samples="sequences",
 )
-TASKS = {task.name: task for task in (CLASSIFICATION, LANGUAGE)}
+DETECTION = Task(
+    name="detection",
+    file="detecting",
+    data=("coco",),
+    shown={"loss": ("loss", ""), "map": ("mAP", " %"), "map50": ("mAP at IoU 0.5", " %")},
+    tested=("map", "map50"),
+    best="map",
+    extra="detection",
+)
+TASKS = {task.name: task for task in (CLASSIFICATION, LANGUAGE, DETECTION)}
 
 
 def said(task: Task, name: str, value: float, digits: int) -> str:

@@ -245,7 +245,7 @@ def head_is_pretrained(cfg: Variant, num_classes: int, classes: Sequence[str] | 
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, prefixes: Sequence[str] = ("ema.module.", "model.")) -> dict[str, Tensor]:
     """A model's state dict from .safetensors, a timm .pth/.pt, our .ckpt or a run folder. Never runs pickled code."""
     if path.is_dir():
         files = [path / "weights.safetensors", path / "checkpoints/best.ckpt", path / "checkpoints/last.ckpt"]
@@ -264,7 +264,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 "state dict alone, best as .safetensors"
             ) from error
         raise UserError(f"model.checkpoint={path}: cannot be read as a checkpoint ({one_line(error)})") from error
-    for prefix in ("ema.module.", "model."):  # our own .ckpt: the moving average where there is one
+    for prefix in prefixes:  # our own .ckpt: the moving average where there is one
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             break
