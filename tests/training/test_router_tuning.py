@@ -17,6 +17,7 @@ from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_evaluate, check_train
 from amod.training.compose import compose_config
 from amod.training.evaluation import evaluate
+from amod.training.language import LanguageModel
 from amod.training.run import train
 
 QUICK = ["trainer.accelerator=cpu", "data.num_workers=0"]
@@ -87,6 +88,20 @@ def test_a_language_model_on_a_folder_of_texts(stories, tmp_path):
     assert summary["test_perplexity"] == pytest.approx(2.718281828 ** summary["test_loss"], rel=1e-3)
     found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
     assert found["test/loss"] == pytest.approx(summary["test_loss"], abs=1e-4)
+
+
+def test_a_model_that_came_in_evaluation_mode_is_trained_in_training_mode(stories, tmp_path, monkeypatch):
+    """In evaluation a shut gate computes nothing, and so learns nothing."""
+    modes = []
+
+    def loss(self, batch, loss=LanguageModel.loss):
+        modes.append(self.model.training)
+        return loss(self, batch)
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    run(tmp_path / "run", *stories, "router=tuning", "router.target=0.5", "schedule.epochs=2")
+    assert len(modes) >= 2
+    assert all(modes)
 
 
 def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path):
