@@ -26,7 +26,7 @@ def command(*overrides):
         (["scale=medium", "scale.weights=[1]"], r"scale.weights=\[1\]: must be a file of the model's weights, or null"),
         (["scale.seeds=[a]"], r"scale.seeds=\['a'\]: must be a list of whole numbers"),
         (["study=table8", "scale=medium"], "study=table8: needs the stage scratch, but scale=medium has dense"),
-        (["study=table9"], "study=table9: no such choice"),
+        (["study=table99"], "study=table99: no such choice"),
         (["scale=medium", "scale.weights=none.pth"], "model.checkpoint=none.pth: no such file"),
     ],
 )

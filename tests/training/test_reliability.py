@@ -110,7 +110,9 @@ def test_a_killed_run_goes_on_exactly(never_killed, tmp_path, monkeypatch, saves
 
     assert_same(folder, never_killed)
     mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, never_killed))
-    assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+    apart = ("seconds", "step_seconds", "peak_mib")  # the clock and the process
+    assert all(mine[key] == theirs[key] for key in mine if key not in apart)
+    assert mine.keys() == theirs.keys()
 
 
 def test_a_run_goes_on_without_the_checkpoint_it_started_from(never_killed, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
             say(f"resuming {folder}")
         elif built.adapted:
             measure_untrained(trainer, module, data, recorder)
-        module.train()  # transformers hands out models in evaluation mode, and Lightning leaves them in it
+        module.model.train()  # transformers hands out models in evaluation mode, and Lightning leaves them in it
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         if not recorder.rows:
             raise UserError(
