@@ -227,6 +227,7 @@ SHORT = ["router=none", "schedule.epochs=1", "trainer.limit_train_batches=3", "s
 TWO = ["trainer=ddp_cpu", "trainer.devices=2"]
 
 
+@pytest.mark.slow
 def test_one_wandb_run_and_no_secret(tmp_path):
     """The command itself with two processes, started in the home folder of a user with an account at W&B."""
     home = tmp_path / SECRETS[0]
