@@ -33,9 +33,14 @@ def calibration_images(model: Any, folder: Path, most: int) -> Tensor:
     if len(files) < 4:
         raise UserError(f"images={folder}: has {len(files)} pictures; at least 4 are needed")
     files = files[:: max(1, len(files) // most)][:most]
-    inputs = {**resolve_model_data_config(model), "input_size": default_input_size(model)}
-    transform = create_transform(**inputs, is_training=False)
+    transform, _ = preparation(model)
     return torch.stack([picture(file, transform) for file in files])
+
+
+def preparation(model: Any) -> tuple[Any, dict[str, Any]]:
+    """From a picture to what a model of timm's takes, and timm's data config of it (mean, std, ...)."""
+    inputs = {**resolve_model_data_config(model), "input_size": default_input_size(model)}
+    return create_transform(**inputs, is_training=False), inputs
 
 
 def predict(session: Session, file: Path, most: int = 5) -> list[tuple[str, float]]:

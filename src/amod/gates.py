@@ -61,6 +61,13 @@ def is_gated(model: Any) -> bool:
     return any(isinstance(entry, Gate) for entry in (getattr(model, "plan", None) or {}).values())
 
 
+def share_kept(passes: list[list[RoutedLayer]]) -> dict[str, Any]:
+    """Over the passes: the share of gates that were open, in all gated layers and in each."""
+    layers = [torch.cat([routing[i].gate.mean(1) for routing in passes]) for i in range(len(passes[0]))]  # type: ignore[union-attr]
+    shares = {str(one.layer): round(float(gate.mean()), 4) for one, gate in zip(passes[0], layers, strict=True)}
+    return {"share_kept": round(sum(shares.values()) / len(shares), 4), "share_kept_by_block": shares}
+
+
 def penalty(routing: list[RoutedLayer], plan: Mapping[int, Any]) -> Tensor | float:
     """What the training's loss has on top: the sum over gated layers of scale relu(mean g - target), and without a
     target of scale mean g."""

@@ -27,6 +27,8 @@ from amod.plan import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Pr
 from amod.reduce import Reduction, match, merge, merge_places, moved, prune, prune_places
 from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take, tokens_in, top_k, weigh_update
 
+CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep")
+"""The tensors of a ``Walk`` that go from block to block beside the tokens."""
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 """What the families call the tensor that a block hands on to its attention, to be added to the logits."""
 
@@ -117,14 +119,7 @@ class Walk:
             raise UserError("is_causal: a routed model has no causal pass; leave it out")
         if self.x is not None:
             x = self.x
-        for name in (
-            "scores",
-            "remembered",
-            "size",
-            "positions",
-            "owner",
-            "keep",
-        ):  # the blocks may live on several devices
+        for name in CARRIED:  # the blocks may live on several devices
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value.to(x.device))
         self.tokens = self.tokens or tokens_in(x)

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 import amod
 from amod.analysis.measurement import grid_of
 from amod.analysis.pictures import draw_kept_patches, draw_scores
 from amod.analysis.style import NAMES
-from amod.deploy import PICTURES, picture
+from amod.deploy import PICTURES, picture, preparation
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
-from amod.flops import default_input_size
 from amod.routing import Routing
 from amod.training.config import ExplainConfig
 from amod.training.terminal import quiet, say
@@ -60,8 +58,8 @@ def explain_saved(cfg: ExplainConfig) -> None:
 def prepare(model: Any, folder: Path) -> tuple[Callable[[Any], Tensor], Any, Any]:
     """From a picture to (3, H, W) as the model takes it; the mean and standard deviation that were taken out."""
     if not of_transformers(model):
-        inputs = {**resolve_model_data_config(model), "input_size": default_input_size(model)}
-        return create_transform(**inputs, is_training=False), inputs["mean"], inputs["std"]
+        transform, inputs = preparation(model)
+        return transform, inputs["mean"], inputs["std"]
     from transformers import AutoImageProcessor
 
     try:

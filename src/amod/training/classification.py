@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from amod.errors import UserError
 from amod.flops import count_flops
-from amod.gates import is_gated, penalty
+from amod.gates import is_gated, penalty, share_kept
 from amod.plan import Route
 from amod.training.config import Schedule, TrainConfig, Variant
 from amod.training.costs import halting_cost
@@ -147,13 +147,7 @@ def measured(model: nn.Module, data: ImageData) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         parts = [cast(Any, model)(some, return_routing=True)[1] for some in images.split(64)]
-    layers = [torch.cat([routing[i].gate.mean(1) for routing in parts]) for i in range(len(parts[0]))]
-    shares = {str(layer.layer): round(float(gate.mean()), 4) for layer, gate in zip(parts[0], layers, strict=True)}
-    return {
-        "share_kept": round(sum(shares.values()) / len(shares), 4),
-        "share_kept_by_block": shares,
-        "gflops": count_flops(model, images[:32]) / 1e9,
-    }
+    return {**share_kept(parts), "gflops": count_flops(model, images[:32]) / 1e9}
 
 
 # --- finished runs --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -22,7 +21,7 @@ from amod.errors import UserError, misfits, one_line
 from amod.flops import count_flops, on_meta
 from amod.training.coco import CocoData, load
 from amod.training.config import TrainConfig, Variant
-from amod.training.finished import weights_of
+from amod.training.finished import weights_of, with_weights
 from amod.training.module import Batch, TaskModule
 from amod.training.record import classes_of
 from amod.training.tasks import DETECTION
@@ -275,11 +274,6 @@ def load_measured(folder: Path, run: TrainConfig, split: str) -> tuple[nn.Module
 
 def load_model(folder: Path, run: TrainConfig) -> Any:
     """The model of a finished run, with the best epoch's weights, in evaluation mode."""
-    weights = weights_of(folder)
+    weights_of(folder)  # said before anything is built
     classes = classes_of(folder) or []
-    model = build_detr(weightless(run), classes, range(len(classes))).model
-    try:
-        model.load_state_dict(load_state_dict(str(weights)))
-    except Exception as error:  # whatever the bytes make the readers raise
-        raise UserError(f"{weights}: cannot be read as this run's weights ({one_line(error)})") from error
-    return model.eval()
+    return with_weights(build_detr(weightless(run), classes, range(len(classes))).model, folder)

@@ -18,13 +18,14 @@ from torchmetrics import Metric
 
 from amod.errors import UserError, one_line
 from amod.flops import count_flops
-from amod.gates import is_gated, penalty
+from amod.gates import is_gated, penalty, share_kept
 from amod.training.checks import gates_of
 from amod.training.config import Data, TrainConfig, Variant
 from amod.training.data import locate
 from amod.training.finished import with_weights
 from amod.training.loaders import DataModule, Key, Samples
 from amod.training.module import Batch, TaskModule
+from amod.training.splits import draw_of
 from amod.training.tasks import LANGUAGE
 from amod.training.weights import Built
 from amod.vit import convert, dense
@@ -105,8 +106,7 @@ def pieces(cfg: Data, tokenizer: Any) -> dict[str, np.ndarray]:
     """The samples (n, N) int64 of train, val and test."""
     streams: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for name, text in texts_of(cfg).items():
-        digest = hashlib.blake2b(f"{cfg.split_seed}/{name}".encode(), digest_size=8).digest()
-        draw = int.from_bytes(digest, "little") / 2**64
+        draw = draw_of(f"{cfg.split_seed}/{name}")
         rest = 1 - cfg.test_fraction
         split = "test" if draw >= rest else "val" if draw >= rest * (1 - cfg.val_fraction) else "train"
         streams[split] += tokenizer(text)["input_ids"]
@@ -169,12 +169,7 @@ def measured(model: nn.Module, data: TextData) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         _, routing = model(ids, use_cache=False, return_routing=True)
-    shares = {str(layer.layer): round(float(layer.gate.mean()), 4) for layer in routing}
-    return {
-        "share_kept": round(sum(shares.values()) / len(shares), 4),
-        "share_kept_by_block": shares,
-        "gflops": count_flops(model, ids[:8]) / 1e9,
-    }
+    return {**share_kept([routing]), "gflops": count_flops(model, ids[:8]) / 1e9}
 
 
 def load_measured(folder: Path, cfg: TrainConfig, split: str) -> tuple[nn.Module, TextData]:

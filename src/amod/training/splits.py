@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def draw_of(name: str) -> float:
+    """A number in [0, 1) that a name always has."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") / 2**64
+
+
 @dataclass(frozen=True)
 class Source:
     """Images as paths or as one uint8 array (N, H, W), with one label each; paths begin with ``root``."""
@@ -45,11 +50,8 @@ class Split:
         removed moves another. The part has about ``fraction`` of the images.
         """
 
-        def draw(index: int) -> float:
-            digest = hashlib.blake2b(f"{seed}/{key}/{self.source.name(index)}".encode(), digest_size=8).digest()
-            return int.from_bytes(digest, "little") / 2**64
-
-        part = np.array([draw(index) < fraction for index in self.indices.tolist()], dtype=bool)
+        draws = (draw_of(f"{seed}/{key}/{self.source.name(index)}") for index in self.indices.tolist())
+        part = np.array([draw < fraction for draw in draws], dtype=bool)
         return Split(self.source, self.indices[~part]), Split(self.source, self.indices[part])
 
     def cut(self, fraction: float, seed: int) -> tuple[Split, Split]:
