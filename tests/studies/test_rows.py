@@ -17,8 +17,10 @@ from amod.studies.rows import (
     measured,
     placed,
     read,
+    known_in,
     reported,
     rows_of,
+    setting_of,
     write,
 )
 
@@ -58,17 +60,22 @@ def test_rows_are_read_as_they_were_written_and_written_the_same(tmp_path):
 def test_a_report_is_read_again_without_its_run_folders(tmp_path):
     runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
     found, curves = rows_of(runs, tmp_path / "runs", {})
-    write(found[:3], tmp_path / "runs.csv")
-    write(curves[:6], tmp_path / "curves.csv")
-    rows_again, curves_again = reported(runs[:3], tmp_path / "nowhere", tmp_path)
+    (tmp_path / "results/other/toy").mkdir(parents=True)  # another study's, which shares them
+    write(found[:3], tmp_path / "results/other/toy/runs.csv")
+    write(curves[:6], tmp_path / "results/other/toy/curves.csv")
+    known = known_in(tmp_path / "results", "toy")
+    rows_again, curves_again = reported(runs[:3], tmp_path / "nowhere", known)
     assert_frame_equal(rows_again, found[:3])
     assert_frame_equal(curves_again, curves[:6])
-    rows_again, curves_again = reported(runs, tmp_path / "runs", tmp_path)  # what is in folders, and one run more
+    rows_again, curves_again = reported(runs, tmp_path / "runs", known)  # what is in folders, and one run more
     assert_frame_equal(rows_again, found)
     assert_frame_equal(curves_again, curves)
-    rows_again, _ = reported(runs, tmp_path / "nowhere", tmp_path)
+    rows_again, _ = reported(runs, tmp_path / "nowhere", known)
     assert list(rows_again["status"]) == ["finished"] * 3 + ["not run"]
     assert list(rows_again["seed"]) == [0, 0, 1, 1]
+    rows_again, _ = reported(runs, tmp_path / "nowhere", known, {runs[0].name: "error: no room"})
+    assert list(rows_again["status"]) == ["failed", "finished", "finished", "not run"]
+    assert known_in(tmp_path / "results", "small")[0] == {}
 
 
 def test_what_failed_is_not_measured():
@@ -83,6 +90,7 @@ def test_what_failed_is_not_measured():
         ({"placement": "alternate", "keep_prefix": "false", "capacity": 0.5}, "C = 0.5"),
         ({"placement": "last8", "variant": "registers", "capacity": 0.125}, "last8, registers, C = 0.125"),
         ({"placement": "[6,7,8,9]", "keep_prefix": "true", "router": "linear"}, "blocks 6-9, class token kept, MoD"),
+        ({"capacity": 1.0, "budget": "60%", "router": "tome", "setting": "distilled"}, "60 % of dense, ToMe, distilled"),
         ({"data": "digits", "lr": "0.0001", "variant": ""}, "digits, lr 0.0001"),
     ],
 )
@@ -94,3 +102,18 @@ def test_blocks_in_words():
     assert [placed(p) for p in ("last8", "[1,4,7]", "[3]", "[2,3]")] == [
         *("last8", "blocks 1, 4, 7", "blocks 3", "blocks 2, 3")
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"router": "attention"}, ""),
+        ({"router": "tuning"}, "attention per token"),
+        ({"router": "tuning", "router.skip": "mlp", "router.per": "sequence"}, "mlp per sequence"),
+        ({"router": "avit", "router.ponder": "0.05"}, "ponder 0.05"),
+        ({"router": "tome", "distil": "0.5"}, "distilled"),
+        ({"router": "dynamicvit", "router.backbone_lr": "1", "distil": "0"}, "backbone rate x 1, no teacher"),
+    ],
+)
+def test_what_tells_runs_of_a_router_apart(settings, said):
+    assert setting_of(settings) == said

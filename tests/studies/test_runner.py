@@ -10,7 +10,7 @@ import pytest
 from amod.errors import UserError
 from amod.studies import runner
 from amod.studies.plan import Run
-from amod.studies.runner import command, execute, finished, how_to_run
+from amod.studies.runner import command, execute, finished, how_to_run, to_run
 
 SCRIPT = """
 import json, os, pathlib, signal, sys, time
@@ -64,6 +64,17 @@ def test_a_run_waits_for_its_start_and_a_finished_one_is_not_repeated(root, caps
     assert "3 done, 0 running, 0 left, 0 failed" in capsys.readouterr().out
     execute(runs, root, 2, [], failed)
     assert len(calls(root)) == 3
+
+
+def test_what_a_report_knows_is_not_run_again_unless_an_unknown_run_starts_from_it(root):
+    dense = run("none")
+    runs = [dense, run("linear", dense), run("attention", dense)]
+    names = [one.name for one in runs]
+    assert to_run(runs, root, ()) == runs
+    assert to_run(runs, root, names) == []
+    assert to_run(runs, root, names[:2]) == [dense, runs[2]]
+    execute([dense], root, 1, [], {})
+    assert to_run(runs, root, names[:2]) == [runs[2]]
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(root, capsys):

@@ -147,6 +147,6 @@ def test_a_field_says_in_words_what_it_takes():
     }
     assert words == {
         "capacity": "a number in (0, 1]",
-        "budget": "a number above 0 or null",
+        "budget": "a number of GFLOPs above 0, or a share of the dense model's such as 75% or null",
         "download": "true or false",
     }

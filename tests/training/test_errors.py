@@ -80,6 +80,8 @@ TABLE = [
     (["capacity=0.019"], ["capacity=0.019", "50 tokens", "0.02"]),
     (["model=deit_small", "capacity=0.005"], ["197 tokens", "0.0051"]),
     (["budget=0"], ["budget=0"]),
+    (["budget=120%"], ["budget=120%", "75%"]),
+    (["budget=much"], ["budget=much", "75%"]),
     (["seed=-1"], ["seed=-1", "4294967295"]),
     (["seed=1.5"], ["seed=1.5", "whole number"]),
     (["run_dir="], ["run_dir="]),

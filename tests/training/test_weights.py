@@ -115,6 +115,8 @@ def test_isoflop_by_budget():
     with torch.device("meta"):
         vit = create_vit(cfg.model, 1000)
     assert isoflop_blocks(vit, cfg) == 6
+    cfg.budget = "52.1%"  # 2.4 of 4.608
+    assert isoflop_blocks(vit, cfg) == 6
     cfg.budget = 0.1
     with pytest.raises(UserError, match=r"budget=0\.1"):
         isoflop_blocks(vit, cfg)

@@ -115,7 +115,7 @@ def examine(claim: Mapping[str, Any], rows: pd.DataFrame, metric: str) -> Findin
     for key, value in where.items():
         above = above[above[key].astype(str) == value]
     if claim["lower"] == "none":  # the dense model has one capacity and no placement
-        others = [name for name in others if name not in ("capacity", "placement", "gate")]
+        others = [name for name in others if name not in ("capacity", "budget", "placement", "setting")]
     paired = above.merge(below[[*others, "seed", metric]], on=[*others, "seed"], how="left", suffixes=("", "_below"))
     paired["difference"] = paired[metric] - paired[f"{metric}_below"]
     cells = []

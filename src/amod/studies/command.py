@@ -13,8 +13,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
+from amod.studies import clock
 from amod.studies.plan import Run, at_scale, runs_of
-from amod.studies.runner import arguments, command, execute, finished, how_to_run
+from amod.studies.runner import arguments, command, execute, finished, how_to_run, to_run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
 from amod.training.config import CONF, TrainConfig, UntrainedConfig, choices, parse
@@ -29,7 +30,7 @@ def check_reproduce(cfg: DictConfig) -> None:
             raise UserError(f"{key}={cfg.get(key)}: must stay a group; choose one of {', '.join(choices(key))}")
     if not (cfg.jobs is None or (isinstance(cfg.jobs, int) and cfg.jobs >= 1)):
         raise UserError(f"jobs={cfg.jobs}: must be a whole number of at least 1, or null")
-    for key in ("dry", "report_only"):
+    for key in ("dry", "report_only", "fresh"):
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]}: must be true or false")
     how_to_run(cfg.launcher, cfg.extra)
@@ -48,38 +49,45 @@ def reproduce(cfg: DictConfig) -> None:
     how = how_to_run(cfg.launcher, cfg.extra)
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
+    from amod.studies.rows import known_in, reported  # pandas takes a second
+
+    known = known_in(results, scale["name"])
+    runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
+    missing = to_run(runs, root, () if cfg.fresh else known[0])
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
         for study in studies:
             print(f"\n{study['title']} ({scale['name']} scale)")
             if study["name"] in plans:
-                dry_run(plans[study["name"]], root, how)
+                dry_run(plans[study["name"]], root, how, missing)
             else:
                 print("python src/benchmark.py " + " ".join(throughput(study, scale, results)))
         return
 
     if cfg.report_only:
-        from amod.studies.rows import reported
-
-        found = {name: reported(plan, root, results / name / scale["name"]) for name, plan in plans.items()}
+        found = {name: reported(plan, root, known) for name, plan in plans.items()}
         report([study for study in studies if any_finished(study, scale, found)], scale, found, results)
         return
 
-    runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
-    for run in runs:
-        if not finished(run, root) and run.start is None:  # the others need its checkpoint to be checked
+    here = [run for run in runs if run in missing or finished(run, root)]
+    if len(here) < len(runs):
+        print(f"{len(runs) - len(here)} runs are in {results} already and are not repeated; fresh=true runs them here")
+    for run in missing:
+        if run.start is None:  # the others need its checkpoint to be checked
             check_train(compose_config(Path(run.script).stem, arguments(run, root, how)))
     failed: dict[str, str] = {}
     try:
-        execute(runs, root, cfg.jobs or default_jobs(), how, failed)
+        execute(here, root, cfg.jobs or default_jobs(), how, failed)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
-        from amod.studies.rows import rows_of
-
-        report(studies, scale, {name: rows_of(plan, root, failed) for name, plan in plans.items()}, results)
+        found = {name: reported(plan, root, known, failed) for name, plan in plans.items()}
+        report(studies, scale, found, results)
     for study in studies:
+        output = results / study["name"] / scale["name"]
+        if study.get("clock") and clock.measure(plans[study["name"]], root, output):
+            report([study], scale, found, results)
         if study["name"] not in plans:
             line = throughput(study, scale, results)
             if subprocess.run([sys.executable, str(BENCHMARK), *line], check=False).returncode:
@@ -130,7 +138,7 @@ def default_jobs() -> int:
     return 1 if torch.cuda.is_available() else 2
 
 
-def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
+def dry_run(runs: list[Run], root: Path, how: Sequence[str], missing: Sequence[Run]) -> None:
     """Every command with what it costs: GFLOPs of one forward pass of one image (gates open), and epochs."""
     import torch
 
@@ -143,7 +151,7 @@ def dry_run(runs: list[Run], root: Path, how: Sequence[str]) -> None:
         if shape not in counted:
             with torch.device("meta"):
                 counted[shape] = gflops_of(cfg)
-        state = "finished" if finished(run, root) else "to run"
+        state = "to run" if run in missing else "finished" if finished(run, root) else "reported"
         epochs = f"{cfg.schedule.epochs} epochs" if run.script == "train.py" else "no training"
         print(f"# {counted[shape]:.4f} GFLOPs, {epochs}, {state}")
         print(" ".join(command(run, root, how)))

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from amod.analysis.style import COLOURS, LINES, MARKERS, variant
 from amod.studies.claims import interval
-from amod.studies.rows import METRICS, NAMES, describe, measured, router_order
+from amod.studies.rows import METRICS, NAMES, describe, measured, placed, router_order
 
 
 def look(router: str) -> dict[str, Any]:
@@ -50,21 +50,39 @@ def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], cap
 
 
 def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
-    """Accuracy against compute (Fig. 1)."""
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    """Accuracy against compute (Fig. 1) and, where models were timed, against images per second (Fig. 27)."""
     found = measured(rows, study["metric"])
-    for router in router_order(found):
-        mine = found[found["router"] == router]
-        points = [
-            (float(cell["gflops"].iloc[0]), *interval([float(value) for value in cell[study["metric"]]]))
-            for _, cell in mine.groupby([mine.apply(_group, axis=1)])
-        ]
-        x, y, error = zip(*sorted(points), strict=True)
-        axis.errorbar(x, y, yerr=error, capsize=2, **look(router))
-    axis.set_xlabel("GFLOPs (multiply-accumulates, forward, one image)")
-    axis.set_ylabel(METRICS[study["metric"]])
-    axis.grid(alpha=0.3)
-    _finish(figure, axis, study, caption + "; bars: 95 % interval", path)
+    costs = {"gflops": "GFLOPs (multiply-accumulates, forward, one image)"}
+    costs |= {"speedup": METRICS["speedup"]} if found["speedup"].notna().any() else {}
+    size = (2 + 4.5 * len(costs), 4.6)
+    figure, axes = plt.subplots(1, len(costs), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axis, (cost, label) in zip(axes[0], costs.items(), strict=True):
+        for (router, style), mine in _lines(found):
+            points = [
+                (float(cell[cost].mean()), *interval([float(value) for value in cell[study["metric"]]]))
+                for _, cell in mine.groupby(mine.apply(_group, axis=1))
+                if cell[cost].notna().any()
+            ]
+            if points:
+                x, y, error = zip(*sorted(points), strict=True)
+                axis.errorbar(x, y, yerr=error, capsize=2, **look(router) | style)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(METRICS[study["metric"]])
+    _finish(figure, axes[0][0], study, caption + "; bars: 95 % interval", path)
+
+
+def _lines(rows: pd.DataFrame) -> list[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
+    """The rows of each router and, where they differ, placement and kind of training, hollow for all but the usual."""
+    lines = []
+    for router in router_order(rows):
+        mine = rows[rows["router"] == router]
+        kinds = mine["setting"].where(~mine["setting"].str.startswith("ponder"), "")
+        for (placement, kind), part in mine.groupby([mine["placement"], kinds]):
+            own = ", ".join(word for word in (placed(placement) if placement != "alternate" else "", kind) if word)
+            style = {"label": f"{NAMES[router]}, {own}", "markerfacecolor": "none"} if own else {}
+            lines.append(((router, style), part))
+    return lines
 
 
 def training_curves(
@@ -102,7 +120,7 @@ def stability(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any]
 def _group(row: Any) -> str:
     """What the cells of all routers that stand side by side have in common."""
     capacity = {} if row["router"] == "none" else {"capacity": row["capacity"]}
-    kept = {key: row[key] for key in ("placement", "variant", "keep_prefix")}
+    kept = {key: row[key] for key in ("placement", "variant", "keep_prefix", "budget", "setting")}
     return describe({"data": row["data"], **kept, **capacity})
 
 

@@ -127,4 +127,18 @@ ACCURACY = {
     "table9": {"coco": _cells({"detr": (39.9, 39.6, 38.6)}, _TABLE_9)},
 }
 """study -> data -> (model, router, capacity) -> top-1, of table9 mAP, in percent."""
+PUBLISHED = {
+    "table6": (
+        ("dense", "DeiT-T / S", "72.2 / 79.8", "1.258 / 4.608", "DeiT, timm"),
+        ("A-MoD, trained, 50 %", "DeiT-T / S", "71.8 / 78.66", "0.93 / 3.42", "A-MoD, Table 1"),
+        ("A-MoD, untrained, 50 %", "DeiT-S", "13.49", "3.42", "A-MoD, Table 3"),
+        ("ToMe, trained (distilled), r = 13", "DeiT-T / S", "71.27 / 79.36", "0.737 / 2.712", "ToMe's README"),
+        ("ToMe, untrained, r = 13", "DeiT-S", "78.79", "2.712", "ToMeCIS"),
+        ("EViT, trained, keep 0.9 / 0.7 / 0.5", "DeiT-S", "79.8 / 79.5 / 78.5", "4.0 / 3.0 / 2.3", "EViT's README"),
+        ("DynamicViT, trained, keep 0.7", "DeiT-S", "79.32", "2.9", "its README"),
+        ("DynamicViT, as A-MoD's Table 6 has it", "DeiT-S", "78.3", "3.4", "quoted from A-ViT's Table 3"),
+        ("A-ViT, trained", "DeiT-T / S", "71.4 / 78.8", "0.8 / 3.6", "its README (paper: 71.0, 78.6)"),
+    ),
+}
+"""study -> rows of (method, model, top-1, GFLOPs, source), as they are printed."""
 PLACEMENT = {"table7": "last8"}  # the placement of a table's figures; of the others "alternate"

@@ -15,6 +15,7 @@ import pandas as pd
 
 from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
+from amod.studies.clock import with_speeds
 from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, placed, read, write
 from amod.training.compose import compose_config
 
@@ -26,6 +27,7 @@ def write_report(
 
     A report of more finished runs stays as it is: a part of a study is written to `output`/partial instead.
     """
+    rows = with_speeds(rows, output)
     ours = ours_of(study, scale, rows)
     if (read(output / "runs.csv")["status"] == "finished").sum() > (rows["status"] == "finished").sum():
         output = output / "partial"
@@ -49,6 +51,8 @@ def write_report(
         )
     if study["name"] in paper.ACCURACY:
         parts.append(beside_the_paper(study, ours))
+    if study["name"] in paper.PUBLISHED:
+        parts.append(published(study["name"]))
     parts.append(runs_section(rows))
     report = output / "report.md"
     report.write_text("\n\n".join(parts) + "\n")
@@ -88,8 +92,10 @@ def seeds_of(rows: pd.DataFrame) -> str:
 def table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     """A line for each cell: mean ± half of the 95 % interval over seeds, and the seeds' own values for the last."""
     routed = rows[rows["router"] != "none"]
-    shown = [axis for axis in AXES if axis in ("capacity", "router") or routed[axis].nunique() > 1]
+    always = ["router"] if (routed["budget"] != "").any() else ["capacity", "router"]
+    shown = [axis for axis in AXES if axis in always or routed[axis].nunique() > 1]
     titles = {"capacity": "C", "router": "configuration", "keep_prefix": "class token kept", "lr": "learning rate"}
+    titles |= {"budget": "FLOPs asked"}
     header = [
         *(titles.get(axis, axis) for axis in shown),
         "GFLOPs",
@@ -120,10 +126,11 @@ def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """Dense first, then by every axis, the routers in their usual order."""
     labels = dict(zip(AXES, key, strict=True))
     ranks = {"lr": lambda rate: float(rate or 0), "placement": lambda name: (name != "alternate", name)}
-    values = [
-        ranks[axis](v) if axis in ranks else v for axis, v in labels.items() if axis not in ("router", "capacity")
-    ]
-    return (labels["router"] != "none", *values, labels["capacity"], list(NAMES).index(labels["router"]))
+    last = ("router", "capacity", "budget", "setting")
+    values = [ranks[axis](v) if axis in ranks else v for axis, v in labels.items() if axis not in last]
+    amounts = (labels["capacity"], -float(labels["budget"].rstrip("%") or 0))
+    rank = list(NAMES).index(labels["router"])
+    return (labels["router"] != "none", *values, *amounts, rank, labels["setting"])
 
 
 def cell_text(axis: str, value: Any) -> str:
@@ -175,6 +182,13 @@ def beside_the_paper(study: Mapping[str, Any], rows: pd.DataFrame) -> str:
             )
     note = "The paper's GFLOPs are rounded or cut off after their last digit; where none stand, it prints none."
     return f"## The paper's figures\n\n{note}\n\n{markdown(lines)}"
+
+
+def published(study: str) -> str:
+    """What the methods' own papers and code print, on ImageNet, beside which ours stand as they are."""
+    lines = [["method", "model", "top-1 (%)", "GFLOPs", "where"], ["---"] * 2 + ["---:"] * 2 + ["---"]]
+    lines += [list(row) for row in paper.PUBLISHED[study]]
+    return f"## Published\n\nOf other models and data than ours.\n\n{markdown(lines)}"
 
 
 def computed_gflops(model: str, router: str, capacity: float, placement: str, data: str) -> float:

@@ -24,6 +24,10 @@ ROUTERS = (
     "linear",
     "attention",
     "attention_weighted",
+    "tome",
+    "evit",
+    "dynamicvit",
+    "avit",
     "tuning",
 )  # as tables and pictures list them
 NAMES = {
@@ -41,8 +45,11 @@ METRICS = {
     "epochs_to_peak": "epochs to within 1 % of the peak",
     "share_kept": "share kept",
     "seconds": "seconds",
+    "step_seconds": "seconds of a training step",
+    "peak_mib": "peak memory of training (MiB)",
+    "speedup": "images per second, of dense",
 }
-AXES = ("data", "model", "variant", "placement", "keep_prefix", "gate", "lr", "capacity", "router")
+AXES = ("data", "model", "variant", "placement", "keep_prefix", "lr", "capacity", "budget", "router", "setting")
 TEXT = ("run", "status", "stage", *(axis for axis in AXES if axis != "capacity"), "git_commit", "git_changed", "note")
 WHOLE = ("seed", "params", "depth", "epochs_to_peak", "best_epoch", "epochs", "threads")
 COLUMNS = (
@@ -103,7 +110,8 @@ def row_of(run: Run) -> dict[str, Any]:
         "variant": run.variant,
         "placement": settings.get("placement.blocks", settings.get("placement", "alternate")),
         "keep_prefix": settings.get("router.keep_prefix", "false"),
-        "gate": gate_of(settings),
+        "setting": setting_of(settings),
+        "budget": settings.get("budget", ""),
         "lr": settings.get("schedule.lr", ""),
         "capacity": float(settings.get("capacity", 1)),
         "router": settings["router"],
@@ -111,23 +119,44 @@ def row_of(run: Run) -> dict[str, Any]:
     }
 
 
-def gate_of(settings: Mapping[str, str]) -> str:
-    """What a trained gate skips and per what: "attention per token"; "" of other routers."""
-    if settings["router"] != "tuning":
-        return ""
-    return f"{settings.get('router.skip', 'attention')} per {settings.get('router.per', 'token')}"
+def setting_of(settings: Mapping[str, str]) -> str:
+    """What tells runs of one router apart: of a trained gate what it skips and per what; and what is not usual."""
+    router = settings["router"]
+    parts = []
+    if router == "tuning":
+        parts.append(f"{settings.get('router.skip', 'attention')} per {settings.get('router.per', 'token')}")
+    if "router.ponder" in settings:
+        parts.append(f"ponder {settings['router.ponder']}")
+    if "router.backbone_lr" in settings:
+        parts.append(f"backbone rate x {settings['router.backbone_lr']}")
+    if "distil" in settings:
+        parts.append("distilled" if float(settings["distil"]) else "no teacher")
+    return ", ".join(parts)
 
 
-def reported(runs: Sequence[Run], root: Path, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As ``rows_of``, and what the report in ``folder`` knows of runs whose own folders are gone."""
-    rows, curves = rows_of(runs, root, {})
-    known = {row["run"]: row for row in _records(read(folder / "runs.csv"))}
-    gone = [status != "finished" and name in known for name, status in zip(rows["run"], rows["status"], strict=True)]
-    here = rows[[not lost for lost in gone]]
-    before = curves_of(folder / "curves.csv")
-    curves = pd.concat([before[~before["run"].isin(here["run"])], curves], ignore_index=True).astype(CURVES)
-    rows = table_of([known[row["run"]] if lost else row for row, lost in zip(_records(rows), gone, strict=True)])
-    return rows, curves
+def known_in(results: Path, scale: str) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
+    """What the reports at a scale say of finished runs, whichever study they are of: ({run: row}, their curves)."""
+    rows: dict[str, dict[str, Any]] = {}
+    curves = [curves_of(results / "none")]
+    for file in sorted(results.glob(f"*/{scale}/runs.csv")):
+        found = read(file)
+        rows |= {row["run"]: row for row in _records(found[found["status"] == "finished"])}
+        curves.append(curves_of(file.with_name("curves.csv")))
+    return rows, pd.concat(curves, ignore_index=True).drop_duplicates(["run", "epoch"])
+
+
+def reported(
+    runs: Sequence[Run],
+    root: Path,
+    known: tuple[Mapping[str, Mapping[str, Any]], pd.DataFrame],
+    failed: Mapping[str, str] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As ``rows_of``, and what is ``known`` (``known_in``) of runs whose own folders are gone."""
+    rows, curves = rows_of(runs, root, failed or {})
+    before, curves_before = known
+    lost = {*rows["run"][rows["status"] == "not run"]} & {*before}
+    curves = pd.concat([curves_before[curves_before["run"].isin(lost)], curves], ignore_index=True).astype(CURVES)
+    return table_of([before[row["run"]] if row["run"] in lost else row for row in _records(rows)]), curves
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -181,10 +210,11 @@ def describe(labels: Mapping[str, Any]) -> str:
     parts += [placed(labels["placement"])] if labels.get("placement", "alternate") != "alternate" else []
     parts += [labels["variant"]] if labels.get("variant") else []
     parts += ["class token kept"] if labels.get("keep_prefix", "false") != "false" else []
-    parts += [labels["gate"]] if labels.get("gate") else []
     parts += [f"lr {labels['lr']}"] if labels.get("lr") else []
-    parts += [f"C = {labels['capacity']:g}"] if "capacity" in labels else []
+    parts += [f"C = {labels['capacity']:g}"] if "capacity" in labels and not labels.get("budget") else []
+    parts += [f"{labels['budget'].rstrip('%')} % of dense"] if labels.get("budget", "").endswith("%") else []
     parts += [NAMES[labels["router"]]] if "router" in labels else []
+    parts += [labels["setting"]] if labels.get("setting") else []
     return ", ".join(parts)
 
 

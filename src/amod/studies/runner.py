@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,22 @@ def command(run: Run, root: Path, how: Sequence[str]) -> list[str]:
 
 def finished(run: Run, root: Path) -> bool:
     return (root / run.name / "summary.json").exists()
+
+
+def to_run(runs: Sequence[Run], root: Path, known: Container[str]) -> list[Run]:
+    """The runs that are neither finished here nor ``known`` by name from a report, each after those it starts from."""
+    wanted: dict[str, Run] = {}
+
+    def want(run: Run) -> None:
+        if not finished(run, root) and run.name not in wanted:
+            if run.start:
+                want(run.start)
+            wanted[run.name] = run
+
+    for run in runs:
+        if run.name not in known:
+            want(run)
+    return list(wanted.values())
 
 
 def log_of(run: Run, root: Path) -> Path:

@@ -7,6 +7,7 @@ together is in ``checks.py``.
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -87,6 +88,17 @@ class Sides(Rule):
     def allows(self, value: Any) -> bool:
         sides = value if isinstance(value, list) else [value, value]
         return len(sides) == 2 and min(sides) >= 1
+
+
+class Compute(Rule):
+    """GFLOPs, or a share of the dense model's."""
+
+    words = "a number of GFLOPs above 0, or a share of the dense model's such as 75%"
+
+    def allows(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return bool(re.fullmatch(r"\d+(\.\d+)?%", value)) and 0 < float(value[:-1]) <= 100
+        return value > 0
 
 
 def one_of(*names: str) -> Any:
@@ -292,7 +304,7 @@ class Variant(Group):
     """A model and how its tokens are routed."""
 
     capacity: Share
-    budget: Positive | None = None
+    budget: Annotated[float | str, AfterValidator(Compute())] | None = None
     distil: NotNegative = 0.0
     seed: Seed = 0
     model: Model

@@ -142,7 +142,7 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         halt_scale=router.halt_scale if router.name == "avit" else None,
         halt_shift=router.halt_shift if router.name == "avit" else None,
         last=last,
-        budget=None if cfg.budget is None or router.name == "none" else cfg.budget * 1e9,
+        budget=None if router.name == "none" else budget_of(vit, cfg),
     )
 
 
@@ -166,13 +166,20 @@ def placement_of(cfg: Variant) -> str | list[int] | None:
     return None if cfg.placement.name == "own" else cfg.placement.name
 
 
+def budget_of(vit: VisionTransformer, cfg: Variant) -> float | None:
+    """``budget`` in FLOPs: a share is of what ``vit``, the dense model, costs at its own image size."""
+    if isinstance(cfg.budget, str):
+        return float(cfg.budget.rstrip("%")) / 100 * count_flops(vit, (vit.in_chans, *vit.patch_embed.img_size))
+    return None if cfg.budget is None else cfg.budget * 1e9
+
+
 def isoflop_blocks(vit: VisionTransformer, cfg: Variant) -> int:
     """Depth of the isoFLOP model: router.depth, else by the budget, else the paper's pin, else amod.isoflop_depth."""
     size = (vit.in_chans, *vit.patch_embed.img_size)
     if (depth := cfg.router.depth) is not None:
         return depth
-    if cfg.budget is not None:
-        fits = [d for d in range(1, len(vit.blocks) + 1) if count_flops(truncate(vit, d), size) <= cfg.budget * 1e9]
+    if (budget := budget_of(vit, cfg)) is not None:
+        fits = [d for d in range(1, len(vit.blocks) + 1) if count_flops(truncate(vit, d), size) <= budget]
         if not fits:
             raise UserError(f"budget={cfg.budget}: even one block of {cfg.model.name} costs more GFLOPs; raise it")
         return max(fits)
