@@ -1,9 +1,9 @@
 """A small detection set that needs no download of photographs: Fashion-MNIST's clothes, coloured, on noise.
 
-    python tools/make_clothes.py --out data/clothes            # 8,000 and 1,000 images of 128 x 128 pixels, a minute
+    python tools/make_clothes.py --out data/clothes            # 20,000 and 1,000 images of 64 x 64 pixels, a minute
     python src/train.py model=detr_pico data=coco data.root=data/clothes
 
-Each image has one to three clothes of 36 to 64 pixels that hide at most a tenth of each other; a box is where a garment
+Each image has one to three clothes, their sides 0.28 to 0.5 of its own, that hide at most a tenth of each other; a box is where a garment
 has pixels. The files lie as COCO's do: train2017/, val2017/, annotations/instances_*.json. val2017 shows
 Fashion-MNIST's test images, train2017 its training images, so no garment is in both. Fashion-MNIST is looked for as
 data=fashion_mnist does it: under --root (FashionMNIST/raw), then where Debian's package has it.
@@ -23,8 +23,8 @@ from amod.training.config import CONF, Data
 from amod.training.sources import load_one
 from amod.training.splits import Source
 
-LEAST, MOST = 36, 64
-"""Pixels of a garment's picture, 28 x 28 in Fashion-MNIST."""
+LEAST, MOST = 0.28, 0.5
+"""Side of a garment's picture (28 x 28 in Fashion-MNIST), as a share of the image's."""
 HIDDEN = 0.1
 """Largest share of the smaller of two boxes that the other may cover."""
 
@@ -60,7 +60,7 @@ def picture(random: np.random.Generator, source: Source, size: int) -> tuple[np.
     """(image (size, size, 3) uint8, [(label, box)])."""
     image, found = background(random, size), []
     for _ in range(random.integers(1, 4)):
-        index, side = int(random.integers(len(source.labels))), int(random.integers(LEAST, MOST + 1))
+        index, side = int(random.integers(len(source.labels))), int(random.integers(round(LEAST * size), round(MOST * size) + 1))
         grey = np.asarray(Image.fromarray(source.images[index]).resize((side, side), Image.Resampling.BILINEAR))
         mask = grey > 12
         if random.random() < 0.5:
@@ -105,9 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--root", default="data", help="the folder with FashionMNIST/raw")
-    parser.add_argument("--train", type=int, default=8000)
+    parser.add_argument("--train", type=int, default=20000)
     parser.add_argument("--val", type=int, default=1000)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     from omegaconf import OmegaConf
