@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, did_you_mean
 from amod.training.command import launch
-from amod.training.config import CONF, Count, NotNegative, Share, Text, allows, in_words, one_of
+from amod.training.config import CONF
+from amod.training.rules import Count, NotNegative, Share, Text, allows, in_words, one_of
 
 MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
 VARIANTS = (

@@ -11,7 +11,8 @@ from amod.errors import UserError
 from amod.runtimes import SUFFIXES
 from amod.training.checks import check_checkpoint, check_variant
 from amod.training.command import launch
-from amod.training.config import ExportConfig, parse
+from amod.training.config import ExportConfig
+from amod.training.rules import parse
 
 
 def check(composed: DictConfig) -> ExportConfig:

@@ -8,7 +8,8 @@ from omegaconf import DictConfig
 
 from amod.errors import UserError
 from amod.training.command import launch
-from amod.training.config import FrontierConfig, parse
+from amod.training.config import FrontierConfig
+from amod.training.rules import parse
 
 METHODS = ("amod", "late", "evit", "tome", "few_merges", "searched")
 

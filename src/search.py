@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 from amod.errors import UserError
 from amod.training.checks import check_checkpoint, check_model
 from amod.training.command import launch
-from amod.training.config import SearchConfig, parse
+from amod.training.config import SearchConfig
 from amod.training.data import check_data
+from amod.training.rules import parse
 
 
 def check(composed: DictConfig) -> SearchConfig:

@@ -3,10 +3,10 @@
     python tools/make_clothes.py --out data/clothes            # 20,000 and 1,000 images of 64 x 64 pixels, a minute
     python src/train.py model=detr_pico data=coco data.root=data/clothes
 
-Each image has one to three clothes, their sides 0.28 to 0.5 of its own, that hide at most a tenth of each other; a box is where a garment
-has pixels. The files lie as COCO's do: train2017/, val2017/, annotations/instances_*.json. val2017 shows
-Fashion-MNIST's test images, train2017 its training images, so no garment is in both. Fashion-MNIST is looked for as
-data=fashion_mnist does it: under --root (FashionMNIST/raw), then where Debian's package has it.
+Each image has one to three clothes, their sides 0.28 to 0.5 of its own, that hide at most a tenth of each other; a box
+is where a garment has pixels. The files lie as COCO's do: train2017/, val2017/, annotations/instances_*.json. val2017
+shows Fashion-MNIST's test images, train2017 its training images, so no garment is in both. Fashion-MNIST is looked for
+as data=fashion_mnist does it: under --root (FashionMNIST/raw), then where Debian's package has it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def picture(random: np.random.Generator, source: Source, size: int) -> tuple[np.
     """(image (size, size, 3) uint8, [(label, box)])."""
     image, found = background(random, size), []
     for _ in range(random.integers(1, 4)):
-        index, side = int(random.integers(len(source.labels))), int(random.integers(round(LEAST * size), round(MOST * size) + 1))
+        index, side = (
+            int(random.integers(len(source.labels))),
+            int(random.integers(round(LEAST * size), round(MOST * size) + 1)),
+        )
         grey = np.asarray(Image.fromarray(source.images[index]).resize((side, side), Image.Resampling.BILINEAR))
         mask = grey > 12
         if random.random() < 0.5:

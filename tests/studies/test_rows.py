@@ -14,10 +14,10 @@ from amod.studies.rows import (
     CURVES,
     describe,
     epochs_to_peak,
+    known_in,
     measured,
     placed,
     read,
-    known_in,
     reported,
     rows_of,
     setting_of,
@@ -90,7 +90,10 @@ def test_what_failed_is_not_measured():
         ({"placement": "alternate", "keep_prefix": "false", "capacity": 0.5}, "C = 0.5"),
         ({"placement": "last8", "variant": "registers", "capacity": 0.125}, "last8, registers, C = 0.125"),
         ({"placement": "[6,7,8,9]", "keep_prefix": "true", "router": "linear"}, "blocks 6-9, class token kept, MoD"),
-        ({"capacity": 1.0, "budget": "60%", "router": "tome", "setting": "distilled"}, "60 % of dense, ToMe, distilled"),
+        (
+            {"capacity": 1.0, "budget": "60%", "router": "tome", "setting": "distilled"},
+            "60 % of dense, ToMe, distilled",
+        ),
         ({"data": "digits", "lr": "0.0001", "variant": ""}, "digits, lr 0.0001"),
     ],
 )

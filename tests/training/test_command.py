@@ -14,7 +14,8 @@ from amod.errors import UserError
 from amod.training.checks import check_train
 from amod.training.command import check_hydra
 from amod.training.compose import compose_config
-from amod.training.config import Data, TrainConfig, in_words
+from amod.training.config import Data, TrainConfig
+from amod.training.rules import in_words
 from tiny import DIGITS, run
 
 SHORT = ["router=none", "schedule.epochs=2", "trainer.limit_train_batches=2"]

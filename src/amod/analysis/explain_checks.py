@@ -11,9 +11,10 @@ from amod.errors import UserError, shown
 from amod.plan import READS_ATTENTION
 from amod.training.checks import check_checkpoint, check_variant
 from amod.training.compose import compose_config
-from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig, parse
+from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig
 from amod.training.data import check_data
 from amod.training.folder import flat, read_config
+from amod.training.rules import parse
 
 ROUTED = (*READS_ATTENTION, "random")
 """What an untrained model of text can be routed by."""

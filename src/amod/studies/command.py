@@ -18,7 +18,8 @@ from amod.studies.plan import Run, at_scale, runs_of
 from amod.studies.runner import arguments, command, execute, finished, how_to_run, to_run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
-from amod.training.config import CONF, TrainConfig, UntrainedConfig, choices, parse
+from amod.training.config import CONF, TrainConfig, UntrainedConfig, choices
+from amod.training.rules import parse
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
 

@@ -26,10 +26,10 @@ from amod.training.config import (
     UntrainedConfig,
     Variant,
     choices,
-    parse,
 )
 from amod.training.data import check_data
 from amod.training.folder import check_run_dir, read_config
+from amod.training.rules import parse
 from amod.training.tasks import TASKS
 
 # Of the routers: those that route nothing, and those whose cost is not set by a capacity.

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from amod.errors import UserError, did_you_mean
-from amod.training.config import CONF, TrainConfig, parse
+from amod.training.config import CONF, TrainConfig
+from amod.training.rules import parse
 
 # Settings that are handed to timm.create_model, timm's create_transform, Lightning's Trainer and Hydra as they are.
 OPEN_GROUPS = ("model.kwargs.", "schedule.augment.", "trainer.", "hydra.")

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, one_line, reachable, shown
 from amod.training.compose import FREE_TO_CHANGE, expand_paths
-from amod.training.config import CONF, TrainConfig, UntrainedConfig, parse
+from amod.training.config import CONF, TrainConfig, UntrainedConfig
+from amod.training.rules import parse
 
 log = logging.getLogger(__name__)
 
