@@ -20,7 +20,7 @@ from transformers import DetrForObjectDetection
 
 from amod.detr_plan import PARTS, DetrPlan, check_detr_plan, detr_plan_from, make_detr_plan
 from amod.detr_walk import DecoderStep, DetrWalk, RoutedDecoder, RoutedDecoderLayer, RoutedDetr, device_of, reads
-from amod.dress import Dressed, dress
+from amod.dress import Dressed, dress, undressed
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, on_meta
 from amod.huggingface_walk import IMPLEMENTATION, RoutedEncoder, RoutedLayer, Step
@@ -29,8 +29,6 @@ from amod.routers import make_router
 
 FORMAT = 1
 """Of the entry ``amod`` in config.json; ``hub.py`` checks it."""
-STRAY = ("step", "plan", "attention_before")
-"""What a routed model's modules have beside their own."""
 
 
 def convert(
@@ -125,17 +123,7 @@ def routed(model: Any, plan: DetrPlan) -> Any:
 
 def dense(model: Any) -> Any:
     """The DETR that a routed one's weights are, every layer whole: a copy; the routers stay behind."""
-    plain = copy.deepcopy(model)
-    before = plain.__dict__.get("attention_before", "sdpa")
-    for module in [*plain.modules()]:
-        if isinstance(module, Dressed):
-            module.__class__ = module.undressed  # type: ignore[assignment]
-            for name in ("router", "memory_router"):
-                module._modules.pop(name, None)
-            for name in STRAY:
-                module.__dict__.pop(name, None)
-    if "amod" in vars(plain.config):
-        del plain.config.amod
+    before, plain = getattr(model, "attention_before", "sdpa"), undressed(model)
     plain.config._attn_implementation = before
     return plain
 

@@ -70,6 +70,7 @@ class RoutedDecoderLayer(Dressed):
     """Over transformers' decoder layer. A routed one has a ``router`` of queries, a ``memory_router``, or both."""
 
     named_alike = True
+    adds = ("step", "router", "memory_router")
     step: DecoderStep
     router: Router
     memory_router: Router

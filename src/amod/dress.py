@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +19,8 @@ class Dressed(nn.Module):
 
     undressed: type[nn.Module]
     over: type[Dressed]
+    adds: tuple[str, ...] = ()
+    """The names of what a dressed module has beside its own: attributes and modules."""
     named_alike = False
     """Whether the made class is also called what ``undressed`` is called, for libraries that go by a class's name."""
 
@@ -43,6 +46,20 @@ def dress(module: nn.Module, over: type[Dressed]) -> None:
     """Put ``over`` over the module's class, once."""
     if not isinstance(module, over):
         module.__class__ = dressed(over, type(module))
+
+
+def undressed(model: Any) -> Any:
+    """A copy whose modules are of their own classes again and have what is their own; a config has no plan."""
+    plain = copy.deepcopy(model)
+    for module in [*plain.modules()]:
+        while isinstance(module, Dressed):
+            for name in module.adds:
+                module._modules.pop(name, None)
+                module.__dict__.pop(name, None)
+            module.__class__ = module.undressed  # type: ignore[assignment]
+        if "amod" in vars(getattr(module, "config", None) or object):
+            del module.config.amod
+    return plain
 
 
 def _blank(over: type[Dressed], own: type[nn.Module]) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amod import text
-from amod.dress import Dressed, dress
+from amod.dress import Dressed, dress, undressed
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, default_input_size, on_meta, within_budget
 from amod.huggingface_walk import IMPLEMENTATION, RoutedBaseModel, RoutedEncoder, RoutedLayer, RoutedModel, Step
@@ -128,17 +128,7 @@ def owner_of(model: Any, encoder: Any) -> PreTrainedModel:
 
 def dense(model: Any) -> Any:
     """The model that a routed one's weights are, every layer whole: a copy; the routers stay behind."""
-    plain = copy.deepcopy(model)
-    before = "sdpa"
-    for module in [*plain.modules()]:
-        if isinstance(module, Dressed):
-            module.__class__ = module.undressed  # type: ignore[assignment]
-            module._modules.pop("router", None)
-            before = module.__dict__.pop("attention_before", before)
-            for name in ("step", "plan"):
-                module.__dict__.pop(name, None)
-        if "amod" in vars(getattr(module, "config", None) or object):
-            del module.config.amod
+    before, plain = getattr(model, "attention_before", "sdpa"), undressed(model)
     owner_of(plain, find_encoder(plain)[0]).set_attn_implementation(before)
     return plain
 

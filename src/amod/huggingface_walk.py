@@ -123,6 +123,7 @@ class RoutedLayer(Dressed):
     """Over the class of a layer. One that is routed has a ``router``."""
 
     named_alike = True
+    adds = ("step", "router")
     step: Step
     router: Router
 
@@ -271,6 +272,7 @@ class RoutedModel(Dressed):
     """What ``convert`` puts over a transformers model's class. ``plan`` says what each layer does."""
 
     named_alike = True
+    adds = ("plan", "attention_before")
     plan: Plan
     attention_before: str
     """The attention implementation of the model that was converted."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from amod.dress import Dressed, dress
+from amod.dress import Dressed, dress, undressed
 from amod.errors import UserError
 from amod.huggingface_walk import RoutedModel
 from amod.plan import Gate, Plan, as_data
@@ -81,12 +81,4 @@ def plan_for_budget(model: Any, *_: Any, **__: Any) -> Plan:
 
 def dense(model: Any) -> Any:
     """The model that a gated one's weights are: a copy; the gates stay behind."""
-    plain = copy.deepcopy(model)
-    for module in [*plain.modules()]:
-        if isinstance(module, Dressed):
-            module.__class__ = module.undressed  # type: ignore[assignment]
-            module._modules.pop("router", None)
-            for name in ("entry", "plan"):
-                module.__dict__.pop(name, None)
-    del plain.config.amod
-    return plain
+    return undressed(model)

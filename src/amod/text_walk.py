@@ -103,6 +103,7 @@ class GatedLayer(Dressed):
     """Over the class of a decoder layer."""
 
     named_alike = True
+    adds = ("entry", "router")
     entry: Gate
     router: GateRouter
     self_attn: Any

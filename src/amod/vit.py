@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from amod.attention import READABLE, ReadableAttention
 from amod.blocks import CutBlock
 from amod.detr_plan import DetrPlan
-from amod.dress import Dressed, dress, of_detection, of_transformers, served_by
+from amod.dress import Dressed, dress, of_detection, of_transformers, served_by, undressed
 from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import (
@@ -73,6 +73,7 @@ class RoutedViT(Dressed):
     plan: Plan
     routers: nn.ModuleDict
     mask_name: str
+    adds = ("plan", "mask_name", "routers")
     blocks: Any
     num_prefix_tokens: int
     forward_head: Any
@@ -323,14 +324,7 @@ def dense(model: ViT) -> ViT:
     """The timm model that a routed model's weights are, every block whole: a copy; the routers stay behind."""
     if of_transformers(model):
         return _served_by(model).dense(model)
-    plain: Any = copy.deepcopy(model)
-    for module in plain.modules():
-        if isinstance(module, Dressed):
-            module.__class__ = module.undressed  # type: ignore[assignment]
-    for name in ("plan", "mask_name"):
-        plain.__dict__.pop(name, None)
-    plain._modules.pop("routers", None)
-    return plain
+    return undressed(model)
 
 
 def readers(model: Any, plan: Plan) -> list[int]:
