@@ -165,6 +165,24 @@ def test_the_cache_holds_what_was_kept():
             assert cache_bytes(held) < cache_bytes(own)
 
 
+@pytest.mark.parametrize("cache", ["kept", "all"])
+def test_texts_without_an_open_gate_are_not_computed(cache):
+    """Neither in a prefill, where whole texts are shut, nor in decoding, where each step is one token of a text."""
+    model = gated(language_model(), layers=(1,), per="sequence", cache=cache)
+    layer, texts = model.model.layers[1], {"q_proj": [], "k_proj": []}
+    layer.router.forward = lambda x, real: torch.tensor([[1.0], [-1.0], [-1.0], [1.0]])[: len(x)]
+    for name, seen in texts.items():
+        getattr(layer.self_attn, name).register_forward_hook(
+            lambda _, given, out, seen=seen: seen.append(len(given[0]))
+        )
+    generated(model, 3)
+    assert texts == {"q_proj": [2, 2, 2], "k_proj": [2, 2, 2] if cache == "kept" else [4, 4, 4]}
+    layer.router.forward = lambda x, real: torch.full((len(x), 1), -1.0)
+    before = [*texts["q_proj"]]
+    generated(model, 3)
+    assert texts["q_proj"] == before
+
+
 def test_sampling_beams_and_nothing_left_on_modules():
     model = gated(language_model())
     before = {name: {*vars(module)} for name, module in model.named_modules()}

@@ -46,18 +46,21 @@ class KeptCache(DynamicLayer):
         self.positions = torch.empty(0)
         self.open: Tensor | None = None  # (B, 1), the decision of gates per sequence
 
-    def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys, values and positions, with these (B, H, K, d), (B, K) behind what each text had."""
+    def add(
+        self, keys: Tensor, values: Tensor, positions: Tensor, texts: Tensor, batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All keys, values and positions, with these (b, H, K, d), (b, K) of ``texts`` (b,) behind what each had."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.keys, self.values, self.positions = keys[:, :, :0], values[:, :, :0], positions[:, :0]
-        row, at = (positions >= 0).nonzero(as_tuple=True)
-        had, new = (self.positions >= 0).sum(dim=1), (positions >= 0).sum(dim=1)
-        room = max(0, int((had + new).max()) - self.positions.shape[1])
-        to = had[row] + ((positions >= 0).cumsum(dim=1) - 1)[row, at]
-        self.positions = F.pad(self.positions, (0, room), value=-1).index_put((row, to), positions[row, at])
+            self.keys, self.values = (t.new_zeros(batch, t.shape[1], 0, t.shape[3]) for t in (keys, values))
+            self.positions = positions.new_zeros(batch, 0)
+        of, at = (positions >= 0).nonzero(as_tuple=True)
+        row, had = texts[of], (self.positions >= 0).sum(dim=1)
+        room = max(0, int((had[texts] + (positions >= 0).sum(dim=1)).max()) - self.positions.shape[1])
+        to = had[row] + ((positions >= 0).cumsum(dim=1) - 1)[of, at]
+        self.positions = F.pad(self.positions, (0, room), value=-1).index_put((row, to), positions[of, at])
         self.keys, self.values = (
-            F.pad(old, (0, 0, 0, room)).transpose(1, 2).index_put((row, to), fresh.transpose(1, 2)[row, at])
+            F.pad(old, (0, 0, 0, room)).transpose(1, 2).index_put((row, to), fresh.transpose(1, 2)[of, at])
             .transpose(1, 2)
             for old, fresh in ((self.keys, keys), (self.values, values))
         )  # fmt: skip
@@ -165,23 +168,34 @@ class GatedLayer(Dressed):
     ) -> tuple[Tensor, Tensor | None]:
         """x with the attention's update of the tokens in ``keep`` (B, Q), which look at those in ``seen`` (B, Q).
 
+        Texts that keep no token are left out whole: those whose gate is shut, and when decoding most of them.
+
         Args:
             gate: (B, Q) or (B, 1), in training: all tokens ask, and their update is multiplied by it.
         Returns:
             (B, Q, D), and in training the update before it was multiplied.
         """
         attn, first = self.self_attn, 0 if store is None else store.seen
-        asking, among = kept_first(keep if gate is None else torch.ones_like(keep))
-        shown, there = kept_first(seen if gate is None else torch.ones_like(seen))
-        keys = self.rotated(attn.k_proj(take(normed, shown)), rotary, shown, "k_norm")
-        values = attn.v_proj(take(normed, shown)).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        if store is not None:
+            store.seen += x.shape[1]
+        ask, show = (keep, seen) if gate is None else (torch.ones_like(keep), torch.ones_like(seen))
+        askers, holders = (some.any(dim=1).nonzero()[:, 0] for some in (ask, show))
+        if not len(holders):  # and nobody asks: who asks is seen
+            return x, None
+        shown, there = kept_first(show[holders])
+        known = take(normed[holders], shown)
+        keys = self.rotated(attn.k_proj(known), rotary, holders, shown, "k_norm")
+        values = attn.v_proj(known).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
         positions = (shown + first).masked_fill(~there, -1)
         if store is not None:
-            keys, values, positions = store.add(keys, values, positions)
-            store.seen += x.shape[1]
-        if not asking.shape[1]:
+            keys, values, positions = store.add(keys, values, positions, holders, len(x))
+        if not len(askers):
             return x, None
-        query = self.rotated(attn.q_proj(take(normed, asking)), rotary, asking, "q_norm")
+        if len(askers) < len(keys):
+            at = askers if len(keys) == len(x) else torch.searchsorted(holders, askers)
+            keys, values, positions = keys[at], values[at], positions[at]
+        asking, among = kept_first(ask[askers])
+        query = self.rotated(attn.q_proj(take(normed[askers], asking)), rotary, askers, asking, "q_norm")
         column, row = positions[:, None, :], (asking + first)[:, :, None]
         visible = (column >= 0) & (column <= row)
         if gate is not None:  # a skipped token sees itself too: its gate learns from an update that means something
@@ -200,15 +214,17 @@ class GatedLayer(Dressed):
             update = self.post_attention_layernorm(update)  # type: ignore[operator]
         if gate is not None:
             return x + gate.unsqueeze(-1) * update, update
-        return put_kept(x, asking, among, take(x, asking) + update), None
+        some = x[askers]
+        return x.index_copy(0, askers, put_kept(some, asking, among, take(some, asking) + update)), None
 
-    def rotated(self, heads: Tensor, rotary: tuple[Tensor, Tensor], at: Tensor, norm: str) -> Tensor:
-        """(B, K, H d) of the tokens ``at`` (B, K) -> (B, H, K, d), normed where the model does, and turned."""
+    def rotated(self, heads: Tensor, rotary: tuple[Tensor, Tensor], texts: Tensor, at: Tensor, norm: str) -> Tensor:
+        """(b, K, H d) of the tokens ``at`` (b, K) of ``texts`` -> (b, H, K, d), turned, normed where the model does."""
         heads = heads.unflatten(-1, (-1, self.self_attn.head_dim))
         if hasattr(self.self_attn, norm):
             heads = getattr(self.self_attn, norm)(heads)
         heads = heads.transpose(1, 2)
-        cos, sin = (take(table.expand(len(at), -1, -1), at).unsqueeze(1) for table in rotary)
+        tables = (table[texts] if len(table) > 1 else table.expand(len(at), -1, -1) for table in rotary)
+        cos, sin = (take(table, at).unsqueeze(1) for table in tables)
         one, other = heads.chunk(2, dim=-1)
         return heads * cos + torch.cat([-other, one], dim=-1) * sin
 
