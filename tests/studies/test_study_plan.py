@@ -122,6 +122,14 @@ def test_settings_of_the_scale_are_in_every_run_and_the_stages_win():
     assert [run.settings["schedule.lr"] for run in runs[:2]] == ["1", "0.0005"]
 
 
+def test_a_scale_has_settings_for_the_runs_of_a_router():
+    scale = {**SCALE, "routers": {"avit": ["router.halt_shift=5"]}}
+    runs = runs_of({"stage": "finetune", "runs": [{"router": ["attention", "avit"]}]}, scale)
+    assert {run.settings["router"]: run.settings.get("router.halt_shift") for run in runs} == {
+        **{"none": None, "attention": None, "avit": "5"}
+    }
+
+
 def test_a_stage_that_the_scale_does_not_have():
     with pytest.raises(UserError, match="study=table8: needs the stage soup, but scale=toy has dense, finetune"):
         runs_of({"name": "table8", "stage": "soup"}, SCALE)

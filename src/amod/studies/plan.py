@@ -76,8 +76,9 @@ def at_scale(study: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, An
 def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
     """The runs of a study (of ``at_scale``), each after the run that it starts from, none twice; the last seed last.
 
-    A stage's ``start`` is another stage, whose run of the same seed and variant is run first, or ``weights``: the
-    scale's file of that name, and where it has none the model's own pretrained weights.
+    A scale's ``routers`` are settings of the runs with a router of that name. A stage's ``start`` is another stage,
+    whose run of the same seed and variant is run first, or ``weights``: the scale's file of that name, and where it
+    has none the model's own pretrained weights.
     """
     stages = scale["stages"]
     if here["stage"] not in stages:
@@ -108,7 +109,9 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
             axes = {key: values for key, values in given.items() if key != "not_with"}
             for values in [] if variant in given.get("not_with", []) else product(*axes.values()):
                 own = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
-                add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *own], start)
+                of_router = scale.get("routers", {}).get(dict(zip(axes, values, strict=True)).get("router"), [])
+                settings = [f"data={name}", *common, *stage["settings"], *of_router, *own]
+                add(here["stage"], variant, settings, start)
     return list(ordered.values())
 
 
