@@ -72,12 +72,13 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     if scale.get("settings"):
         recipes = {"all": scale["settings"], **recipes}
     weights = f" scale.weights={Path(scale['weights']).name}" if scale.get("weights") else ""
+    remark = study.get("remark") or scale.get("remark")
     said = "\n".join(f"- {name}: `{' '.join(map(str, settings))}`" for name, settings in recipes.items() if settings)
     return (
         f"# {study['title']} ({scale['name']} scale)\n\n"
         f"`python src/reproduce.py study={study['name']} scale={scale['name']}{weights}`, run at commit "
         f"{', '.join(commits) or '-'}{changed}; {counted}; {seeds_of(rows)}.\n\n"
-        f"Recipes, over those of conf/schedule:\n\n{said}" + (f"\n\n{scale['remark']}" if "remark" in scale else "")
+        f"Recipes, over those of conf/schedule:\n\n{said}" + (f"\n\n{remark}" if remark else "")
     )
 
 
