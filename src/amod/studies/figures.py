@@ -46,7 +46,7 @@ def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], cap
         axis.set_yticks(range(len(groups)), groups if axis is axes[0][0] else [""] * len(groups))
         axis.set_ylim(len(groups) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-    _finish(figure, axes[0][0], study, caption + "; bars: 95 % interval", path)
+    _finish(figure, study, caption + "; bars: 95 % interval", path)
 
 
 def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
@@ -69,7 +69,7 @@ def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], c
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(METRICS[study["metric"]])
-    _finish(figure, axes[0][0], study, caption + "; bars: 95 % interval", path)
+    _finish(figure, study, caption + "; bars: 95 % interval", path)
 
 
 def _lines(rows: pd.DataFrame) -> list[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
@@ -105,7 +105,7 @@ def training_curves(
         axis.set_xlabel("epochs of the recipe (0: untrained)")
         axis.set_ylabel(METRICS["val_top1"])
         axis.grid(alpha=0.3)
-    _finish(figure, axes[0][0], study, caption + "; band: least to greatest; marker: within 1 % of the peak", path)
+    _finish(figure, study, caption + "; band: least to greatest; marker: within 1 % of the peak", path)
 
 
 def stability(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
@@ -124,9 +124,10 @@ def _group(row: Any) -> str:
     return describe({"data": row["data"], **kept, **capacity})
 
 
-def _finish(figure: Any, axis: Any, study: Mapping[str, Any], caption: str, path: Path) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
+def _finish(figure: Any, study: Mapping[str, Any], caption: str, path: Path) -> None:
+    by_label: dict[str, Any] = {}  # of all panels: dense has no untrained accuracy
+    for axis in figure.axes:
+        by_label |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(by_label.values(), by_label.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(study["title"], fontsize=11)
     figure.supxlabel(textwrap.fill(caption, int(16 * figure.get_figwidth())), fontsize=8)
