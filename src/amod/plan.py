@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
@@ -202,6 +203,7 @@ class ClassOnly:
     reads its class token alone."""
 
 
+@lru_cache
 def fraction(share: float) -> tuple[int, int]:
     """The simplest fraction that a float stands for: 29/100 for 0.29, whose float is a little less."""
     return Fraction(float(share)).limit_denominator(10**9).as_integer_ratio()

@@ -121,6 +121,15 @@ def test_a_claim_about_the_dense_model_meets_it_at_every_capacity():
     assert examine(claim, both, "test_top1").verdict == "held"
 
 
+def test_the_dense_model_is_that_of_the_same_rate_or_the_one_before():
+    claim = {"text": "", "higher": "attention", "lower": "none"}
+    before = rows(1.0, {"lr": "0.02"}, none=[70, 71])
+    tuned = rows(1.0, {"lr": "0.0005"}, none=[75, 76])
+    ours = rows(changes={"lr": "0.0005"}, attention=[79, 80])
+    assert examine(claim, pd.concat([before, ours]), "test_top1").cells[0].differences == (9, 9)
+    assert examine(claim, pd.concat([before, tuned, ours]), "test_top1").cells[0].differences == (4, 4)
+
+
 def test_a_claim_about_another_axis():
     both = pd.concat([rows(attention=[70, 71]), rows(changes={"placement": "last8"}, attention=[72, 73.1])])
     claim = {"text": "", "higher": "last8", "lower": "alternate", "axis": "placement", "where": {"router": "attention"}}

@@ -102,7 +102,7 @@ def test_explained(finished, tmp_path, capsys):
     said = [f"run={finished}", f"output={tmp_path}", "shown=3"]
     explain_detections(check_explain(compose_config("explain", said)))
     assert Image.open(tmp_path / "detections.png").width > 300
-    assert "3 images, of each at most 3 image tokens, 3 queries" in capsys.readouterr().out
+    assert "3 images, of each at most 15 image tokens, 3 queries" in capsys.readouterr().out
     with pytest.raises(amod.UserError, match=r"images=.*: is not for a detector's run"):
         check_explain(compose_config("explain", [*said, f"images={tmp_path}"]))
 

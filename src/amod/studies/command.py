@@ -13,7 +13,6 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
-from amod.studies import clock
 from amod.studies.plan import Run, at_scale, runs_of
 from amod.studies.runner import arguments, command, execute, finished, how_to_run, to_run
 from amod.training.checks import check_train
@@ -85,6 +84,8 @@ def reproduce(cfg: DictConfig) -> None:
     finally:  # an interrupted study is reported as far as it got
         found = {name: reported(plan, root, known, failed) for name, plan in plans.items()}
         report(studies, scale, found, results)
+    from amod.studies import clock
+
     for study in studies:
         output = results / study["name"] / scale["name"]
         if study.get("clock") and clock.measure(plans[study["name"]], root, output):
