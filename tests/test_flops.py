@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import time
 from functools import cache
 
 import pytest
@@ -201,8 +200,11 @@ def test_a_budget_picks_r_and_the_keep_rate(router, field):
     assert amod.count_flops(amod.convert(vit, router, **dearer)) > 3e9
 
 
-def test_a_budget_is_solved_in_two_seconds():
-    vit = meta("vit_large_patch16_224")
-    start = time.process_time()
-    amod.convert(vit, budget=40e9)
-    assert time.process_time() - start < 2
+def test_a_budget_is_solved_in_few_counts(monkeypatch):
+    """A count of ViT-L takes 0.2 to 0.4 seconds, whatever the machine does beside it: five make less than two."""
+    import amod.vit
+
+    counts, count = [], amod.vit.count_on_meta
+    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *given: counts.append(count(*given)) or counts[-1])
+    amod.convert(meta("vit_large_patch16_224"), budget=40e9)
+    assert 2 < len(counts) <= 5
