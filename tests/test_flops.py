@@ -201,7 +201,7 @@ def test_a_budget_picks_r_and_the_keep_rate(router, field):
 
 
 def test_a_budget_is_solved_in_few_counts(monkeypatch):
-    """A count of ViT-L takes 0.2 to 0.4 seconds, whatever the machine does beside it: five make less than two."""
+    """Its time is that of counts, each a run of ViT-L without numbers (0.45 s on a slow machine)."""
     import amod.vit
 
     counts, count = [], amod.vit.count_on_meta
