@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import cache
 
 import pytest
@@ -200,11 +201,8 @@ def test_a_budget_picks_r_and_the_keep_rate(router, field):
     assert amod.count_flops(amod.convert(vit, router, **dearer)) > 3e9
 
 
-def test_a_budget_is_solved_in_few_counts(monkeypatch):
-    """Its time is that of counts, each a run of ViT-L without numbers (0.45 s on a slow machine)."""
-    import amod.vit
-
-    counts, count = [], amod.vit.count_on_meta
-    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *given: counts.append(count(*given)) or counts[-1])
-    amod.convert(meta("vit_large_patch16_224"), budget=40e9)
-    assert 2 < len(counts) <= 5
+def test_a_budget_is_solved_in_two_seconds():
+    vit = meta("vit_large_patch16_224")
+    start = time.process_time()
+    amod.convert(vit, budget=40e9)
+    assert time.process_time() - start < 2

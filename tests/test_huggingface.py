@@ -207,6 +207,17 @@ def test_every_head_is_of_its_class_and_hands_out_routing_and_hidden_states(fami
     assert type(out) is type(dense(**inputs))
 
 
+def test_a_part_that_was_converted_by_itself_gets_its_own_attention_back():
+    vision = transformers.CLIPVisionConfig(**CONFIGS["CLIPVision"])
+    text = {**CONFIGS["Bert"], "eos_token_id": 3}
+    config = transformers.CLIPConfig(vision_config=vision.to_dict(), text_config=text)
+    whole = transformers.CLIPModel(config).eval()
+    whole.set_attn_implementation("eager")
+    whole.vision_model = amod.convert(whole.vision_model, "attention", 0.5)
+    assert whole.vision_model.config._attn_implementation != "eager"
+    assert amod.dense(whole).vision_model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("tower", ["CLIP", "Siglip"])
 @torch.no_grad()
 def test_one_tower_of_two(tower):

@@ -60,10 +60,8 @@ def picture(random: np.random.Generator, source: Source, size: int) -> tuple[np.
     """(image (size, size, 3) uint8, [(label, box)])."""
     image, found = background(random, size), []
     for _ in range(random.integers(1, 4)):
-        index, side = (
-            int(random.integers(len(source.labels))),
-            int(random.integers(round(LEAST * size), round(MOST * size) + 1)),
-        )
+        index = int(random.integers(len(source.labels)))
+        side = int(random.integers(round(LEAST * size), round(MOST * size) + 1))
         grey = np.asarray(Image.fromarray(source.images[index]).resize((side, side), Image.Resampling.BILINEAR))
         mask = grey > 12
         if random.random() < 0.5:

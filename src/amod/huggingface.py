@@ -128,8 +128,11 @@ def owner_of(model: Any, encoder: Any) -> PreTrainedModel:
 
 def dense(model: Any) -> Any:
     """The model that a routed one's weights are, every layer whole: a copy; the routers stay behind."""
-    before, plain = getattr(model, "attention_before", "sdpa"), undressed(model)
-    owner_of(plain, find_encoder(plain)[0]).set_attn_implementation(before)
+    said = [
+        vars(m)["attention_before"] for m in model.modules() if "attention_before" in vars(m)
+    ]  # by a part, it may be
+    plain = undressed(model)
+    owner_of(plain, find_encoder(plain)[0]).set_attn_implementation(said[0] if said else "sdpa")
     return plain
 
 

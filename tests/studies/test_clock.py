@@ -23,6 +23,8 @@ def timed(tmp_path, monkeypatch):
     monkeypatch.setattr(clock, "ROUNDS", 3)
 
     class Data:
+        num_classes = 10
+
         def samples(self, split, train):
             return self
 
@@ -32,10 +34,12 @@ def timed(tmp_path, monkeypatch):
         def stacked(self, positions):
             return len(positions), None
 
-    def load(folder):
-        return None, lambda images: time.sleep(0.02 if "none" in folder.name else 0.01), Data()
+    def model(folder, *_):
+        return lambda images: time.sleep(0.02 if "none" in folder.name else 0.01)
 
-    monkeypatch.setattr("amod.training.finished.load_run", load)
+    monkeypatch.setattr("amod.training.finished.load_run", lambda folder: (None, model(folder), Data()))
+    monkeypatch.setattr("amod.training.finished.load_model", model)
+    monkeypatch.setattr("amod.training.folder.read_config", lambda file: None)
     return study, runs, tmp_path / "runs", tmp_path / "results"
 
 

@@ -77,6 +77,13 @@ def paper_rows(name, data, **cells):
     return beside_the_paper({"name": name, "metric": "test_top1"}, pd.concat(made))
 
 
+def test_a_report_of_runs_without_any_figure_is_written(tmp_path):
+    runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
+    study = {**STUDY, "metric": "val_top1_untrained", "metrics": ["speedup", "val_top1_untrained"]}
+    write_report(study, SCALE, *rows_of(runs, tmp_path / "runs", {}), tmp_path / "results")
+    assert (tmp_path / "results/figure.png").stat().st_size > 1000
+
+
 def test_ours_stands_beside_the_papers_figure_of_the_same_cell():
     text = paper_rows(
         "table1",

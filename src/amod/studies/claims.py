@@ -115,10 +115,9 @@ def examine(claim: Mapping[str, Any], rows: pd.DataFrame, metric: str) -> Findin
     for key, value in where.items():
         above = above[above[key].astype(str) == value]
     if claim["lower"] == "none":  # the dense model has one capacity and no placement
-        unlike = ["capacity", "budget", "placement", "setting"]
-        unlike += (
-            [] if set(above["lr"]) & set(below["lr"]) else ["lr"]
-        )  # none was tuned like the others: the one before
+        unlike = {"capacity", "budget", "placement", "setting"}
+        if not set(above["lr"]) & set(below["lr"]):  # no dense model was tuned like these: it is the one before
+            unlike.add("lr")
         others = [name for name in others if name not in unlike]
     paired = above.merge(below[[*others, "seed", metric]], on=[*others, "seed"], how="left", suffixes=("", "_below"))
     paired["difference"] = paired[metric] - paired[f"{metric}_below"]

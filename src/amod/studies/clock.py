@@ -1,7 +1,7 @@
 """How fast a study's models are: those of its first seed in turns with their dense model, in this process.
 
-Written to results/STUDY/SCALE/speed.csv, a line for each run, once all of them are finished; runs of a study train two
-at a time, so what they say of their own speed is no measurement.
+Written to results/STUDY/SCALE/speed.csv, a line for each run that is finished, behind the study: its runs train two at
+a time, so what they say of their own speed is no measurement.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ BATCH, ROUNDS = 32, 15
 COLUMNS = {"run": "str", "speedup": "float64", "low": "float64", "high": "float64"}
 
 
-def measure(runs: Sequence[Run], root: Path, output: Path) -> bool:
+def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
     """Time the finished runs of the least seed, unless that is done: medians and quartiles of dense / variant within a
-    round, on ``BATCH`` test images, forward and eager. Whether anything was timed."""
+    round, on ``BATCH`` test images, forward and eager."""
     first = min(int(run.settings["seed"]) for run in runs)
     timed = [run for run in runs if int(run.settings["seed"]) == first and finished(run, root)]
     dense = next((run for run in timed if run.settings["router"] == "none"), None)
     if dense is None or {run.name for run in timed} <= {*read(output)["run"]}:
-        return False
+        return
     import torch
 
     from amod.analysis.throughput.timing import alternate, paired
-    from amod.training.finished import load_run
+    from amod.training.finished import load_model, load_run
+    from amod.training.folder import read_config
 
-    models = {}
-    for run in timed:
-        _, models[run.name], data = load_run(root / run.name)
+    _, model, data = load_run(root / dense.name)
+    models = {dense.name: model}
+    for folder in (root / run.name for run in timed if run is not dense):  # the data are read once
+        models[folder.name] = load_model(folder, read_config(folder / "config.yaml"), data.num_classes)
     samples = data.samples("test", train=False)
     images, _ = samples.stacked(samples.drawn(BATCH, 0))
     print(f"timing {len(models)} models in turns, {ROUNDS} rounds", flush=True)
@@ -44,7 +46,6 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> bool:
     rows = [(name, quartiles.median, quartiles.low, quartiles.high) for name, quartiles in found.items()]
     output.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows, columns=list(COLUMNS)).round(4).to_csv(output / "speed.csv", index=False, lineterminator="\n")
-    return True
 
 
 def read(folder: Path) -> pd.DataFrame:

@@ -49,11 +49,14 @@ def reproduce(cfg: DictConfig) -> None:
     how = how_to_run(cfg.launcher, cfg.extra)
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
-    from amod.studies.rows import known_in, reported  # pandas takes a second
+    from amod.studies import clock  # pandas takes a second
+    from amod.studies.rows import known_in, reported
 
     known = known_in(results, scale["name"])
+    if cfg.fresh:
+        known = {}, known[1][:0]
     runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
-    missing = to_run(runs, root, () if cfg.fresh else known[0])
+    missing = to_run(runs, root, known[0])
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
         for study in studies:
@@ -78,18 +81,16 @@ def reproduce(cfg: DictConfig) -> None:
     failed: dict[str, str] = {}
     try:
         execute(here, root, cfg.jobs or default_jobs(), how, failed)
+        for study in studies:
+            if study.get("clock"):
+                clock.measure(plans[study["name"]], root, results / study["name"] / scale["name"])
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
         found = {name: reported(plan, root, known, failed) for name, plan in plans.items()}
         report(studies, scale, found, results)
-    from amod.studies import clock
-
     for study in studies:
-        output = results / study["name"] / scale["name"]
-        if study.get("clock") and clock.measure(plans[study["name"]], root, output):
-            report([study], scale, found, results)
         if study["name"] not in plans:
             line = throughput(study, scale, results)
             if subprocess.run([sys.executable, str(BENCHMARK), *line], check=False).returncode:

@@ -26,7 +26,8 @@ def look(router: str) -> dict[str, Any]:
 
 def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
     """Each metric's cells as a mean with its 95 % interval, the seeds as small points."""
-    metrics = study.get("metrics") or [study["metric"]]
+    asked = study.get("metrics") or [study["metric"]]
+    metrics = [metric for metric in asked if len(measured(rows, metric))] or asked[-1:]  # no panel without a point
     groups = sorted(set(rows[rows["status"] == "finished"].apply(_group, axis=1)))
     margin = max(2.2, 0.085 * max(map(len, groups)))
     size = (margin + 3.6 * len(metrics), 1.4 + 0.62 * len(groups))

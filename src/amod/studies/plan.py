@@ -108,10 +108,10 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
         for name, given in product(data, here.get("runs", [])):
             axes = {key: values for key, values in given.items() if key != "not_with"}
             for values in [] if variant in given.get("not_with", []) else product(*axes.values()):
-                own = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
-                of_router = scale.get("routers", {}).get(dict(zip(axes, values, strict=True)).get("router"), [])
-                settings = [f"data={name}", *common, *stage["settings"], *of_router, *own]
-                add(here["stage"], variant, settings, start)
+                picked = dict(zip(axes, values, strict=True))
+                of_router = scale.get("routers", {}).get(picked.get("router"), [])
+                own = [f"{key}={value}" for key, value in picked.items()]
+                add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *of_router, *own], start)
     return list(ordered.values())
 
 

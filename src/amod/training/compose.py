@@ -57,7 +57,7 @@ def amount(*, _root_: DictConfig) -> str:
     if router.get("depth"):
         return f"{router.depth}blocks"
     if _root_.budget is not None:
-        return str(_root_.budget) if "%" in str(_root_.budget) else f"{_root_.budget}GFLOPs"
+        return _root_.budget if isinstance(_root_.budget, str) else f"{_root_.budget}GFLOPs"
     if router.get("file"):
         return Path(str(router.file)).stem
     return str(router.get("r") or router.get("keep_rate") or _root_.capacity)

@@ -224,7 +224,8 @@ def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], bat
     if blocks := compute["blocks_routed"]:
         own = OWN.get(cfg.router.name)
         asked = f"router.{own}={getattr(cfg.router, own)}" if own else f"capacity={cfg.capacity:g}"
-        asked = asked if cfg.budget is None else f"budget={cfg.budget}"
+        if cfg.budget is not None:
+            asked = f"budget={cfg.budget}" if isinstance(cfg.budget, str) else f"budget={cfg.budget:g} GFLOPs"
         kept: dict[int, list[int]] = {}
         for block in blocks:
             kept.setdefault(compute["tokens_kept"][str(block)], []).append(block)
