@@ -463,15 +463,19 @@ def plan_for_budget(
         amounts = [{"capacity": kept / tokens} for kept in range(1, tokens + 1)]
         if options.get("keep_prefix"):
             amounts = amounts[vit.num_prefix_tokens :]
-    plans = [make_plan(len(vit.blocks), router, placement=placement, **a, **options) for a in amounts]  # type: ignore[arg-type]
-    model: Any = routed(on_meta(vit), plans[-1])  # type: ignore[arg-type]
 
-    def cost(plan: Plan) -> int:
-        model.plan = plan
+    def plan_of(amount: dict[str, Any]) -> Plan:
+        return make_plan(len(vit.blocks), router, placement=placement, **amount, **options)  # type: ignore[arg-type]
+
+    dearest = plan_of(amounts[-1])
+    model: Any = routed(on_meta(vit), dearest)  # type: ignore[arg-type]
+
+    def cost(amount: dict[str, Any]) -> int:
+        model.plan = plan_of(amount)
         return count_on_meta(model, size)
 
-    what = f"router={router} in blocks {[*plans[0]]} of this model at {size[1]} x {size[2]} pixels"
-    return within_budget(plans if router != "none" else [], cost, budget, what)
+    what = f"router={router} in blocks {[*dearest]} of this model at {size[1]} x {size[2]} pixels"
+    return plan_of(within_budget(amounts if router != "none" else [], cost, budget, what))
 
 
 def tokens_at(vit: Any, size: Size) -> int:
