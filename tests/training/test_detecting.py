@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import amod
 from amod.analysis.detections import explain_detections
@@ -21,6 +21,7 @@ from amod.training.compose import compose_config
 from amod.training.config import Augment, Data, TrainConfig
 from amod.training.evaluation import evaluate
 from amod.training.run import train
+from processes import Forked, finish, ranks, step_of, wait_for
 
 MODEL = [
     "model=detr_pico", "model.kwargs.d_model=16", "model.kwargs.encoder_layers=2", "model.kwargs.decoder_layers=2",
@@ -132,6 +133,73 @@ def test_cocos_published_head_is_cut_to_the_categories(data, tmp_path):
     assert built.adapted
     key = "class_labels_classifier.weight"
     assert torch.equal(built.model.state_dict()[key], state[key][[3, 7, 8]])
+
+
+def test_a_published_file_keeps_its_old_names(data, tmp_path, monkeypatch):
+    """facebook/detr-resnet-50 on the hub has transformers' names of years ago, which its own conversion knows: as
+    ``model.pretrained``, as a folder and as a file.
+    """
+    hub = tmp_path / "detr-resnet-50"
+    cfg = checked(data, tmp_path / "run", "router=attention")
+    dense = detecting.create(cfg, 8).eval()
+    dense.save_pretrained(hub)
+    kept = load_file(hub / "model.safetensors")
+    assert {"model.encoder.layers.0.self_attn.out_proj.weight", "model.decoder.layers.1.fc1.bias"} <= {*kept}
+    assert any(key.startswith("model.backbone.conv_encoder.model.") for key in kept)
+    monkeypatch.setitem(detecting.PUBLISHED, cfg.model.name, str(hub))
+    for asked in ("model.pretrained=true", f"model.checkpoint={hub}", f"model.checkpoint={hub}/model.safetensors"):
+        built = detecting.build(checked(data, tmp_path / "run", "router=attention", asked), detecting.read(cfg))
+        assert built.adapted
+        state = built.model.state_dict()
+        for key, value in dense.state_dict().items():  # the head is cut to categories 3 and 7 of 8
+            wanted = value[[3, 7, 8]] if key.startswith("class_labels_classifier") else value
+            assert torch.equal(state[key], wanted), key
+
+
+# --- several processes, and one that was killed -----------------------------------------------------------------------
+
+
+# 10 training images: 2 epochs of 4 steps of 2 images
+STEPS = ["router=linear", "schedule.batch_size=2", "schedule.augment.hflip=0", "checkpoint_every_steps=1"]
+
+
+def forked(data: Path, folder: Path, *overrides: str, **env: str) -> Forked:
+    cfg = checked(data, folder, *overrides)
+    return Forked(lambda: train(cfg), Path(f"{folder}.{env.get('LOCAL_RANK', 0)}.txt"), **env)
+
+
+def test_a_killed_run_goes_on_exactly(data, tmp_path):
+    def last(folder: Path) -> dict:
+        return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    finish([forked(data, tmp_path / "whole", *STEPS)])
+    killed = forked(data, tmp_path / "killed", *STEPS)
+    wait_for(lambda: step_of(tmp_path / "killed") >= 2)
+    killed.process.kill()
+    killed.wait()
+    assert 2 <= step_of(tmp_path / "killed") < 10
+    finish([forked(data, tmp_path / "killed", *STEPS)])
+    assert (tmp_path / "killed/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
+    whole, again = last(tmp_path / "whole"), last(tmp_path / "killed")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.parametrize("router", ["linear", "attention"])
+def test_two_processes_make_one_run(data, tmp_path, router):
+    """No parameter of a routed DETR is left without a gradient, which DDP would stop at, and both measure all images."""
+    asked = [f"router={router}", "schedule.batch_size=2", "trainer=ddp_cpu", "trainer.devices=2"]
+    finish([forked(data, tmp_path / "two", *asked, **env) for env in ranks(2)])
+    summary = json.loads((tmp_path / "two/summary.json").read_text())
+    assert (summary["test_images"], summary["global_batch"]) == (5, 4)
+    assert Path(f"{tmp_path}/two.1.txt").read_text() == ""
+
+    def measure() -> None:  # in a process of its own, because strategy=ddp leaves a process group behind
+        values = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'two'}", "trainer.devices=1"])))
+        (tmp_path / "values.json").write_text(json.dumps(values))
+
+    finish([Forked(measure, tmp_path / "alone.txt")])
+    alone = json.loads((tmp_path / "values.json").read_text())
+    assert alone["test/map"] == pytest.approx(summary["test_map"], abs=1e-3)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from timm.data import ImageNetInfo
 import amod
 import fakes
 from amod.errors import UserError
+from amod.training.checks import check_checkpoint
 from amod.training.compose import train_config
 from amod.training.folder import read_config, saved_config
-from amod.training.weights import build, create_vit, head_is_pretrained, isoflop_blocks, read_state
+from amod.training.weights import build, create_vit, head_classes, head_is_pretrained, isoflop_blocks, read_state
 from tiny import config
 
 SRC = Path(__file__).parents[2] / "src"
@@ -77,6 +78,22 @@ def test_linear_router_weights_come_back(dense, checkpoint, tmp_path):
     assert [key for key in first.state_dict() if key.startswith("routers.")]
     for key, value in first.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+def test_a_folder_of_a_saved_model_is_a_checkpoint(dense, tmp_path):
+    """Its routers too, and it knows the classes of its head."""
+    model = amod.convert(dense, router="linear", capacity=0.5).eval()
+    names = [f"digit {i}" for i in range(10)]
+    dense.pretrained_cfg = {"architecture": "vit_tiny_patch16_224"}
+    folder = amod.save_pretrained(model, tmp_path / "saved", class_names=names)
+    assert head_classes(folder) == names
+    given = ["router=linear", "capacity=0.5", f"model.checkpoint={folder}"]
+    check_checkpoint(str(folder))
+    torch.testing.assert_close(build(config(*given), 10, names).model.eval()(IMAGES), model(IMAGES))
+    assert not build(config(*given), 10, [*names[1:], "ten"]).adapted
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"saved: this folder is neither a run nor a saved model; name the file"):
+        check_checkpoint(str(folder))
 
 
 def test_router_weights_that_the_variant_lacks_are_dropped_and_said(checkpoint, tmp_path, caplog):
@@ -213,6 +230,7 @@ def test_models_that_timm_does_not_have(overrides, words):
 BUILD = """
 import sys
 from amod.training.command import one_line_errors
+from amod.training.checks import check_checkpoint
 from amod.training.compose import compose_config, train_config
 with one_line_errors():
     from amod.training.weights import build

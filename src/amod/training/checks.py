@@ -34,6 +34,8 @@ from amod.training.tasks import TASKS
 
 # Of the routers: those that route nothing, and those whose cost is not set by a capacity.
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+SAVED = "model.safetensors"
+"""In a folder of ``amod.save_pretrained``, or of a model from the hub."""
 # One fact, two names: Lightning's argument, and the setting that decides it.
 TWICE = {"max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip_grad"}
 
@@ -334,13 +336,13 @@ def check_trainer(trainer: TrainerArguments) -> None:
 def check_checkpoint(path: str) -> None:
     file = Path(path)
     with reachable(f"model.checkpoint={path}"):
-        if file.is_dir() and ((file / "weights.safetensors").exists() or (file / "checkpoints").is_dir()):
+        if file.is_dir() and any((file / name).exists() for name in ("weights.safetensors", "checkpoints", SAVED)):
             return
         found = file.exists()
     if not found:
         raise UserError(f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder")
     if file.is_dir():
-        raise UserError(f"model.checkpoint={path}: this folder is no run, it has no weights.safetensors; name the file")
+        raise UserError(f"model.checkpoint={path}: this folder is neither a run nor a saved model; name the file")
     if file.suffix not in CHECKPOINT_SUFFIXES:
         raise UserError(
             f"model.checkpoint={path}: not a kind of checkpoint known here; give {', '.join(CHECKPOINT_SUFFIXES)} "

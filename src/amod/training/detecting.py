@@ -12,8 +12,11 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
+from torchmetrics.utilities import dim_zero_cat
 from torchvision.ops import box_convert
 from transformers import DetrConfig, DetrForObjectDetection
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import apply_renamings
 
 from amod.detection import convert, layers_of, transformer_flops
 from amod.detr_walk import RoutedDetr
@@ -36,13 +39,54 @@ IMAGE_SHAPE = 4 / 3
 """Width to height of the image that the cost is of: 1066 x 800, as in the paper."""
 
 
+class MeanAP(Metric):
+    """COCO's mean average precision, by torchmetrics. Its own class keeps tensors for each image, which processes with
+    unequal numbers of images cannot gather; here are rows of numbers instead.
+    """
+
+    full_state_update = False
+    found: list[Tensor]
+    wanted: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("found", [], dist_reduce_fx="cat")
+        self.add_state("wanted", [], dist_reduce_fx="cat")
+
+    def update(self, found: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]], ids: Tensor) -> None:
+        """Boxes found and true, of images by their place in the data."""
+        self.found += [_rows(i, d["boxes"], d["labels"], d["scores"]) for i, d in zip(ids, found, strict=True)]
+        self.wanted += [_rows(i, t["xyxy"], t["kinds"], t["iscrowd"]) for i, t in zip(ids, targets, strict=True)]
+
+    def compute(self) -> dict[str, Tensor]:
+        found, wanted = (dim_zero_cat(state).view(-1, 7).cpu() for state in (self.found, self.wanted))
+        images = found[:, 0].unique()  # every query finds something
+        metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
+        for mine, true in zip(_split(found, images), _split(wanted, images), strict=True):
+            prediction = {"boxes": mine[:, 1:5], "labels": mine[:, 5].long(), "scores": mine[:, 6]}
+            target = {"boxes": true[:, 1:5], "labels": true[:, 5].long(), "iscrowd": true[:, 6].long()}
+            metric.update([prediction], [target])
+        computed = metric.compute()
+        return {name: computed[name].to(self.device) for name in ("map", "map_50")}
+
+
+def _rows(image: Tensor, boxes: Tensor, kinds: Tensor, last: Tensor) -> Tensor:
+    columns = [image.expand(len(kinds)), *boxes.unbind(1), kinds, last]
+    return torch.stack([column.to(boxes) for column in columns], dim=1).flatten()
+
+
+def _split(rows: Tensor, images: Tensor) -> Sequence[Tensor]:
+    rows = rows[rows[:, 0].argsort(stable=True)]
+    return rows.tensor_split(torch.searchsorted(rows[:, 0].contiguous(), images)[1:])
+
+
 class Detector(TaskModule):
     """A batch is images (B, 3, H, W), masks (B, H, W), targets, indices (B,); see ``coco.py``."""
 
     task = DETECTION
 
     def own_metrics(self) -> dict[str, Metric]:
-        return {"map": MeanAveragePrecision(backend="faster_coco_eval")}
+        return {"map": MeanAP()}
 
     def make_optimizer(self, lr: float) -> torch.optim.Optimizer:
         """The backbone has a rate of its own, which follows the same schedule."""
@@ -60,15 +104,10 @@ class Detector(TaskModule):
         return self.model(images, pixel_mask=masks, labels=targets).loss
 
     def measure(self, metrics: Any, batch: Batch) -> tuple[Tensor, Any]:
-        images, masks, targets, _ = batch
+        images, masks, targets, ids = batch
         out = self.evaluated(images, pixel_mask=masks, labels=targets)
         found = detections(out, [target["size"] for target in targets])
-        metrics["map"].update(
-            found,
-            [
-                {"boxes": t["xyxy"], "labels": t["kinds"], "iscrowd": t["iscrowd"].long()} for t in targets
-            ],
-        )  # fmt: skip
+        metrics["map"].update(found, targets, ids)
         return out.loss, found
 
     def values(self, computed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,7 +232,8 @@ def load_detr(
     model: Any, state: Mapping[str, Tensor], cfg: Variant, classes: Sequence[str], ids: Sequence[int], known: Any
 ) -> bool:
     """Load a state dict; whether its head is for these classes."""
-    state = {key: value for key, value in state.items() if "router." not in key}
+    names = get_model_conversion_mapping(model)  # in files some parts have the names of older versions
+    state = {apply_renamings(key, names): value for key, value in state.items() if "router." not in key}
     wanted = model.state_dict()
     rows = len(state.get(HEAD + "bias", ()))
     adapted = rows == len(classes) + 1 and known in (None, [*classes])
