@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 import fakes
+from amod.training import classification
 from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_evaluate
 from amod.training.classification import Classifier
@@ -24,7 +26,7 @@ from amod.training.compose import compose_config
 from amod.training.evaluation import evaluate
 from amod.training.loaders import build_datamodule
 from amod.training.run import make_trainer, train
-from amod.training.weights import build, input_config
+from amod.training.weights import build, create_vit, input_config
 from processes import Forked, finish, free_port, ranks, run_forked, run_ranks, step_of, wait_for
 from tiny import DIGITS, MODEL, config
 
@@ -163,20 +165,36 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(two, tmp_path, m
 
 def test_no_router_leaves_a_parameter_unused(tmp_path):
     """DDP stops at the second step where a parameter got no gradient at the first."""
-    routers = ("attention", "attention_weighted", "isoflop", "linear", "none", "random")
-    short = ["capacity=0.5", "schedule.epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=0"]
-    configs = [config(f"router={router}", *short, "trainer=ddp_cpu") for router in routers]
+    routers = (
+        "attention",
+        "attention_weighted",
+        "isoflop",
+        "linear",
+        "none",
+        "random",
+        "tome",
+        "evit",
+        "avit",
+        "tuning",
+    )
+    short = ["schedule.epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=0", "trainer=ddp_cpu"]
+    # both have a teacher: any dense model of this shape
+    save_file(create_vit(config().model, num_classes=10).state_dict(), tmp_path / "dense.safetensors")
+    taught = [f"model.checkpoint={tmp_path / 'dense.safetensors'}"]
+    asked = [[f"router={router}"] for router in routers]
+    asked += [["router=dynamicvit", *taught], ["router=attention", "distil=0.5", *taught]]
+    configs = [config(*overrides, *short) for overrides in asked]
 
     def every_router() -> None:
         for cfg in configs:
             data = build_datamodule(cfg.data, input_config(cfg.model), {}, 8, 8, seed=0)
             trainer = make_trainer(cfg.trainer, enable_checkpointing=False)
-            trainer.fit(Classifier(build(cfg, 10).model, cfg.schedule, 10, seed=0), datamodule=data)
-            print(cfg.router.name, trainer.world_size, trainer.global_step)
+            trainer.fit(classification.module(build(cfg, 10).model, cfg, data), datamodule=data)
+            print(cfg.router.name, cfg.distil, trainer.world_size, trainer.global_step)
 
     both = [Forked(every_router, tmp_path / f"{env['LOCAL_RANK']}.txt", **env) for env in ranks(2)]
     finish(both)
-    assert all(f"{router} 2 2\n" in process.text for router in routers for process in both)
+    assert all(f"{cfg.router.name} {cfg.distil} 2 2\n" in process.text for cfg in configs for process in both)
 
 
 def test_tasks_of_a_slurm_job(two, tmp_path):

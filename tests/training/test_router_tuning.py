@@ -75,6 +75,35 @@ def test_only_the_routers_change(dense, tmp_path, capsys):
     assert found["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-3)
 
 
+@pytest.mark.parametrize("router", ["tuning", "attention"])
+def test_with_a_lora_that_ends_in_the_weights(dense, tmp_path, capsys, router):
+    """peft's, of rank 2 on qkv, proj, fc1 and fc2 of 4 blocks; the file has the names of a model without one."""
+    gates = ["router.target=0.5", "router.layers=[1,2]"] if router == "tuning" else ["capacity=0.5"]
+    asked = [*DIGITS, f"router={router}", *gates, f"model.checkpoint={dense}", "schedule=router_tuning"]
+    asked += ["schedule.lora=2", "schedule.epochs=2", "schedule.lr=0.01"]
+    summary = run(tmp_path / "run", *asked)
+    before, after = (load_file(folder / "weights.safetensors") for folder in (dense, tmp_path / "run"))
+    changed = {key for key, value in before.items() if not torch.equal(after[key], value)}
+    inner = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert changed == {f"blocks.{i}.{name}.weight" for i in range(4) for name in inner}
+    assert all(torch.linalg.matrix_rank(after[key] - before[key], rtol=1e-3) <= 2 for key in changed)
+    routers = {"routers.1.weight", "routers.2.weight"} if router == "tuning" else set()
+    assert {*after} - {*before} == routers
+    width = 32  # rank x (inputs + outputs) of each linear layer
+    assert summary["params_trained"] == 4 * 2 * width * (4 + 2 + 5 + 5) + len(routers) * width
+    assert "a LoRA of rank 2" in capsys.readouterr().out
+    found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
+    assert found["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-3)
+
+
+def test_a_language_model_with_a_lora(stories, tmp_path):
+    summary = run(tmp_path / "run", *stories, "router=tuning", "router.target=0.5", "schedule.lora=2")
+    weights = load_file(tmp_path / "run/weights.safetensors")
+    assert not [key for key in weights if "lora" in key or "base_layer" in key]
+    found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
+    assert found["test/loss"] == pytest.approx(summary["test_loss"], abs=1e-4)
+
+
 def test_a_language_model_on_a_folder_of_texts(stories, tmp_path):
     summary = run(tmp_path / "run", *stories, "router=tuning", "router.target=0.5", "schedule.epochs=2")
     weights = load_file(tmp_path / "run/weights.safetensors")
@@ -104,8 +133,9 @@ def test_a_model_that_came_in_evaluation_mode_is_trained_in_training_mode(storie
     assert all(modes)
 
 
-def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path):
-    settings = [*stories, "router=tuning", "router.target=0.5", "schedule.epochs=2"]
+@pytest.mark.parametrize("lora", ["null", "2"])
+def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path, lora):
+    settings = [*stories, "router=tuning", "router.target=0.5", "schedule.epochs=2", f"schedule.lora={lora}"]
     whole = run(tmp_path / "whole", *settings)
     save = RunRecorder._save
     with pytest.MonkeyPatch.context() as patch:
@@ -133,6 +163,7 @@ def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path):
         (["router=tuning", "placement=late"], "placement=late: router=tuning has router.layers in its place"),
         (["router=tuning", "budget=1"], "budget=1.0: router=tuning costs what its gates leave"),
         (["router=tuning", "router.target=0.5", "router.scale=0"], "target=0.5: does nothing with scale=0"),
+        (["router=tuning", "schedule.lora=4"], "schedule.lora=4: is for weights that stay as they are"),
     ],
 )
 def test_bad_settings_are_one_line(overrides, words, tmp_path):

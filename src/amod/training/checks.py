@@ -60,10 +60,15 @@ def check_train(composed: Any) -> TrainConfig:
                 f"trainer.{theirs}={shown(value)}: must be schedule.{ours}={shown(wanted)}, which other settings "
                 f"follow too; set schedule.{ours}={shown(value)} in its place"
             )
-    if schedule.train == "routers" and cfg.router.name not in ("tuning", "linear", "plan"):
+    if schedule.lora is not None and schedule.train == "all":
+        raise UserError(
+            f"schedule.lora={schedule.lora}: is for weights that stay as they are; with schedule.train=all they are "
+            "trained themselves: choose schedule.train=routers or schedule.lora=null"
+        )
+    if schedule.train == "routers" and schedule.lora is None and cfg.router.name not in ("tuning", "linear", "plan"):
         raise UserError(
             f"schedule.train=routers: router={cfg.router.name} has no weights, so nothing would be trained; choose "
-            "router=tuning or linear, or schedule.train=all"
+            "router=tuning or linear, schedule.lora=8, or schedule.train=all"
         )
     if schedule.min_lr > schedule.lr:
         raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")

@@ -151,6 +151,7 @@ class Augment(Open):
 
 class Schedule(Group):
     train: Literal["all", "routers"] = "all"
+    lora: Count | None = None
     epochs: Count
     batch_size: Count
     eval_batch_size: Count

@@ -53,7 +53,9 @@ class MeanAP(Metric):
         self.add_state("found", [], dist_reduce_fx="cat")
         self.add_state("wanted", [], dist_reduce_fx="cat")
 
-    def update(self, found: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]], ids: Tensor) -> None:
+    def update(
+        self, found: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]], ids: Tensor
+    ) -> None:
         """Boxes found and true, of images by their place in the data."""
         self.found += [_rows(i, d["boxes"], d["labels"], d["scores"]) for i, d in zip(ids, found, strict=True)]
         self.wanted += [_rows(i, t["xyxy"], t["kinds"], t["iscrowd"]) for i, t in zip(ids, targets, strict=True)]

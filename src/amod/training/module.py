@@ -24,6 +24,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 
 from amod.errors import UserError, one_line
 from amod.training.config import Schedule
+from amod.training.lora import add_lora
 from amod.training.methods import Recipe
 from amod.training.tasks import Task
 from amod.training.weights import shortened
@@ -83,14 +84,18 @@ def make_optimizer(
     )
 
 
-def freeze(model: nn.Module, train: str) -> int:
-    """Leave only the routers trainable where ``train`` says so; how many weights there are to train."""
-    if train == "routers":
+def freeze(model: nn.Module, schedule: Schedule) -> int:
+    """Leave only the routers trainable, and a LoRA, where the schedule says so; how many weights there are to train."""
+    if schedule.train == "routers":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("router" in name.rpartition(".")[0].replace("routers", "router").split("."))
+        if schedule.lora is not None:
+            add_lora(model, schedule.lora)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
-        raise UserError(f"schedule.train={train}: this model has no such weights; choose router=tuning or linear")
+        raise UserError(
+            f"schedule.train={schedule.train}: this model has no such weights; choose router=tuning or linear"
+        )
     return count
 
 

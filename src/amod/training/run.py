@@ -41,6 +41,7 @@ from amod.training.folder import (
 )
 from amod.training.loaders import DataModule
 from amod.training.loggers import check_logger, loggers
+from amod.training.lora import merged
 from amod.training.module import TaskModule, check_optimizer, freeze, global_batch, limited, peak_lr
 from amod.training.record import check_same, read_record
 from amod.training.tasks import TASKS, Task
@@ -128,9 +129,9 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     newest = newest_checkpoint(folder)  # where there is one, the weights are there, and their source may be gone
     source = weightless(cfg) if newest else cfg
     built = parts.build(source, data)
-    trainable = freeze(built.model, schedule.train)
-    module = parts.module(built.model, source, data)
     compute = parts.cost(built.model, cfg)
+    trainable = freeze(built.model, schedule)
+    module = parts.module(built.model, source, data)
     batch = global_batch(trainer, schedule)
     lr = peak_lr(schedule, batch)
     gpu = torch.cuda.is_available()  # the Trainer's own device may be the CPU all the same
@@ -139,7 +140,10 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     begin(cfg, folder, lock, newest, data)
     announce(cfg, data, compute, batch, lr)
     if schedule.train != "all":
-        say(f"{trainable:,} of {compute['params']:,} parameters are trained: the {schedule.train}")
+        what = (
+            "the routers" if schedule.lora is None else f"a LoRA of rank {schedule.lora}, and routers if there are any"
+        )
+        say(f"{trainable:,} of {compute['params']:,} parameters are trained: {what}")
     trainer.loggers = loggers(cfg, folder) or []
     with one_voice(trainer, go_on(folder)):
         if newest:
@@ -185,7 +189,8 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         **costs.summary(),
     }
     if trainer.is_global_zero:
-        state = module.evaluated.state_dict()
+        final = module.evaluated if schedule.lora is None else merged(module.evaluated)
+        state = final.state_dict()
         tied = {value.data_ptr(): key for key, value in state.items()}  # a file of safetensors has no two names for one
         weights = {
             key: value.contiguous() if tied[value.data_ptr()] == key else value.clone() for key, value in state.items()
