@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_exactly(data, tmp_path):
 
 @pytest.mark.parametrize("router", ["linear", "attention"])
 def test_two_processes_make_one_run(data, tmp_path, router):
-    """No parameter of a routed DETR is left without a gradient, which DDP would stop at, and both measure all images."""
+    """No parameter is left without a gradient, which DDP would stop at, and together they measure all images."""
     asked = [f"router={router}", "schedule.batch_size=2", "trainer=ddp_cpu", "trainer.devices=2"]
     finish([forked(data, tmp_path / "two", *asked, **env) for env in ranks(2)])
     summary = json.loads((tmp_path / "two/summary.json").read_text())

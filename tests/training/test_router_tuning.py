@@ -91,7 +91,7 @@ def test_with_a_lora_that_ends_in_the_weights(dense, tmp_path, capsys, router):
     assert {*after} - {*before} == routers
     width = 32  # rank x (inputs + outputs) of each linear layer
     assert summary["params_trained"] == 4 * 2 * width * (4 + 2 + 5 + 5) + len(routers) * width
-    assert "a LoRA of rank 2" in capsys.readouterr().out
+    assert "and a LoRA of rank 2" in capsys.readouterr().out
     found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
     assert found["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-3)
 
@@ -163,7 +163,10 @@ def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path, lora):
         (["router=tuning", "placement=late"], "placement=late: router=tuning has router.layers in its place"),
         (["router=tuning", "budget=1"], "budget=1.0: router=tuning costs what its gates leave"),
         (["router=tuning", "router.target=0.5", "router.scale=0"], "target=0.5: does nothing with scale=0"),
-        (["router=tuning", "schedule.lora=4"], "schedule.lora=4: is for weights that stay as they are"),
+        (
+            ["router=tuning", "schedule.train=all", "schedule.lora=4"],
+            "schedule.lora=4: is for weights that stay as they are",
+        ),
     ],
 )
 def test_bad_settings_are_one_line(overrides, words, tmp_path):

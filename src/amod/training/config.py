@@ -151,7 +151,7 @@ class Augment(Open):
 
 class Schedule(Group):
     train: Literal["all", "routers"] = "all"
-    lora: Count | None = None
+    lora: Count | None = None  # rank
     epochs: Count
     batch_size: Count
     eval_batch_size: Count

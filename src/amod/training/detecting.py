@@ -39,6 +39,9 @@ IMAGE_SHAPE = 4 / 3
 """Width to height of the image that the cost is of: 1066 x 800, as in the paper."""
 
 
+Boxes = Sequence[Mapping[str, Tensor]]
+
+
 class MeanAP(Metric):
     """COCO's mean average precision, by torchmetrics. Its own class keeps tensors for each image, which processes with
     unequal numbers of images cannot gather; here are rows of numbers instead.
@@ -53,9 +56,7 @@ class MeanAP(Metric):
         self.add_state("found", [], dist_reduce_fx="cat")
         self.add_state("wanted", [], dist_reduce_fx="cat")
 
-    def update(
-        self, found: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]], ids: Tensor
-    ) -> None:
+    def update(self, found: Boxes, targets: Boxes, ids: Tensor) -> None:
         """Boxes found and true, of images by their place in the data."""
         self.found += [_rows(i, d["boxes"], d["labels"], d["scores"]) for i, d in zip(ids, found, strict=True)]
         self.wanted += [_rows(i, t["xyxy"], t["kinds"], t["iscrowd"]) for i, t in zip(ids, targets, strict=True)]
@@ -234,7 +235,7 @@ def load_detr(
     model: Any, state: Mapping[str, Tensor], cfg: Variant, classes: Sequence[str], ids: Sequence[int], known: Any
 ) -> bool:
     """Load a state dict; whether its head is for these classes."""
-    names = get_model_conversion_mapping(model)  # in files some parts have the names of older versions
+    names: Any = get_model_conversion_mapping(model)  # in files some parts have the names of older versions
     state = {apply_renamings(key, names): value for key, value in state.items() if "router." not in key}
     wanted = model.state_dict()
     rows = len(state.get(HEAD + "bias", ()))

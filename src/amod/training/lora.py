@@ -1,4 +1,4 @@
-"""``schedule.lora``: peft's low-rank updates of the frozen weights, trained beside the routers, and folded in at the end."""
+"""``schedule.lora``: peft's low-rank updates of frozen weights, trained beside the routers, folded in at the end."""
 
 from __future__ import annotations
 

@@ -93,9 +93,7 @@ def freeze(model: nn.Module, schedule: Schedule) -> int:
             add_lora(model, schedule.lora)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
-        raise UserError(
-            f"schedule.train={schedule.train}: this model has no such weights; choose router=tuning or linear"
-        )
+        raise UserError(f"schedule.train={schedule.train}: there are no such weights; choose router=tuning or linear")
     return count
 
 

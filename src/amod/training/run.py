@@ -140,10 +140,8 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     begin(cfg, folder, lock, newest, data)
     announce(cfg, data, compute, batch, lr)
     if schedule.train != "all":
-        what = (
-            "the routers" if schedule.lora is None else f"a LoRA of rank {schedule.lora}, and routers if there are any"
-        )
-        say(f"{trainable:,} of {compute['params']:,} parameters are trained: {what}")
+        lora = "" if schedule.lora is None else f", and a LoRA of rank {schedule.lora}"
+        say(f"{trainable:,} of {compute['params']:,} parameters are trained: the routers{lora}")
     trainer.loggers = loggers(cfg, folder) or []
     with one_voice(trainer, go_on(folder)):
         if newest:
