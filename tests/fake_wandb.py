@@ -117,6 +117,12 @@ class FakeWandb:
         bucket = {"id": given["name"], "name": given["name"], "project": project, "historyLineCount": len(run.lines)}
         return {"upsertBucket": {"bucket": bucket, "inserted": len(run.sweeps) == 1}}
 
+    def on_ProbeServerCapabilities(self, given):  # of older clients
+        return {name: {"fields": []} for name in ("QueryType", "MutationType", "ServerInfoType")}
+
+    def on_RunStoppedStatus(self, given):
+        return {"project": {"run": {"stopped": False}}}
+
     def on_ServerFeaturesQuery(self, given):
         return {"serverInfo": {"features": []}}
 

@@ -54,7 +54,7 @@ def test_the_plan_fits_and_is_no_worse_than_those_made_by_hand(tmp_path):
         ]
         ours = disagreement(dense, amod.convert(vit, plan=found.plan)(IMAGES), True).mean()
     assert ours <= min(losses) + 1e-6
-    assert found.disagreement == pytest.approx(float(ours), rel=1e-3)
+    assert found.disagreement == pytest.approx(float(ours), rel=1e-3, abs=2e-8)  # a sum of logits' rounding
 
     found.save(tmp_path / "plan.yaml")
     again = amod.convert(vit, plan=tmp_path / "plan.yaml")

@@ -164,7 +164,7 @@ def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path, lora):
         (["router=tuning", "budget=1"], "budget=1.0: router=tuning costs what its gates leave"),
         (["router=tuning", "router.target=0.5", "router.scale=0"], "target=0.5: does nothing with scale=0"),
         (
-            ["router=tuning", "schedule.train=all", "schedule.lora=4"],
+            ["router=tuning", "schedule=router_tuning", "schedule.train=all", "schedule.lora=4"],
             "schedule.lora=4: is for weights that stay as they are",
         ),
     ],
