@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import amod
 import reference
+from amod.errors import UserError
 from amod.plan import Merge, Route
 from amod.reduce import Match, match, merge, merge_places, moved, prune, prune_places
 
@@ -75,6 +76,28 @@ def test_total_size_and_weighted_sum_are_kept_and_prefix_tokens_stay(prefix, tok
     assert (size[:, :prefix] == 1).all()
 
 
+def test_rounds_merge_what_remains():
+    """9 patches and a class token: half of 9 and half of the other 5, where one round is at most half of 9."""
+    assert [Merge(8, rounds=n).parts(10, 1) for n in (1, 2, 3)] == [[4], [4, 2], [3, 3, 1]]
+    assert Merge(8, rounds=2).remain(10, 1) == 4
+    assert Merge(1, rounds=3).parts(10, 1) == [1]
+    for given, line in (({"by": "values"}, "by='values': choose one of keys, tokens"), ({"rounds": 0}, "rounds=0")):
+        with pytest.raises(UserError, match=line):
+            Merge(8, **given)
+
+
+def test_said_by_arguments_and_found_by_a_budget():
+    given = {"placement": "few", "last": "class", "by": "tokens", "rounds": 2}
+    entry = Merge(5, by="tokens", rounds=2)
+    assert amod.convert(vit(depth=4), "tome", r=5, **given).plan == {0: entry, 1: entry, 2: entry, 3: amod.ClassOnly()}
+    dense = vit(depth=4)
+    half = amod.convert(dense, "tome", budget=amod.count_flops(dense) // 2, **given)
+    assert {(e.by, e.rounds) for e in half.plan.values() if isinstance(e, Merge)} == {("tokens", 2)}
+    assert 0.4 < amod.count_flops(half) / amod.count_flops(dense) <= 0.5
+    with pytest.raises(UserError, match=r"rounds=2: router=evit has no rounds"):
+        amod.convert(dense, "evit", rounds=2)
+
+
 def test_every_block_loses_r_tokens_and_the_last_ones_at_most_half():
     model = amod.convert(vit(depth=4), "tome", r=6)
     seen = []
@@ -92,9 +115,15 @@ def test_r_0_is_the_dense_model(changes):
     assert_close(amod.convert(dense, "tome", r=0)(images()), dense(images()))
 
 
+@pytest.mark.parametrize(("by", "rounds"), [("keys", 1), ("tokens", 1), ("tokens", 2), ("keys", 3)])
 @pytest.mark.parametrize("prop_attn", [True, False])
-def test_against_merging_one_image_and_one_token_at_a_time(prop_attn):
-    dense, r = vit(), 4
+def test_against_merging_one_image_and_one_token_at_a_time(prop_attn, by, rounds):
+    dense, r = vit(), 5
+
+    def average(values, groups):
+        weighed = [sum(values[i] * sizes[i] for i in g) / sum(sizes[i] for i in g) for g in groups]
+        return torch.stack(weighed)
+
     x = dense._pos_embed(dense.patch_embed(images(1)))[0]
     sizes = [1.0] * len(x)
     for block in dense.blocks:
@@ -105,18 +134,18 @@ def test_against_merging_one_image_and_one_token_at_a_time(prop_attn):
             logits = logits + torch.tensor(sizes).log()
         x = x + attn.proj(torch.einsum("hij,jhd->ihd", logits.softmax(-1), v).reshape(len(x), 32))
         keys = k.mean(1)
-        edges = []
-        for i in range(2, len(x), 2):
-            similar = [torch.cosine_similarity(keys[i], keys[j], dim=0).item() for j in range(1, len(x), 2)]
-            edges.append((max(similar), i, 2 * similar.index(max(similar)) + 1))
-        joins = {i: j for _, i, j in sorted(edges, reverse=True)[:r]}
-        groups = [[i] for i in range(0, len(x), 2) if i not in joins]
-        groups += [[j, *(i for i in joins if joins[i] == j)] for j in range(1, len(x), 2)]
-        total = [sum(sizes[i] for i in group) for group in groups]
-        x = torch.stack([sum(x[i] * sizes[i] for i in group) / s for group, s in zip(groups, total, strict=True)])
-        sizes = total
+        for part in {1: [5], 2: [3, 2], 3: [2, 2, 1]}[rounds]:
+            alike, edges = keys if by == "keys" else x, []
+            for i in range(2, len(x), 2):
+                similar = [torch.cosine_similarity(alike[i], alike[j], dim=0).item() for j in range(1, len(x), 2)]
+                edges.append((max(similar), i, 2 * similar.index(max(similar)) + 1))
+            joins = {i: j for _, i, j in sorted(edges, reverse=True)[:part]}
+            groups = [[i] for i in range(0, len(x), 2) if i not in joins]
+            groups += [[j, *(i for i in joins if joins[i] == j)] for j in range(1, len(x), 2)]
+            x, keys = average(x, groups), average(keys, groups)
+            sizes = [sum(sizes[i] for i in group) for group in groups]
         x = x + block.mlp(block.norm2(x))
-    plan = dict.fromkeys(range(len(dense.blocks)), Merge(r, prop_attn))
+    plan = dict.fromkeys(range(len(dense.blocks)), Merge(r, prop_attn, by, rounds))
     assert_close(amod.convert(dense, plan=plan)(images(1))[0], dense.forward_head(dense.norm(x)[None])[0])
 
 
@@ -169,6 +198,11 @@ PLANS = {
     "evit": {1: amod.Prune(0.5), 2: amod.Prune(0.5)},
     "mixed": {0: Merge(3), 1: amod.Route(0.5, keep_prefix=True), 2: amod.ClassOnly()},
     "class_attention behind a merge": {1: Merge(3), 2: amod.Route(0.5, "class_attention", keep_prefix=True)},
+    "rounds": {
+        0: Merge(5, by="tokens", rounds=2),
+        1: Merge(4, rounds=2),
+        2: amod.Route(0.5, "class_attention", keep_prefix=True),
+    },
     "unfused": {1: amod.Prune(0.5, fuse=False), 2: amod.Route(0.5, "linear", keep_prefix=True)},
 }
 

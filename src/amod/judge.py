@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from amod.errors import UserError, one_line, reachable
 from amod.flops import count_on_meta, on_meta
-from amod.plan import READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, as_data, check_plan
+from amod.plan import MERGE_BY, READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, as_data, check_plan
 from amod.vit import dense, routed, tokens_at
 from amod.walk import class_tokens
 
 BATCH, CACHE_BYTES = 32, 1 << 30
 """Images at once; features of the dense model that are kept."""
+
+
+MERGES: dict[str, tuple[str, int]] = {"merge": ("keys", 1), "merge_tokens": ("tokens", 2)}
+"""Kinds of a gene that merge: by what, in how many rounds."""
 
 
 class Gene(NamedTuple):
@@ -90,16 +94,17 @@ class Judge:
         last: Plan = {self.depth - 1: ClassOnly()} if self.exact else {}
         blocks = (0, self.depth // 2, max(self.depth - 2, 0))
         plans = [last, *({i: Prune(keep, False), **last} for i in blocks for keep in (0.5, 0.25))]
-        plans.append({0: Merge(self.tokens // 4), **last})
+        plans += [{0: Merge(self.tokens // 4, by=by), **last} for by in MERGE_BY]
         tallies = torch.tensor([self.tallies(plan) for plan in plans], dtype=torch.float64)
         costs = torch.tensor([[self.cost(plan)] for plan in plans], dtype=torch.float64)
         scale = tallies.amax(dim=0).clamp(min=1)
         return torch.linalg.lstsq(tallies / scale, costs, driver="gelsd").solution[:, 0] / scale
 
     def tallies(self, plan: Plan) -> list[float]:
-        """[1, tokens n that attention sees in all blocks, their n^2, tokens that MLPs see, pairs that merges compare,
-        n of a last block that is the class token's alone]."""
-        here, seen, pairs, through, compared, last = self.tokens, 0, 0, 0, 0, 0
+        """[1, tokens n that attention sees in all blocks, their n^2, tokens that MLPs see, pairs that merges compare by
+        keys and by tokens, n of a last block that is the class token's alone]."""
+        here, seen, pairs, through, last = self.tokens, 0, 0, 0, 0
+        compared = {"keys": 0, "tokens": 0}
         for i in range(self.depth):
             entry, n, left = plan.get(i), here, here
             if isinstance(entry, ClassOnly):
@@ -109,10 +114,13 @@ class Judge:
                 n = left = entry.kept(here, self.prefix)
             elif isinstance(entry, Merge | Prune):
                 if isinstance(entry, Merge):
-                    compared += (here // 2) * (here - here // 2)
+                    rest = here
+                    for part in entry.parts(here, self.prefix):
+                        compared[entry.by] += (rest // 2) * (rest - rest // 2)
+                        rest -= part
                 left = here = entry.remain(here, self.prefix)
             seen, pairs, through = seen + n, pairs + n * n, through + left
-        return [1, seen, pairs, through, compared, last]
+        return [1, seen, pairs, through, *compared.values(), last]
 
     def within(self, shape: Shape, macs: float) -> Plan | None:
         """The shape's plan that costs most within the budget; None: it cannot be had."""
@@ -142,11 +150,12 @@ class Judge:
         for block, kind, weight in shape.genes:
             entry: Entry
             share = strength * weight
-            if kind == "merge":
+            if kind in MERGES:
                 owed += share * patches
                 r = math.floor(owed + 0.5)
                 owed -= r
-                entry = Merge(Merge(r).merged(here, self.prefix), shape.proportional)
+                entry = Merge(r, shape.proportional, *MERGES[kind])
+                entry = replace(entry, r=entry.merged(here, self.prefix))
                 skip, here = not entry.r, entry.remain(here, self.prefix)
             elif kind in ("fuse", "prune"):
                 count = max(round((1 - share) * (here - self.prefix)), 1)

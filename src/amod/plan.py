@@ -84,14 +84,31 @@ class Merge:
     r: int
     proportional: bool = True
     """Later attention counts a token as often as it has patches: ToMe's setting for models trained on labels."""
+    by: str = "keys"
+    """Which of them are similar: their ``keys``, the mean over heads (ToMe), or the ``tokens`` behind the attention."""
+    rounds: int = 1
+    """In how many matchings one after the other, each among those that the one before left: every other token is a
+    partner only, so that of many that merge at once some have no good one."""
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, Integral) or self.r < 0:
             raise UserError(f"r={self.r!r}: must be a whole number of at least 0, the tokens that a block merges")
+        _check_one_of("by", self.by, MERGE_BY)
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, Integral) or self.rounds < 1:
+            raise UserError(f"rounds={self.rounds!r}: must be a whole number of at least 1, the matchings of a block")
 
     def merged(self, tokens: int, prefix: int) -> int:
-        """How many of N tokens really merge: r, at most half of those outside the ``prefix``."""
-        return max(0, min(self.r, (tokens - prefix) // 2))
+        """How many of N tokens really merge: r, at most half of those outside the ``prefix`` in each round."""
+        return sum(self.parts(tokens, prefix))
+
+    def parts(self, tokens: int, prefix: int) -> list[int]:
+        """How many merge in each round; the first ones have one more where r does not divide."""
+        parts = []
+        for i in range(self.rounds):
+            wanted = self.r // self.rounds + (i < self.r % self.rounds)
+            parts.append(max(0, min(wanted, (tokens - prefix) // 2)))
+            tokens -= parts[-1]
+        return [part for part in parts if part]
 
     def remain(self, tokens: int, prefix: int) -> int:
         """How many tokens leave the block when N enter it."""
@@ -214,6 +231,7 @@ Plan = dict[int, Entry]
 ENTRIES: dict[str, type[Entry]] = {e.__name__: e for e in (Route, Merge, Prune, Predict, Halt, ClassOnly, Gate)}
 BY_THEMSELVES = ("tome", "evit", "dynamicvit", "avit", "tuning")
 """The methods that are no router of ``Route``, and have blocks of their own."""
+MERGE_BY = ("keys", "tokens")
 SKIPS = ("block", "attention", "mlp")
 ACTIVATIONS = ("none", "sigmoid")
 READS_ATTENTION = {
@@ -289,6 +307,8 @@ def make_plan(
     r: int = 13,
     keep_rate: float = 0.7,
     fuse: bool = True,
+    by: str = "keys",
+    rounds: int = 1,
     halt_scale: float = 10.0,
     halt_shift: float = 75.0,
     last: str | None = None,
@@ -305,7 +325,7 @@ def make_plan(
     quarters = tuple(depth * part // 4 for part in (1, 2, 3))
     plan: Plan
     if router == "tome":
-        plan = dict.fromkeys(blocks or range(depth), Merge(r))
+        plan = dict.fromkeys(blocks or range(depth), Merge(r, by=by, rounds=rounds))
     elif router == "evit":
         plan = dict.fromkeys(blocks or quarters, Prune(keep_rate, fuse))
     elif router == "dynamicvit":

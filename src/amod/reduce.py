@@ -10,6 +10,7 @@ masks (``decide``, ``masked_softmax``); A-ViT's tokens halt one by one (``halt``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ def match(keys: Tensor, r: int, prefix: int) -> Match:
     Each even token has one candidate, an odd one may take in several.
 
     Args:
-        keys: (B, N, d), averaged over heads.
+        keys: (B, N, d), averaged over heads; or the tokens themselves.
         prefix: the first tokens, which neither merge nor take in others.
     """
     keys = F.normalize(keys, dim=-1)
@@ -204,6 +205,15 @@ def merge_places(pairs: Match, count: int, prefix: int) -> Reduction:
     kept = kept if order is None else kept[:, order]
     owner = _inverse(kept, count)
     return Reduction(kept, put(owner, pairs.source * 2, owner.gather(1, pairs.target * 2 + 1)))
+
+
+def merged_places(rounds: Sequence[Match], count: int, prefix: int) -> Reduction:
+    """What one ``merge`` after the other did to N = ``count`` tokens."""
+    done = merge_places(rounds[0], count, prefix)
+    for pairs in rounds[1:]:
+        here = merge_places(pairs, done.kept.shape[1], prefix)
+        done = Reduction(moved(done.kept, here.kept), moved(here.owner, done.owner))
+    return done
 
 
 def prune_places(kept: Tensor, count: int, remain: int) -> Reduction:

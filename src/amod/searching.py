@@ -28,8 +28,9 @@ from amod.judge import Gene, Judge, Shape, name_of
 from amod.plan import Plan, as_data
 from amod.vit import check_model, convert
 
-KINDS = ("merge", "fuse", "prune", "class_attention")
-"""What a block of a shape may do: Merge, Prune with and without the fused token, Route by class attention."""
+KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
+"""What a block of a shape may do: Merge by tokens in two rounds, and as ToMe does, Prune with and without the fused
+token, Route by class attention."""
 ELITE = 5
 """Shapes that are changed further."""
 RUNTIMES = ("eager", "openvino", "onnx")
@@ -173,17 +174,17 @@ def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
         return sorted({block * depth // 12 for block in twelfths if block * depth // 12 < depth - exact})
 
     yield Shape()  # nothing at all, where that fits
-    for proportional in (True, False):
+    for kind, proportional in (("merge_tokens", True), ("merge", True), ("merge_tokens", False)):
         for merging in ([*range(12)], [2, 5, 8], [1, 4, 7], [0, 2, 4, 6, 8], [1, 2, 3, 4]):  # ToMe, then few merges
-            yield Shape(tuple(Gene(block, "merge", 1.0) for block in at(*merging)), proportional)
+            yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*merging)), proportional)
     for weights in ((lambda i: 1 - i / (2 * depth)), (lambda i: (i + 1) / depth)):  # stronger at first, or later
-        yield Shape(tuple(Gene(block, "merge", weights(block)) for block in at(*range(12))))
+        yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))))
     others: tuple[tuple[str, Sequence[int]], ...]
     others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
               ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip
     for kind, places in others:
-        yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*places) if block or kind in KINDS[:3]))
-    merges = [Gene(block, "merge", 1.0) for block in at(1, 3, 5)]
+        yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*places) if block or kind in KINDS[:4]))
+    merges = [Gene(block, "merge_tokens", 1.0) for block in at(1, 3, 5)]
     yield Shape((*merges, *(Gene(block, "class_attention", 0.5) for block in at(8, 9, 10))))
 
 
@@ -192,7 +193,7 @@ def changed(shape: Shape, end: int, rng: random.Random) -> Shape:
     genes = {gene.block: gene for gene in shape.genes}
     free = [block for block in range(end) if block not in genes]
     step = rng.choice(("move", "weigh", "weigh", "weigh", "add", "drop", "kind", "shift", "proportional"))
-    gene = rng.choice(shape.genes) if shape.genes else Gene(end // 2, "merge", 1.0)
+    gene = rng.choice(shape.genes) if shape.genes else Gene(end // 2, KINDS[0], 1.0)
     if step == "move" and (near := [block for block in free if abs(block - gene.block) <= 2]):
         genes.pop(gene.block, None)
         block = rng.choice(near)

@@ -147,6 +147,8 @@ def convert(
     r: int | None = None,
     keep_rate: float | None = None,
     fuse: bool = True,
+    by: str | None = None,
+    rounds: int | None = None,
     halt_scale: float | None = None,
     halt_shift: float | None = None,
     last: str | None = None,
@@ -186,6 +188,8 @@ def convert(
         r: of ``tome``, tokens merged per block, by default 13.
         keep_rate: of ``evit`` and ``dynamicvit``, the share of the patches that stay each time, by default 0.7.
         fuse: of ``evit``, the others become one token.
+        by, rounds: of ``tome``, what is compared, ``keys`` (ToMe, the default) or ``tokens``, and in how many matchings
+            one after the other, by default 1. ``tokens`` and 2 lose less, see :class:`Merge`.
         halt_scale, halt_shift: of ``avit``, by default 10 and 75: a halting score is sigmoid(scale t[0] - shift).
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that
@@ -211,6 +215,8 @@ def convert(
         "r": r,
         "keep_rate": keep_rate,
         "fuse": None if fuse else fuse,
+        "by": by,
+        "rounds": rounds,
         "skip": skip,
         "layers": layers,
         "per": per,
@@ -220,13 +226,13 @@ def convert(
         "halt_scale": halt_scale,
         "halt_shift": halt_shift,
     }
-    by, of_detr = _served_by(vit), {"parts": parts, "memory_from": memory_from}
+    family, of_detr = _served_by(vit), {"parts": parts, "memory_from": memory_from}
     if of_detection(vit):
         given = {"router": router, "placement": placement, "last": last, "budget": budget} | own | of_detr
-        return by.convert_as_asked(vit, plan, {name: value for name, value in given.items() if value is not None})
+        return family.convert_as_asked(vit, plan, {name: value for name, value in given.items() if value is not None})
     _refuse(of_detr, "is of a DETR alone; leave it out")
-    by.check_model(vit)
-    depth = by.depth_of(vit)
+    family.check_model(vit)
+    depth = family.depth_of(vit)
     if plan is not None:
         if isinstance(plan, DetrPlan):
             raise UserError("plan: a DetrPlan is of a DETR alone; write {block: entry}")
@@ -235,14 +241,14 @@ def convert(
         plan = read_plan(plan) if isinstance(plan, str | Path) else plan
         check_plan(plan, depth)
         plan = {int(i): plan[i] for i in sorted(plan)}
-        return by.routed(vit, plan)
+        return family.routed(vit, plan)
     router = "attention" if router is None else router
     if router not in ROUTERS and router not in (*BY_THEMSELVES, "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join([*ROUTERS, *BY_THEMSELVES])}, none{hint}")
     gates = ("layers", "skip", "per", "target", "scale", "cache")
     takes = {
-        "tome": ("r",),
+        "tome": ("r", "by", "rounds"),
         "evit": ("keep_rate", "fuse"),
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
@@ -260,11 +266,11 @@ def convert(
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
     options |= {"fuse": fuse, "last": last, "skip": skip}
-    options |= {name: own[name] for name in gates[2:] if own[name] is not None}
+    options |= {name: own[name] for name in (*gates[2:], "by", "rounds") if own[name] is not None}
     if budget is not None:
-        return by.routed(vit, by.plan_for_budget(vit, budget, router, placement, options, input_size))
+        return family.routed(vit, family.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: own[name] for name in ("r", "keep_rate", "halt_scale", "halt_shift") if own[name] is not None}
-    return by.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
+    return family.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
 
 
 def _refuse(given: Mapping[str, Any], why: str) -> None:

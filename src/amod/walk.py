@@ -24,7 +24,7 @@ from amod.blocks import Halves
 from amod.errors import UserError
 from amod.gated import GatedStep
 from amod.plan import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
-from amod.reduce import Reduction, match, merge, merge_places, moved, prune, prune_places
+from amod.reduce import Reduction, match, merge, merged_places, moved, prune, prune_places
 from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take, tokens_in, top_k, weigh_update
 
 CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep")
@@ -216,8 +216,14 @@ class Walk:
         def reduce(y: Tensor, left: dict[str, Tensor]) -> Tensor:
             done["tokens"] = y
             if isinstance(entry, Merge):
-                done["pairs"] = match(left["keys"], entry.merged(count, prefix), prefix)
-                y, done["size"] = merge(y, size, done["pairs"], prefix)
+                done["pairs"], done["size"] = [], size
+                alike = left["keys"] if entry.by == "keys" else y.detach()
+                for r in entry.parts(count, prefix):
+                    pairs, before = match(alike, r, prefix), done["size"]
+                    y, done["size"] = merge(y, before, pairs, prefix)
+                    done["pairs"].append(pairs)
+                    if len(done["pairs"]) < entry.rounds:
+                        alike = merge(alike, before, pairs, prefix)[0] if entry.by == "keys" else y.detach()
                 return y
             done["scores"], keep = left["class_attention"], entry.kept(count, prefix)  # type: ignore[union-attr]
             fuse = entry.fuse and prefix + keep < count  # type: ignore[union-attr]
@@ -230,7 +236,8 @@ class Walk:
             done |= {"tokens": x, "size": None, "kept": first}
             x = self.run(i, block, x, inputs, rows=rows)
         else:
-            want = ("keys",) if isinstance(entry, Merge) else ("class_attention",)
+            keys: tuple[str, ...] = ("keys",) if isinstance(entry, Merge) and entry.by == "keys" else ()
+            want = keys if isinstance(entry, Merge) else ("class_attention",)
             x = self.run(i, block, x, inputs, want=want, reduce=reduce)
         if not done:
             raise UserError(f"block {i}: {type(block).__name__} was put there after convert and cannot do {entry}")
@@ -251,7 +258,9 @@ class Walk:
             self.restored(done["tokens"])
         prefix = self.model.num_prefix_tokens
         here: Reduction = (
-            merge_places(done["pairs"], count, prefix) if "pairs" in done else prune_places(done["kept"], count, remain)
+            merged_places(done["pairs"], count, prefix)
+            if "pairs" in done
+            else prune_places(done["kept"], count, remain)
         )
         for name in ("scores", "remembered"):  # a token has the scores of all that it stands for
             if (scores := getattr(self, name)) is not None:

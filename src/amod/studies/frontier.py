@@ -98,10 +98,11 @@ def methods(judge: Judge, share: float) -> Iterator[tuple[str, Plan]]:
                 yield "tome_above", {i: Merge(entry.r - 1) for i, entry in plan.items() if isinstance(entry, Merge)}
         except UserError as error:
             print(f"{name}, {share:g}: left out, {error}", flush=True)
-    genes = tuple(Gene(judge.depth * twelfth // 12, "merge", 1.0) for twelfth in (2, 5, 8))
-    few = judge.within(Shape(genes), macs)
-    if few is not None:
-        yield "few_merges", few
+    for name, kind in (("few_merges", "merge"), ("few_tokens", "merge_tokens")):
+        genes = tuple(Gene(judge.depth * twelfth // 12, kind, 1.0) for twelfth in (2, 5, 8))
+        few = judge.within(Shape(genes), macs)
+        if few is not None:
+            yield name, few
 
 
 def measure(

@@ -26,6 +26,7 @@ NAMES = {
     "tome": "ToMe",
     "tome_above": "ToMe, one token less (above the budget)",
     "few_merges": "few merges + class token alone",
+    "few_tokens": "the same, by tokens in two rounds",
     "searched": "searched plan",
 }
 LOOKS = {
@@ -33,6 +34,7 @@ LOOKS = {
     "late": "attention_weighted",
     "evit": "random",
     "tome_above": "tome",
+    "few_tokens": "dynamicvit",
     "searched": "linear",
 }
 """Colour and marker where the method has none of its own."""
@@ -56,7 +58,9 @@ def in_words(plan: Plan) -> str:
     parts: list[tuple[str, list[int]]] = []
     for block, entry in sorted(plan.items()):
         if isinstance(entry, Merge):
-            text = f"merge {entry.r}" + ("" if entry.proportional else " (not proportional)")
+            text = f"merge {entry.r}" + ("" if entry.by == "keys" else f" by {entry.by}")
+            text += "" if entry.rounds == 1 else f" in {entry.rounds} rounds"
+            text += "" if entry.proportional else " (not proportional)"
         elif isinstance(entry, Prune):
             text = f"keep {entry.keep:.2f}" + ("" if entry.fuse else ", no fusing")
         elif isinstance(entry, Predict):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from amod.plan import BY_THEMSELVES, PLACEMENTS, as_data, read_plan
+from amod.plan import BY_THEMSELVES, MERGE_BY, PLACEMENTS, as_data, read_plan
 from amod.training.rules import (
     Ascending,
     Batches,
@@ -91,6 +91,8 @@ class Router(Group):
     r: WholeNumber | None = None  # of tome
     keep_rate: Share | None = None  # of evit and dynamicvit
     fuse: bool = True
+    by: Annotated[str, AfterValidator(OneOf(*MERGE_BY))] = "keys"  # of tome
+    rounds: Count = 1
     skip: Literal["attention", "mlp", "block"] | None = None  # of tuning, and what follows
     per: Literal["token", "sequence"] = "token"
     layers: list[WholeNumber] | None = None

@@ -140,6 +140,8 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         r=None if cfg.budget is not None else router.r,
         keep_rate=None if cfg.budget is not None else router.keep_rate,
         fuse=router.fuse,
+        by=router.by if router.name == "tome" else None,
+        rounds=router.rounds if router.name == "tome" else None,
         halt_scale=router.halt_scale if router.name == "avit" else None,
         halt_shift=router.halt_shift if router.name == "avit" else None,
         last=last,
