@@ -144,7 +144,7 @@ def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, A
     axes_of += [(f"time / dense, {clock}", "points") for clock in clocks]
     across = min(3, len(axes_of))
     down = -(-len(axes_of) // across)
-    figure, grid = plt.subplots(down, across, figsize=(4.3 * across, 3.5 * down), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(down, across, figsize=(4.3 * across, 3.5 * down + 0.6), layout="constrained", squeeze=False)
     dense = right(rows[0])
     for axis, (label, what) in zip(grid.flat, axes_of, strict=False):
         found = clocks.get(label.removeprefix("time / dense, "))
@@ -170,6 +170,7 @@ def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, A
         axis.grid(alpha=0.3)
     for axis in [*grid.flat][len(axes_of) :]:
         axis.set_visible(False)
-    grid.flat[0].legend(fontsize=7, loc="lower right")
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
