@@ -189,7 +189,7 @@ def convert(
         keep_rate: of ``evit`` and ``dynamicvit``, the share of the patches that stay each time, by default 0.7.
         fuse: of ``evit``, the others become one token.
         by, rounds: of ``tome``, what is compared, ``keys`` (ToMe, the default) or ``tokens``, and in how many matchings
-            one after the other, by default 1. ``tokens`` and 2 lose less, see :class:`Merge`.
+            one after the other, by default 1 (:class:`Merge`, ``docs/untrained.md``).
         halt_scale, halt_shift: of ``avit``, by default 10 and 75: a halting score is sigmoid(scale t[0] - shift).
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that

@@ -92,7 +92,7 @@ def test_a_folder_of_a_saved_model_is_a_checkpoint(dense, tmp_path):
     torch.testing.assert_close(build(config(*given), 10, names).model.eval()(IMAGES), model(IMAGES))
     assert not build(config(*given), 10, [*names[1:], "ten"]).adapted
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"saved: this folder is neither a run nor a saved model; name the file"):
+    with pytest.raises(UserError, match=r"saved: has no weights.safetensors, as a run has, and no model.safetensors"):
         check_checkpoint(str(folder))
 
 

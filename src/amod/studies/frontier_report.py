@@ -144,7 +144,9 @@ def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, A
     axes_of += [(f"time / dense, {clock}", "points") for clock in clocks]
     across = min(3, len(axes_of))
     down = -(-len(axes_of) // across)
-    figure, grid = plt.subplots(down, across, figsize=(4.3 * across, 3.5 * down + 0.6), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(
+        down, across, figsize=(4.3 * across, 3.5 * down + 0.6), layout="constrained", squeeze=False
+    )
     dense = right(rows[0])
     for axis, (label, what) in zip(grid.flat, axes_of, strict=False):
         found = clocks.get(label.removeprefix("time / dense, "))

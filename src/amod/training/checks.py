@@ -347,7 +347,9 @@ def check_checkpoint(path: str) -> None:
     if not found:
         raise UserError(f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder")
     if file.is_dir():
-        raise UserError(f"model.checkpoint={path}: this folder is neither a run nor a saved model; name the file")
+        raise UserError(
+            f"model.checkpoint={path}: has no weights.safetensors, as a run has, and no {SAVED}; name the file"
+        )
     if file.suffix not in CHECKPOINT_SUFFIXES:
         raise UserError(
             f"model.checkpoint={path}: not a kind of checkpoint known here; give {', '.join(CHECKPOINT_SUFFIXES)} "
