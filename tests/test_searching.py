@@ -40,6 +40,7 @@ def find(vit, budget=0.7, **kwargs):
 
 def test_the_plan_fits_and_is_no_worse_than_those_made_by_hand(tmp_path):
     vit = small()
+    vit.head.weight.data.mul_(10)  # so that losses are far above the rounding of logits
     found = find(vit)
     assert found.flops == amod.count_flops(amod.convert(vit, plan=found.plan))
     assert 0.9 * 0.7 < found.flops / amod.count_flops(vit) <= 0.7
@@ -54,7 +55,7 @@ def test_the_plan_fits_and_is_no_worse_than_those_made_by_hand(tmp_path):
         ]
         ours = disagreement(dense, amod.convert(vit, plan=found.plan)(IMAGES), True).mean()
     assert ours <= min(losses) + 1e-6
-    assert found.disagreement == pytest.approx(float(ours), rel=1e-3, abs=2e-8)  # a sum of logits' rounding
+    assert found.disagreement == pytest.approx(float(ours), rel=1e-3)
 
     found.save(tmp_path / "plan.yaml")
     again = amod.convert(vit, plan=tmp_path / "plan.yaml")

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from amod.dress import of_transformers, served_by
 from amod.errors import UserError, misfits, one_line, reachable
+from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS
 from amod.plan import as_data, from_data
 from amod.vit import RoutedViT, convert, dense
 
 FORMAT = 1
 """Of the entry ``amod`` in config.json; a library reads its own format and older ones."""
-WEIGHTS, ROUTERS, CONFIG, CARD = "model.safetensors", "routers.safetensors", "config.json", "README.md"
 
 
 def save_pretrained(

@@ -104,7 +104,7 @@ class Judge:
         """[1, tokens n that attention sees in all blocks, their n^2, tokens that MLPs see, pairs that merges compare by
         keys and by tokens, n of a last block that is the class token's alone]."""
         here, seen, pairs, through, last = self.tokens, 0, 0, 0, 0
-        compared = {"keys": 0, "tokens": 0}
+        compared = dict.fromkeys(MERGE_BY, 0)
         for i in range(self.depth):
             entry, n, left = plan.get(i), here, here
             if isinstance(entry, ClassOnly):

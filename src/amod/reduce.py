@@ -93,6 +93,28 @@ def merge(x: Tensor, size: Tensor | None, pairs: Match, prefix: int) -> tuple[Te
     return (x, size) if order is None else (x[:, order], size[:, order])
 
 
+def merge_in_rounds(
+    x: Tensor, size: Tensor | None, keys: Tensor | None, parts: Sequence[int], prefix: int
+) -> tuple[Tensor, Tensor | None, list[Match]]:
+    """Of ``parts`` tokens each, one matching and merge among what the one before left.
+
+    Args:
+        x, size: as for ``merge``.
+        keys: what is compared, (B, N, d); None: the tokens themselves.
+    Returns:
+        The tokens, their sizes, and each round's pairs.
+    """
+    rounds: list[Match] = []
+    before = size
+    for r in parts:
+        if rounds and keys is not None:
+            keys, _ = merge(keys, before, rounds[-1], prefix)
+        rounds.append(match(x if keys is None else keys, r, prefix))
+        before = size
+        x, size = merge(x, size, rounds[-1], prefix)
+    return x, size, rounds
+
+
 def _prefix_first(pairs: Match, remain: int, prefix: int) -> list[int] | None:
     """The order in which even and odd prefix tokens come in turn, as they were; None: they do already."""
     if prefix < 2:
@@ -208,7 +230,7 @@ def merge_places(pairs: Match, count: int, prefix: int) -> Reduction:
 
 
 def merged_places(rounds: Sequence[Match], count: int, prefix: int) -> Reduction:
-    """What one ``merge`` after the other did to N = ``count`` tokens."""
+    """What ``merge_in_rounds`` did to N = ``count`` tokens."""
     done = merge_places(rounds[0], count, prefix)
     for pairs in rounds[1:]:
         here = merge_places(pairs, done.kept.shape[1], prefix)

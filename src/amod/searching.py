@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from amod.errors import UserError, reachable
 from amod.judge import Gene, Judge, Shape, name_of
-from amod.plan import Plan, as_data
+from amod.plan import READS_ATTENTION, Plan, as_data
 from amod.vit import check_model, convert
 
 KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
@@ -183,7 +183,7 @@ def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
     others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
               ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip
     for kind, places in others:
-        yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*places) if block or kind in KINDS[:4]))
+        yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*places) if block or kind not in READS_ATTENTION))
     merges = [Gene(block, "merge_tokens", 1.0) for block in at(1, 3, 5)]
     yield Shape((*merges, *(Gene(block, "class_attention", 0.5) for block in at(8, 9, 10))))
 

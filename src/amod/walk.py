@@ -24,7 +24,7 @@ from amod.blocks import Halves
 from amod.errors import UserError
 from amod.gated import GatedStep
 from amod.plan import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
-from amod.reduce import Reduction, match, merge, merged_places, moved, prune, prune_places
+from amod.reduce import Reduction, merge_in_rounds, merged_places, moved, prune, prune_places
 from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take, tokens_in, top_k, weigh_update
 
 CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep")
@@ -216,14 +216,8 @@ class Walk:
         def reduce(y: Tensor, left: dict[str, Tensor]) -> Tensor:
             done["tokens"] = y
             if isinstance(entry, Merge):
-                done["pairs"], done["size"] = [], size
-                alike = left["keys"] if entry.by == "keys" else y.detach()
-                for r in entry.parts(count, prefix):
-                    pairs, before = match(alike, r, prefix), done["size"]
-                    y, done["size"] = merge(y, before, pairs, prefix)
-                    done["pairs"].append(pairs)
-                    if len(done["pairs"]) < entry.rounds:
-                        alike = merge(alike, before, pairs, prefix)[0] if entry.by == "keys" else y.detach()
+                parts = entry.parts(count, prefix)
+                y, done["size"], done["pairs"] = merge_in_rounds(y, size, left.get("keys"), parts, prefix)
                 return y
             done["scores"], keep = left["class_attention"], entry.kept(count, prefix)  # type: ignore[union-attr]
             fuse = entry.fuse and prefix + keep < count  # type: ignore[union-attr]
@@ -236,8 +230,9 @@ class Walk:
             done |= {"tokens": x, "size": None, "kept": first}
             x = self.run(i, block, x, inputs, rows=rows)
         else:
-            keys: tuple[str, ...] = ("keys",) if isinstance(entry, Merge) and entry.by == "keys" else ()
-            want = keys if isinstance(entry, Merge) else ("class_attention",)
+            want: tuple[str, ...] = ("class_attention",)
+            if isinstance(entry, Merge):
+                want = ("keys",) if entry.by == "keys" else ()
             x = self.run(i, block, x, inputs, want=want, reduce=reduce)
         if not done:
             raise UserError(f"block {i}: {type(block).__name__} was put there after convert and cannot do {entry}")

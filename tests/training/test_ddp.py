@@ -166,7 +166,13 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(two, tmp_path, m
 def test_no_router_leaves_a_parameter_unused(tmp_path):
     """DDP stops at the second step where a parameter got no gradient at the first."""
     routers = ["attention", "attention_weighted", "isoflop", "linear", "none", "random", "tome", "evit", "avit"]
-    short = ["schedule.epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=0", "trainer=ddp_cpu"]
+    short = [
+        "capacity=0.5",
+        "schedule.epochs=1",
+        "trainer.limit_train_batches=2",
+        "trainer.limit_val_batches=0",
+        "trainer=ddp_cpu",
+    ]
     # both have a teacher: any dense model of this shape
     save_file(create_vit(config().model, num_classes=10).state_dict(), tmp_path / "dense.safetensors")
     taught = [f"model.checkpoint={tmp_path / 'dense.safetensors'}"]

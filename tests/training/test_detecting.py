@@ -159,7 +159,7 @@ def test_a_published_file_keeps_its_old_names(data, tmp_path, monkeypatch):
 # --- several processes, and one that was killed -----------------------------------------------------------------------
 
 
-# 10 training images: 2 epochs of 4 steps of 2 images
+# 10 training images: 2 epochs of 5 steps of 2 images
 STEPS = ["router=linear", "schedule.batch_size=2", "schedule.augment.hflip=0", "checkpoint_every_steps=1"]
 
 

@@ -230,7 +230,6 @@ def test_models_that_timm_does_not_have(overrides, words):
 BUILD = """
 import sys
 from amod.training.command import one_line_errors
-from amod.training.checks import check_checkpoint
 from amod.training.compose import compose_config, train_config
 with one_line_errors():
     from amod.training.weights import build

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, reachable, shown
+from amod.files import WEIGHTS
 from amod.plan import make_plan
 from amod.training.config import (
     CONF,
@@ -34,8 +35,6 @@ from amod.training.tasks import TASKS
 
 # Of the routers: those that route nothing, and those whose cost is not set by a capacity.
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
-SAVED = "model.safetensors"
-"""In a folder of ``amod.save_pretrained``, or of a model from the hub."""
 # One fact, two names: Lightning's argument, and the setting that decides it.
 TWICE = {"max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip_grad"}
 
@@ -341,14 +340,14 @@ def check_trainer(trainer: TrainerArguments) -> None:
 def check_checkpoint(path: str) -> None:
     file = Path(path)
     with reachable(f"model.checkpoint={path}"):
-        if file.is_dir() and any((file / name).exists() for name in ("weights.safetensors", "checkpoints", SAVED)):
+        if file.is_dir() and any((file / name).exists() for name in ("weights.safetensors", "checkpoints", WEIGHTS)):
             return
         found = file.exists()
     if not found:
         raise UserError(f"model.checkpoint={path}: no such file; give {', '.join(CHECKPOINT_SUFFIXES)} or a run folder")
     if file.is_dir():
         raise UserError(
-            f"model.checkpoint={path}: has no weights.safetensors, as a run has, and no {SAVED}; name the file"
+            f"model.checkpoint={path}: has no weights.safetensors, as a run has, and no {WEIGHTS}; name the file"
         )
     if file.suffix not in CHECKPOINT_SUFFIXES:
         raise UserError(

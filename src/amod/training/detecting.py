@@ -65,10 +65,10 @@ class MeanAP(Metric):
         found, wanted = (dim_zero_cat(state).view(-1, 7).cpu() for state in (self.found, self.wanted))
         images = found[:, 0].unique()  # every query finds something
         metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
-        for mine, true in zip(_split(found, images), _split(wanted, images), strict=True):
-            prediction = {"boxes": mine[:, 1:5], "labels": mine[:, 5].long(), "scores": mine[:, 6]}
-            target = {"boxes": true[:, 1:5], "labels": true[:, 5].long(), "iscrowd": true[:, 6].long()}
-            metric.update([prediction], [target])
+        metric.update(
+            [{"boxes": m[:, 1:5], "labels": m[:, 5].long(), "scores": m[:, 6]} for m in _split(found, images)],
+            [{"boxes": m[:, 1:5], "labels": m[:, 5].long(), "iscrowd": m[:, 6].long()} for m in _split(wanted, images)],
+        )
         computed = metric.compute()
         return {name: computed[name].to(self.device) for name in ("map", "map_50")}
 

@@ -22,10 +22,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from amod.errors import UserError, misfits, one_line
+from amod.files import CONFIG, ROUTERS, WEIGHTS
 from amod.flops import count_flops
-from amod.hub import ROUTERS
 from amod.plan import from_data
-from amod.training.checks import SAVED, gates_of
+from amod.training.checks import gates_of
 from amod.training.config import WITHOUT_CAPACITY, Model, Placement, Router, Variant
 from amod.training.record import classes_of, differ
 from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
@@ -229,7 +229,7 @@ def pretrained_vit(model: Model, num_classes: int) -> VisionTransformer:
 def cached_weights(repo: str) -> str | None:
     """The weights file of a repository ("timm/NAME", "timm/NAME@REVISION") in the hub's cache, if it is there."""
     name, _, revision = repo.partition("@")
-    for file in (SAVED, "pytorch_model.bin"):
+    for file in (WEIGHTS, "pytorch_model.bin"):
         path = try_to_load_from_cache(name, file, revision=revision or None)
         if isinstance(path, str):
             return path
@@ -259,7 +259,7 @@ def read_state(path: Path, prefixes: Sequence[str] = ("ema.module.", "model.")) 
     """A model's state dict from .safetensors, a timm .pth/.pt, our .ckpt, a run folder or one of a saved model. Never
     runs pickled code."""
     if path.is_dir():
-        names = ("weights.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt", SAVED)
+        names = ("weights.safetensors", "checkpoints/best.ckpt", "checkpoints/last.ckpt", WEIGHTS)
         found = [path / name for name in names if (path / name).exists()]
         if not found:
             raise UserError(f"model.checkpoint={path}: this run has no checkpoint yet")
@@ -275,7 +275,7 @@ def read_state(path: Path, prefixes: Sequence[str] = ("ema.module.", "model.")) 
                 "state dict alone, best as .safetensors"
             ) from error
         raise UserError(f"model.checkpoint={path}: cannot be read as a checkpoint ({one_line(error)})") from error
-    if path.name == SAVED and (routers := path.with_name(ROUTERS)).is_file():
+    if path.name == WEIGHTS and (routers := path.with_name(ROUTERS)).is_file():
         state |= load_state_dict(str(routers))
     for prefix in prefixes:  # our own .ckpt: the moving average where there is one
         if any(key.startswith(prefix) for key in state):
@@ -293,8 +293,8 @@ def head_classes(path: Path) -> list[str] | None:
         if path.suffix == ".safetensors" and path.is_file():
             with safe_open(path, "pt") as file:
                 return json.loads((file.metadata() or {})["classes"])
-        if (path / SAVED).is_file():
-            return json.loads((path / "config.json").read_text(encoding="utf-8")).get("label_names")
+        if (path / WEIGHTS).is_file():
+            return json.loads((path / CONFIG).read_text(encoding="utf-8")).get("label_names")
     except Exception:  # none of ours, or none at all: read_state says so
         return None
     folders = [path.parent, path.parent.parent] if path.is_file() else [path]
