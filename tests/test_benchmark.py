@@ -13,7 +13,6 @@ import torch
 
 import amod
 import benchmark
-from amod import walk
 from amod.analysis.throughput import goals, measures, memory, parts, report, variants
 from amod.analysis.throughput.timing import Quartiles, alternate, paired, quartiles
 from amod.training.compose import compose_config
@@ -114,7 +113,7 @@ def test_parts_are_timed_without_changing_the_model(vit, name):
     model = variants.build(vit, name).model.eval()
     images = torch.randn(2, 3, 16, 16)
     before = model(images)
-    functions = [getattr(walk, function) for function in parts.FUNCTIONS]
+    functions = [getattr(*where) for where in parts.FUNCTIONS]
     watch = parts.Stopwatch(torch.device("cpu"))
     with parts.watching(model, watch):
         assert torch.equal(model(images), before)
@@ -124,7 +123,7 @@ def test_parts_are_timed_without_changing_the_model(vit, name):
         "mlp",
         *(() if name == "dense" else ("routing", "movement")),
     }
-    assert functions == [getattr(walk, function) for function in parts.FUNCTIONS]
+    assert functions == [getattr(*where) for where in parts.FUNCTIONS]
     assert all("forward" not in vars(module) for module in model.modules())
     model(images)
     assert not any(watch.read().values())

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
-from amod.training.compose import compose_config, expand_paths, explain_syntax
+from amod.training.compose import compose_config, expand_paths, explain_syntax, help_text
 from amod.training.config import CONF
 
 # What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
@@ -73,7 +73,10 @@ def launch(job: Callable[[Any], Any], config_name: str, check: Callable[[DictCon
                 else:
                     checked.append(cfg if config is None else config)
                     pin_run_dir(args.overrides, cfg.get("run_dir"))
-            if args.multirun and jobs and not (args.help or args.cfg or chosen(args.overrides, "launcher")):
+            if args.help:
+                print(help_text(config_name, jobs[0] if jobs else [], own))
+                return
+            if args.multirun and jobs and not (args.cfg or chosen(args.overrides, "launcher")):
                 sys.exit(run_jobs(jobs, own))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amod import walk
+from amod import reduce, walk
 from amod.routers import Router
 
 PARTS = ("attention", "mlp", "routing", "movement", "rest")
@@ -19,10 +19,12 @@ decides which tokens go where (router, top-k, matching), what moves tokens (take
 (patch embedding, norms, residual additions, head)."""
 
 FUNCTIONS = {
-    **dict.fromkeys(("top_k", "refine", "weigh_update", "match"), "routing"),
-    **dict.fromkeys(("take", "put", "rotary_rows", "merge", "prune"), "movement"),
+    **{(walk, name): "routing" for name in ("top_k", "refine", "weigh_update")},
+    **{(walk, name): "movement" for name in ("take", "put", "rotary_rows", "prune")},
+    (reduce, "match"): "routing",
+    (reduce, "merge"): "movement",
 }
-"""What ``walk.py`` calls on tokens, and the part that it counts to."""
+"""What is called on tokens, by the module that calls it, and the part that it counts to."""
 
 
 class Stopwatch:
@@ -74,15 +76,15 @@ def watching(model: nn.Module, watch: Stopwatch) -> Iterator[None]:
     modules: list[tuple[nn.Module, str]] = [(m, "routing") for m in model.modules() if isinstance(m, Router)]
     for block in model.blocks:  # type: ignore[union-attr]
         modules += [(block.attn, "attention"), (block.mlp, "mlp")]
-    functions = {name: getattr(walk, name) for name in FUNCTIONS}
+    functions = {where: getattr(*where) for where in FUNCTIONS}
     try:
         for module, part in modules:
             module.forward = watch.wrap(part, module.forward)  # type: ignore[method-assign]
-        for name, part in FUNCTIONS.items():
-            setattr(walk, name, watch.wrap(part, functions[name]))
+        for where, part in FUNCTIONS.items():
+            setattr(*where, watch.wrap(part, functions[where]))
         yield
     finally:
         for module, _ in modules:
             module.__dict__.pop("forward", None)
-        for name, function in functions.items():
-            setattr(walk, name, function)
+        for where, function in functions.items():
+            setattr(*where, function)
