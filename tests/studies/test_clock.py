@@ -1,12 +1,17 @@
-"""Models of a study in turns, with two that are no models: one takes twice as long as the other."""
+"""Models of a study in turns, with two that are no models: one takes twice as long as the other, on a clock of ours."""
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
+import pandas as pd
 import pytest
+import timm
+import torch
 from fakes_studies import SCALE, STUDY, finish
 
+import amod
+from amod.analysis.throughput import timing
 from amod.studies import clock
 from amod.studies.plan import runs_of
 from amod.studies.report import write_report
@@ -32,11 +37,18 @@ def timed(tmp_path, monkeypatch):
             return range(most)
 
         def stacked(self, positions):
-            return len(positions), None
+            return torch.zeros(len(positions), 3, 16, 16), None
+
+    now = 0.0
 
     def model(folder, *_):
-        return lambda images: time.sleep(0.02 if "none" in folder.name else 0.01)
+        def run(images):
+            nonlocal now
+            now += 0.02 if "none" in folder.name else 0.01
 
+        return run
+
+    monkeypatch.setattr(timing, "alternate", partial(timing.alternate, clock=lambda: now))
     monkeypatch.setattr("amod.training.finished.load_run", lambda folder: (None, model(folder), Data()))
     monkeypatch.setattr("amod.training.finished.load_model", model)
     monkeypatch.setattr("amod.training.folder.read_config", lambda file: None)
@@ -50,7 +62,7 @@ def test_models_of_the_first_seed_are_timed_once_against_the_dense_one(timed, mo
     assert len(found) == 3
     assert all("seed0" in name for name in found.index)
     assert found[[name for name in found.index if "none" in name]].item() == 1
-    assert all(1.7 < value < 2.1 for name, value in found.items() if "none" not in name)
+    assert all(value == pytest.approx(2) for name, value in found.items() if "none" not in name)
     monkeypatch.setattr("amod.training.finished.load_run", None)
     clock.measure(runs, root, output)
 
@@ -61,5 +73,28 @@ def test_a_report_shows_them(timed):
     clock.measure(runs, root, output)
     text = write_report(study, SCALE, *rows_of(runs, root, {}), output).read_text()
     line = next(line for line in text.splitlines() if line.startswith("| 0.5 | A-MoD"))
-    assert float(line.split("|")[5]) == pytest.approx(2, abs=0.3)
+    assert float(line.split("|")[5]) == pytest.approx(2)
     assert (output / "figure.png").stat().st_size > 5000
+
+
+def test_what_halts_is_timed_image_by_image():
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=5
+    ).eval()
+    model = amod.convert(vit, "avit", halt_scale=3.0, halt_shift=0.0).eval()
+    images = torch.randn(3, 3, 16, 16)
+    assert clock.halting({"dense": vit, "avit": model}) == [("avit", model)]
+    found = clock.image_by_image("avit", model, vit, images)
+    costs = [amod.count_flops(model, image[None]) / amod.count_flops(vit, (3, 16, 16)) for image in images]
+    assert found["flops"].tolist() == pytest.approx(costs)
+    assert (found["time"] > 0).all()
+
+
+def test_their_mean_and_spread_by_hand(tmp_path):
+    (tmp_path / "halting.csv").write_text("run,image,flops,time\na,0,0.2,0.5\na,1,0.4,0.6\na,2,0.6,0.4\n")
+    runs = pd.DataFrame({"run": ["a"], "setting": ["ponder 0.05"]})
+    assert clock.halting_section(runs, tmp_path).splitlines()[-1] == (
+        "| ponder 0.05 | 40.0 ± 20.0 | 20.0 to 60.0 | 50.0 ± 10.0 | 40.0 to 60.0 | -0.50 |"
+    )
+    assert clock.halting_section(runs, tmp_path / "none") == ""

@@ -15,7 +15,7 @@ import pandas as pd
 
 from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
-from amod.studies.clock import with_speeds
+from amod.studies.clock import halting_section, with_speeds
 from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, placed, read, write
 from amod.training.compose import compose_config
 
@@ -27,7 +27,7 @@ def write_report(
 
     A report of more finished runs stays as it is: a part of a study is written to `output`/partial instead.
     """
-    rows = with_speeds(rows, output)
+    rows, image_by_image = with_speeds(rows, output), halting_section(rows, output)
     ours = ours_of(study, scale, rows)
     if (read(output / "runs.csv")["status"] == "finished").sum() > (rows["status"] == "finished").sum():
         output = output / "partial"
@@ -45,6 +45,8 @@ def write_report(
             name = "figure.png" if len(models) == 1 else f"figure-{model}.png"
             FIGURES[study.get("figure", "dots")](mine, curves, study, caption, output / name)
             parts.append(f"![{study['title']}]({name})")
+    if image_by_image:
+        parts.append(image_by_image)
     if study["claims"]:
         parts.append(
             claims_section([examine(claim, ours, study["metric"]) for claim in study["claims"]], scale["name"])
