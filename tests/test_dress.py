@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import timm
 import torch
@@ -31,6 +34,24 @@ def detr():
 
 def bert():
     return build("Bert", "ForSequenceClassification")
+
+
+def test_what_is_compiled_can_be_copied():
+    """The copy runs itself and not the model it was made from; so do those that EMA, dense and counting make."""
+    torch.manual_seed(0)
+    model, images = amod.convert(vit().eval(), capacity=0.5), torch.randn(2, 3, 64, 64)
+    cost, whole = amod.count_flops(model), amod.dense(model)
+    model.compile(backend="eager")
+    model.blocks[0].attn.compile(backend="eager")
+    before = model(images)
+    twin = copy.deepcopy(model)
+    twin.head.bias.data += 100
+    torch.testing.assert_close(twin(images), before + 100)
+    twin.blocks[0].attn.qkv.bias.data += 1
+    assert (twin(images) - before - 100).abs().max() > 1e-4
+    assert torch.equal(amod.dense(model)(images), whole(images))
+    assert amod.count_flops(model) == cost
+    torch.save(model, io.BytesIO())
 
 
 @pytest.mark.parametrize(

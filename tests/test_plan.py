@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import yaml
 
@@ -60,6 +61,7 @@ def test_merge_and_prune_count_by_hand():
         (lambda: Prune(0), "keep=0"),
         (lambda: Prune(1.2), "keep=1.2"),
         (lambda: Route(0.5, activation="relu"), "activation='relu'"),
+        (lambda: Route(0.5, activation="sigmoid"), "is of router=linear"),
         (lambda: Route(0.06, keep_prefix=True).kept(17, 1), "keep_prefix takes 1"),
     ],
 )
@@ -156,3 +158,9 @@ def test_a_wrong_plan_file_is_one_line(tmp_path, text, words):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no such file"):
         read_plan(tmp_path / "none.yaml")
+
+
+def test_numbers_of_numpys_become_pythons():
+    plan = {1: Route(np.float64(0.5), memory=np.float32(0.25)), 2: Merge(np.int64(3)), 3: Prune(np.float32(0.5))}
+    assert yaml.safe_load(yaml.safe_dump(as_data(plan))) == as_data(plan)
+    assert [type(value) for value in (plan[1].capacity, plan[2].r, plan[3].keep)] == [float, int, float]

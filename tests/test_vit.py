@@ -399,3 +399,92 @@ def test_memory_is_an_exponential_mean_over_routed_blocks():
     for wrong in ({"memory": 1.0}, {"memory": 0.5, "router": "linear"}):
         with pytest.raises(amod.UserError, match="memory="):
             amod.convert(vit, **wrong)
+
+
+# --- masks of the caller's, and forwards of the caller's ----------------------------------------------------------
+
+CUTS = [
+    {1: amod.Merge(4)},
+    {1: amod.Prune(0.5)},
+    {1: amod.Merge(4), 3: amod.Route(0.5, "linear")},
+    {1: amod.Prune(0.5, fuse=False), 2: amod.Merge(2), 5: amod.ClassOnly()},
+    {1: amod.Route(0.5, "linear"), 3: amod.Route(0.5)},
+]
+
+
+@pytest.mark.parametrize("plan", CUTS, ids=str)
+@torch.no_grad()
+def test_a_mask_goes_with_the_tokens(plan):
+    """A padding mask says what the same mask of pairs says, and follows tokens whether they are recorded or not."""
+    model = amod.convert(small(), plan=plan)
+    padding = torch.arange(17).expand(3, 17) < torch.tensor([[17], [12], [9]])
+    pairs = padding[:, None, None, :].expand(3, 1, 17, 17)
+    logits = model(IMAGES, attn_mask=pairs)
+    assert (logits - model(IMAGES)).abs().max() > 1e-4
+    torch.testing.assert_close(model(IMAGES, attn_mask=pairs, return_routing=True)[0], logits)
+    torch.testing.assert_close(model(IMAGES, attn_mask=padding[:, None, None, :]), logits)
+    torch.testing.assert_close(model(IMAGES, attn_mask=torch.ones(17, 17, dtype=torch.bool)), model(IMAGES))
+
+
+def test_a_forward_that_would_not_be_run_is_refused():
+    class Scaled(VisionTransformer):
+        def forward(self, x, attn_mask=None):
+            return super().forward(2 * x)
+
+    class Noted(VisionTransformer):
+        def forward_features(self, x, **kwargs):
+            return super().forward_features(2 * x, **kwargs)
+
+    class Placed(VisionTransformer):
+        def _pos_embed(self, x):
+            return 2 * super()._pos_embed(x)
+
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    for kind, words in ((Scaled, "defines forward itself"), (Noted, "defines forward_features with super")):
+        with pytest.raises(amod.UserError, match=words):
+            amod.convert(kind(**shape), capacity=0.5)
+    hooked = VisionTransformer(**shape)
+    hooked.forward = hooked.forward
+    with pytest.raises(amod.UserError, match="was replaced on this object"):
+        amod.convert(hooked, capacity=0.5)
+    placed = Placed(**shape).eval()
+    torch.testing.assert_close(amod.convert(placed, plan={1: amod.Route(1.0)})(IMAGES), placed(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"router": "none", "budget": 1e6}, "router=none is the dense model"),
+        ({"activation": "sigmoid"}, "is of router=linear"),
+        ({"budget": 1e6, "input_size": 32}, r"takes \(channels, height, width\)"),
+        ({"budget": 1e6, "input_size": (32, 32)}, r"takes \(channels, height, width\)"),
+        ({"budget": 1e6, "input_size": IMAGES}, r"a tensor \(3, 3, 32, 32\)"),
+        ({"budget": 0.75}, r"share \* amod.count_flops"),
+        ({"plan": [amod.Route(0.5)]}, "write {block: entry}"),
+        ({"plan": amod.Route(0.5)}, "write {block: entry}"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(given, words):
+    with pytest.raises(amod.UserError, match=words) as error:
+        amod.convert(small(), **given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mask_in_the_second_place_is_refused():
+    model = amod.convert(small(), capacity=0.5)
+    with pytest.raises(amod.UserError, match="attn_mask=mask"):
+        model(IMAGES, torch.ones(17, 17))
+
+
+def test_counting_leaves_every_module_in_its_mode():
+    model = amod.convert(small(), capacity=0.5).train()
+    model.blocks[0].eval()
+    amod.count_flops(model, IMAGES)
+    assert model.blocks[1].training
+    assert not model.blocks[0].mlp.training
+
+
+def test_the_record_of_no_images():
+    model = amod.convert(small(), plan={1: amod.Merge(4), 2: amod.Prune(0.5)})
+    _, routing = model(IMAGES[:0], return_routing=True)
+    assert [layer.tokens(17).shape for layer in routing] == [(0, 17), (0, 17)]

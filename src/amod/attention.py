@@ -129,13 +129,14 @@ def project(attn: Any, x: Tensor, rope: Tensor | None = None, rows: int | None =
         apart = getattr(attn, "q_bias", None) is not None
         if apart:
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        if rows is not None and (apart or _is_plain(attn.qkv)):
+        added = apart and not attn.qkv_bias_separate  # timm takes the weight as it is then
+        if rows is not None and (added or _is_plain(attn.qkv)):
             width = attn.proj.in_features
             parts = (None, None) if bias is None else (bias[:width], bias[width:])
             q = F.linear(asking, weight[:width], parts[0])
             k, v = F.linear(x, weight[width:], parts[1]).chunk(2, dim=-1)
         else:
-            qkv = F.linear(x, weight, bias) if apart and not attn.qkv_bias_separate else attn.qkv(x)
+            qkv = F.linear(x, weight, bias) if added else attn.qkv(x)
             if apart and attn.qkv_bias_separate:
                 qkv = qkv + bias
             q, k, v = qkv.unflatten(2, (3, -1)).unbind(2)
@@ -197,8 +198,10 @@ def logit_bias(attn: Any, request: Request, q: Tensor) -> Tensor | None:
 
 
 def rows_and_columns(table: Tensor, positions: Tensor) -> Tensor:
-    """(B or 1, H or 1, T, T) and (B, N) -> (B, H or 1, N, N): what the tokens that are here say of each other."""
+    """(B or 1, H or 1, T or 1, T) and (B, N) -> (B, H or 1, N or 1, N): what those that are here say of each other."""
     rows, columns = positions[:, :, None], positions[:, None, :]
+    if table.shape[-2] == 1:  # says the same to all, as padding does
+        rows = torch.zeros_like(rows[:, :1])
     if table.shape[0] == 1:
         return table[0][:, rows, columns].transpose(0, 1)
     batch = torch.arange(positions.shape[0], device=positions.device)[:, None, None]

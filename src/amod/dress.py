@@ -25,7 +25,7 @@ class Dressed(nn.Module):
     """Whether the made class is also called what ``undressed`` is called, for libraries that go by a class's name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self.over, self.undressed), self.__dict__
+        return _blank, (self.over, self.undressed), self.__getstate__()  # torch's: without what compile() left
 
 
 _MADE: dict[tuple[Any, Any], Any] = {}

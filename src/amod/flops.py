@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from math import prod
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -94,7 +94,7 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
         if is_gated(model) or any(isinstance(entry, Halt) for entry in (getattr(model, "plan", None) or {}).values()):
             return int(image_flops(model, input_size).double().mean())  # each alone: a batch may pad what it keeps
         return _count(model, input_size) // len(input_size)
-    return count_on_meta(on_meta(model), input_size or default_input_size(model))
+    return count_on_meta(on_meta(model), default_input_size(model) if input_size is None else input_size)
 
 
 def image_flops(model: nn.Module, images: Tensor) -> Tensor:
@@ -105,15 +105,10 @@ def image_flops(model: nn.Module, images: Tensor) -> Tensor:
 def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
     """The same for a model that is on the meta device already (:func:`on_meta`)."""
     refusals: Any = (ValueError, RuntimeError) if of_transformers(model) else AssertionError
+    check_size(model, input_size)
     if isinstance(input_size, int):
-        if getattr(model, "main_input_name", None) != "input_ids":
-            raise UserError(
-                f"input_size={input_size}: {type(model).__name__} reads no text; give (channels, height, width)"
-            )
         given = torch.empty(1, input_size, dtype=torch.long, device="meta")
     else:
-        if getattr(model, "in_chans", input_size[0]) != input_size[0]:
-            raise UserError(f"input_size={tuple(input_size)}: this model takes {model.in_chans} channels")
         given = torch.empty(1, *input_size, device="meta")
     try:
         return _count(model, given)
@@ -121,8 +116,23 @@ def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
         raise UserError(f"input_size={input_size}: this model refuses such an input: {one_line(error)}") from None
 
 
+def check_size(model: Any, size: Any) -> None:
+    """UserError unless it is (channels, height, width), or of a model of text a number of tokens."""
+    reads = getattr(model, "main_input_name", None) == "input_ids"
+    if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0 and reads:
+        return
+    triple = isinstance(size, Sequence) and len(size) == 3
+    if triple and all(isinstance(n, Integral) and int(n) > 0 for n in size):
+        if getattr(model, "in_chans", size[0]) != size[0]:
+            raise UserError(f"input_size={tuple(size)}: this model takes {model.in_chans} channels")
+        return
+    said = f"a tensor {tuple(size.shape)}" if isinstance(size, Tensor) else repr(size)
+    words = "how many tokens" if reads else "(channels, height, width)"
+    raise UserError(f"input_size={said}: {type(model).__name__} takes {words}")
+
+
 def _count(model: nn.Module, images: Tensor) -> int:
-    training, norms = model.training, 0
+    training, norms = {module: module.training for module in model.modules()}, 0
 
     def count_norm(
         module: nn.Module, args: Any, out: Any
@@ -138,7 +148,8 @@ def _count(model: nn.Module, images: Tensor) -> int:
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), Counter() as counter:
             model.eval()(images)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for hook in hooks:
             hook.remove()
     return counter.macs + norms
@@ -190,11 +201,16 @@ def within_budget(candidates: Sequence[T], cost: Callable[[T], int], budget: flo
         UserError: the budget is no number, or outside of what they reach; the message gives the range.
     """
     if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise UserError(f"budget={budget!r}: must be a number of multiply-accumulates of one image, e.g. 2.6e9")
+        raise UserError(
+            f"budget={budget!r}: must be a number of multiply-accumulates of one image, e.g. 2.6e9, or "
+            "0.75 * amod.count_flops(vit)"
+        )
     least, most = (cost(candidates[at]) for at in (0, -1)) if candidates else (0, 0)
     if not candidates or not least <= budget <= most:
+        share = "; a share of the dense cost is share * amod.count_flops(vit)" if 0 < budget <= 100 else ""
         raise UserError(
             f"budget of {float(budget) / 1e9:.6g} GFLOPs: {what} reaches {least / 1e9:.4f} to {most / 1e9:.4f} GFLOPs"
+            f"{share}"
         )
     low, high = 0, len(candidates) - 1
     while high - low > 1:  # costs are nearly linear: the next place to look is where a line would meet the budget

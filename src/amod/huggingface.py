@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from amod import text
 from amod.dress import Dressed, dress, undressed
 from amod.errors import UserError, one_line
-from amod.flops import count_on_meta, default_input_size, on_meta, within_budget
+from amod.flops import check_size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.huggingface_walk import IMPLEMENTATION, RoutedBaseModel, RoutedEncoder, RoutedLayer, RoutedModel, Step
 from amod.plan import READS_ATTENTION, Plan, Route, as_data, check_plan, from_data, make_plan
 from amod.routers import ROUTERS, make_router
@@ -145,7 +145,8 @@ def plan_for_budget(
     input_size: Any = None,
 ) -> Plan:
     """The plan of the capacity which costs most without exceeding ``budget`` MACs at ``input_size``."""
-    size, (encoder, layers) = input_size or default_input_size(model), find_encoder(model)
+    size, (encoder, layers) = default_input_size(model) if input_size is None else input_size, find_encoder(model)
+    check_size(model, size)
     if isinstance(size, int):
         tokens, what = size, f"{size} tokens"
     else:
@@ -156,9 +157,7 @@ def plan_for_budget(
     plans = [make_plan(len(layers), router, kept / tokens, placement, **options) for kept in range(1, tokens + 1)]
     bare = on_meta(model)
     what = f"router={router} in blocks {[*plans[0]]} of this model at {what}"
-    return within_budget(
-        plans if router != "none" else [], lambda plan: count_on_meta(routed(bare, plan), size), budget, what
-    )
+    return within_budget(plans, lambda plan: count_on_meta(routed(bare, plan), size), budget, what)
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from functools import lru_cache
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
@@ -45,11 +44,14 @@ class Route:
     """What the others pass: the block, or its ``attention`` or ``mlp`` alone; the other half is for all tokens."""
 
     def __post_init__(self) -> None:
+        _as_python(self)
         _check_one_of("skip", self.skip, SKIPS)
         if not _is_number(self.capacity) or not 0 < self.capacity <= 1:
             raise UserError(f"capacity={self.capacity!r}: must be a number in (0, 1], e.g. 0.125")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r}: choose none (as in the paper) or sigmoid")
+        if self.activation != "none" and self.router != "linear":
+            raise UserError(f"activation={self.activation!r}: is of router=linear; leave it out")
         if (
             not _is_number(self.memory)
             or not 0 <= self.memory < 1
@@ -91,6 +93,7 @@ class Merge:
     partner only, so that of many that merge at once some have no good one."""
 
     def __post_init__(self) -> None:
+        _as_python(self)
         if isinstance(self.r, bool) or not isinstance(self.r, Integral) or self.r < 0:
             raise UserError(f"r={self.r!r}: must be a whole number of at least 0, the tokens that a block merges")
         _check_one_of("by", self.by, MERGE_BY)
@@ -125,6 +128,7 @@ class Prune:
     """The others become one token, their sum weighted by the class token's attention; else they are gone."""
 
     def __post_init__(self) -> None:
+        _as_python(self)
         if not _is_number(self.keep) or not 0 < self.keep <= 1:
             raise UserError(f"keep={self.keep!r}: must be a number in (0, 1], the share of patches that stay, e.g. 0.7")
 
@@ -155,6 +159,7 @@ class Gate:
     """Of language models, when attention is skipped: ``kept`` tokens alone have keys and values, or ``all`` have."""
 
     def __post_init__(self) -> None:
+        _as_python(self)
         _check_one_of("skip", self.skip, SKIPS)
         _check_one_of("per", self.per, ("token", "sequence"))
         _check_one_of("cache", self.cache, ("kept", "all"))
@@ -174,6 +179,7 @@ class Predict:
     """Share of the *model's* patches that are there from this block on: floor(keep (N - prefix)) of them."""
 
     def __post_init__(self) -> None:
+        _as_python(self)
         if not _is_number(self.keep) or not 0 < self.keep <= 1:
             raise UserError(f"keep={self.keep!r}: must be a number in (0, 1], the share of patches that stay, e.g. 0.7")
 
@@ -203,6 +209,7 @@ class Halt:
     epsilon: float = 0.01
 
     def __post_init__(self) -> None:
+        _as_python(self)
         for name in ("scale", "shift", "epsilon"):
             if not _is_number(value := getattr(self, name)) or not math.isfinite(value):
                 raise UserError(f"{name}={value!r}: must be a number")
@@ -220,7 +227,6 @@ class ClassOnly:
     reads its class token alone."""
 
 
-@lru_cache
 def fraction(share: float) -> tuple[int, int]:
     """The simplest fraction that a float stands for: 29/100 for 0.29, whose float is a little less."""
     return Fraction(float(share)).limit_denominator(10**9).as_integer_ratio()
@@ -252,6 +258,13 @@ PLACEMENTS = {
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _as_python(entry: Any) -> None:
+    """Numbers of numpy's become Python's, which YAML and JSON can write."""
+    for field in fields(entry):
+        if _is_number(value := getattr(entry, field.name)):
+            object.__setattr__(entry, field.name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -346,6 +359,8 @@ def make_plan(
 
 def check_plan(plan: Mapping[int, Entry], depth: int) -> None:
     """UserError unless the entries can stand together in a model of ``depth`` blocks."""
+    if not isinstance(plan, Mapping):
+        raise UserError(f"plan={plan!r}: write {{block: entry}}, as in {{1: Route(0.5)}}, or a YAML file's name")
     for i, entry in plan.items():
         _check_index(i, depth)
         if not isinstance(entry, tuple(ENTRIES.values())):

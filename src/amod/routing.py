@@ -40,6 +40,8 @@ class RoutedLayer(NamedTuple):
         """(B, count) bool: which of the ``count`` tokens that entered the model are kept here, or stood for."""
         if self.gate is not None:
             return (self.gate > 0).expand(-1, count)
+        if not self.indices.numel():
+            return self.indices.new_zeros(self.indices.shape[0], count, dtype=torch.bool)
         leaving = count if self.owner is None else int(max(self.owner.max(), self.indices.max())) + 1
         kept = self.indices.new_zeros(self.indices.shape[0], leaving, dtype=torch.bool)
         kept = put(kept, self.indices, torch.ones_like(self.indices, dtype=torch.bool))

@@ -24,7 +24,7 @@ from amod.blocks import CutBlock
 from amod.detr_plan import DetrPlan
 from amod.dress import Dressed, dress, of_detection, of_transformers, served_by, undressed
 from amod.errors import UserError
-from amod.flops import Size, count_on_meta, default_input_size, on_meta, within_budget
+from amod.flops import Size, check_size, count_on_meta, default_input_size, on_meta, within_budget
 from amod.plan import (
     BY_THEMSELVES,
     READS_ATTENTION,
@@ -90,6 +90,8 @@ class RoutedViT(Dressed):
 
     def forward(self, x: Tensor, return_routing: bool = False, **kwargs: Any) -> Any:
         """Images (B, 3, H, W) -> logits (B, classes), and on request the :class:`Routing` of this batch."""
+        if not isinstance(return_routing, bool):
+            raise UserError("return_routing: is True or False; timm's own arguments are named, as in attn_mask=mask")
         walk = Walk(self, record=return_routing)
         logits = self.forward_head(walk.forward_features(x, **kwargs))
         return (logits, walk.routing) if return_routing else logits
@@ -259,6 +261,8 @@ def convert(
             if value is not None:
                 raise UserError(f"{name}={value!r}: router=tuning has layers= and target= in its place; leave it out")
         placement = layers
+    if router == "none":
+        _refuse({"budget": budget}, "router=none is the dense model; leave it out")
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
@@ -394,7 +398,7 @@ def check_model(vit: Any) -> None:
     if isinstance(vit, RoutedViT):
         raise UserError("the model is routed already: convert the timm model it was made from, or amod.dense(model)")
     if isinstance(vit, FAMILIES):
-        return
+        return check_forward(vit)
     kind = f"{type(vit).__module__.partition('.')[0]}'s {type(vit).__name__}"
     reason = "it does not pass one sequence of tokens through like blocks"
     if type(vit).__name__ in {family.__name__ for family in FAMILIES}:
@@ -405,6 +409,24 @@ def check_model(vit: Any) -> None:
         reason = REFUSED[type(vit).__name__]
     names = ", ".join(family.__name__ for family in FAMILIES)
     raise UserError(f"{kind} cannot be routed: {reason}; served are timm's {names}")
+
+
+def check_forward(vit: Any) -> None:
+    """UserError for a forward of the user's own that a routed model would not run, or could not."""
+    if "forward" in vars(vit):
+        raise UserError(
+            f"{type(vit).__name__}: its forward was replaced on this object (by hooks of accelerate's, for one), and a "
+            "routed model would not run it; convert first"
+        )
+    for name in ("forward", "forward_features", "forward_intermediates"):
+        function = inspect.unwrap(getattr(type(vit), name))
+        upwards = "__class__" in getattr(getattr(function, "__code__", None), "co_freevars", ())  # it says super()
+        if function.__module__.partition(".")[0] != "timm" and (name == "forward" or upwards):
+            how = "with super(), which the stand-in that a pass is run on has not" if name != "forward" else "itself"
+            raise UserError(
+                f"{type(vit).__name__} defines {name} {how}, and a routed model would not run it; convert timm's own "
+                "class, and put what is yours around it"
+            )
 
 
 REFUSED = {
@@ -449,7 +471,8 @@ def plan_for_budget(
     input_size: Size | None = None,
 ) -> Plan:
     """The plan of a method, of that capacity, r or keep rate which costs most without exceeding ``budget`` MACs."""
-    size = input_size or default_input_size(vit)
+    size = default_input_size(vit) if input_size is None else input_size
+    check_size(vit, size)
     tokens = tokens_at(vit, size)
     patches = tokens - vit.num_prefix_tokens
     if router == "tome":
@@ -481,7 +504,7 @@ def plan_for_budget(
         return count_on_meta(model, size)
 
     what = f"router={router} in blocks {[*dearest]} of this model at {size[1]} x {size[2]} pixels"
-    return plan_of(within_budget(amounts if router != "none" else [], cost, budget, what))
+    return plan_of(within_budget(amounts, cost, budget, what))
 
 
 def tokens_at(vit: Any, size: Size) -> int:

@@ -77,6 +77,8 @@ class Walk:
         self.masks = model.training if masks is None else masks
         self.placed = not isinstance(model, VisionTransformer)
         """Whether the blocks read where a token stands: rotary rows, relative positions."""
+        self.masked = False
+        """Whether the blocks were given a mask of pairs of tokens."""
         self.routing: Routing = []
         self.x: Tensor | None = None  # with restore: the tokens that really are here (B, n, D)
         self.whole: Tensor | None = None  # with restore: all N, dropped ones as they were when they went
@@ -123,6 +125,7 @@ class Walk:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value.to(x.device))
         self.tokens = self.tokens or tokens_in(x)
+        self.masked = self.masked or inputs.get(self.model.mask_name) is not None
         entry = self.model.plan.get(i)
         if isinstance(entry, Predict):
             x = leaving.predicted(self, i, entry, x)
@@ -244,7 +247,7 @@ class Walk:
     @property
     def follows(self) -> bool:
         """Whether anybody asks who stands for whom; once it was followed it goes on being so."""
-        asked = self.record or self.restore or self.placed or self.owner is not None
+        asked = self.record or self.restore or self.placed or self.masked or self.owner is not None
         return asked or self.scores is not None or self.remembered is not None
 
     def follow(self, i: int, done: dict[str, Any], count: int, remain: int) -> None:

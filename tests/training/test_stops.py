@@ -134,7 +134,8 @@ def start(folder: Path, script: str, *arguments: str, **how) -> subprocess.Popen
 
 def test_ctrl_c_before_the_training_is_one_line(tmp_path):
     process = start(tmp_path, "train.py", *DIGITS, "router=none", "run_dir=run")
-    time.sleep(1.5)  # torch is being loaded
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "torch" in maps.read_text() if maps.exists() else time.sleep(1.5) or True)  # it is being loaded
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130

@@ -127,6 +127,8 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         return convert(vit, plan=from_data(router.plan))
     if router.name == "none" and last is None:
         return vit
+    if router.name == "none":
+        return convert(vit, router="none", last=last)
     if router.name == "tuning":
         return convert(vit, router="tuning", layers=router.layers, last=last, **gates_of(router))
     return convert(
@@ -145,7 +147,7 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         halt_scale=router.halt_scale if router.name == "avit" else None,
         halt_shift=router.halt_shift if router.name == "avit" else None,
         last=last,
-        budget=None if router.name == "none" else budget_of(vit, cfg),
+        budget=budget_of(vit, cfg),
     )
 
 
