@@ -306,12 +306,26 @@ def test_saved_and_loaded(detr, images, tmp_path, router):
         ({"plan": {1: Route(0.5)}}, "of a DETR it has encoder, queries, memory"),
         ({"plan": DetrPlan(queries={9: Route(0.5)})}, "queries: placement: block 9 is not one of 0 to 3"),
         ({"plan": DetrPlan(), "capacity": 0.5}, "plan= says it already"),
+        (
+            {"plan": DetrPlan(encoder={1: Route(0.5, skip="mlp")})},
+            "encoder 1 has skip='mlp', which a DETR does not have",
+        ),
+        ({"plan": DetrPlan(encoder=[1])}, "encoder is [1]; write {layer: amod.Route(0.5)}"),
+        ({"parts": 3}, "must be a list with some of encoder, queries, memory"),
     ],
 )
 def test_refused_on_one_line(detr, given, says):
     with pytest.raises(amod.UserError, match=r".*") as error:
         amod.convert(detr, **given)
     assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_of_images_is_counted_and_export_is_refused(detr, images, tmp_path):
+    model = amod.convert(detr, "linear", 0.5)
+    assert amod.count_flops(model, images) < amod.count_flops(detr, images)
+    with pytest.raises(amod.UserError) as error:
+        amod.export(model, tmp_path / "detr.onnx")
     assert "\n" not in str(error.value)
 
 

@@ -238,3 +238,66 @@ def test_a_model_that_is_not_served():
     static = transformers.StaticCache(config=language_model().config, max_cache_len=8)
     with pytest.raises(amod.UserError, match="needs an empty DynamicCache"):
         gated(language_model())(prompts()["input_ids"][:, :4], cache=static)
+
+
+# --- masks of the caller's, training and other ways to be wrong ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+@pytest.mark.parametrize("given", [{}, {"skip": "block"}, {"cache": "all"}], ids=str)
+def test_packed_texts_do_not_see_each_other(kind, given):
+    """Two texts in a row, told apart by their positions, are what each is alone."""
+    model = gated(language_model(kind), **given)
+    torch.manual_seed(2)
+    ids, at = torch.randint(2, 60, (1, 12)), torch.cat([torch.arange(7), torch.arange(5)])[None]
+    with torch.no_grad():
+        packed = model(ids, position_ids=at, use_cache=False).logits
+        alone = [model(part, use_cache=False).logits for part in (ids[:, :7], ids[:, 7:])]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+def test_a_mask_of_the_callers_is_kept_to(as_float):
+    own = language_model()
+    ids = torch.randint(2, 60, (1, 9))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    mask[5:, 1:4] = False
+    mask = mask[None, None]
+    if as_float:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        one, other = (
+            m(ids, attention_mask=mask, use_cache=False).logits
+            for m in (own, amod.convert(own, router="tuning", layers=[0, 2]))
+        )
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_training_in_half_precision(skip, per):
+    model = gated(language_model().bfloat16(), skip=skip, per=per).train()
+    out = model(**prompts(), use_cache=False, labels=prompts()["input_ids"])
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    assert any(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "router" in name)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_generating_while_training_is_generating(skip):
+    model = gated(language_model(), skip=skip)
+    wanted = generated(model).sequences
+    assert torch.equal(generated(model.train()).sequences, wanted)
+
+
+def test_what_a_gated_layer_cannot_do_is_refused():
+    model = gated(language_model(), target=0.5)
+    with pytest.raises(amod.UserError, match="output_attentions"):
+        model(**prompts(), output_attentions=True)
+    model.train()
+    past = model(**prompts()).cache
+    with pytest.raises(amod.UserError, match="reads whole texts"):
+        model(prompts()["input_ids"][:, -1:], cache=past)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(amod.UserError, match="use_reentrant=True"):
+        model(**prompts(), use_cache=False, return_routing=True)

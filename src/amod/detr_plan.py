@@ -6,7 +6,7 @@ of the queries, and look at some of the memory, which is what the encoder made o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ def make_detr_plan(
     """The plan that a method's name and its arguments stand for; ``layers`` are the encoder's and the decoder's."""
     if router not in (*ROUTERS, "none"):
         raise UserError(f"router={router!r}: a DETR is served by {', '.join(ROUTERS)} and none (dense)")
-    if isinstance(parts, str) or not parts or not {*parts} <= {*PARTS}:
+    if isinstance(parts, str) or not isinstance(parts, Iterable) or not parts or not {*parts} <= {*PARTS}:
         raise UserError(f"parts={parts!r}: must be a list with some of {', '.join(PARTS)}")
     depth = dict(zip(PARTS, (layers[0], layers[1], layers[1]), strict=True))
     plans = {}
@@ -77,13 +77,15 @@ def check_detr_plan(plan: Any, layers: tuple[int, int]) -> None:
         raise UserError(f"memory_from={plan.memory_from!r}: choose one of {', '.join(MEMORY_FROM)}")
     for part, depth in zip(PARTS, (layers[0], layers[1], layers[1]), strict=True):
         given = plan.part(part)
+        if not isinstance(given, Mapping):
+            raise UserError(f"plan: {part} is {given!r}; write {{layer: amod.Route(0.5)}}")
         for i, entry in given.items():
             if not isinstance(entry, Route):
                 raise UserError(f"plan: {part} {i}, {entry}: a DETR's layers are served by Route alone")
             if entry.router not in ROUTERS:
                 raise UserError(f"plan: {part} {i} has router={entry.router!r}; choose one of {', '.join(ROUTERS)}")
-            if entry.memory or entry.keep_prefix:
-                name = "memory" if entry.memory else "keep_prefix"
+            if entry.memory or entry.keep_prefix or entry.skip != "block":
+                name = "memory" if entry.memory else "keep_prefix" if entry.keep_prefix else f"skip={entry.skip!r}"
                 raise UserError(f"plan: {part} {i} has {name}, which a DETR does not have; leave it out")
         if part == "memory" and plan.memory_from == "encoder":  # scored before the first layer
             given = {i + 1: entry for i, entry in given.items()}

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amod.plan import Gate
+from amod.plan import Gate, entries_of
 from amod.routing import RoutedLayer, put, take
 
 
@@ -58,7 +58,7 @@ def put_kept(x: Tensor, indices: Tensor, among: Tensor, after: Tensor) -> Tensor
 
 def is_gated(model: Any) -> bool:
     """Whether a plan of the model has gates, so that what it costs is up to the data."""
-    return any(isinstance(entry, Gate) for entry in (getattr(model, "plan", None) or {}).values())
+    return any(isinstance(entry, Gate) for entry in entries_of(model))
 
 
 def share_kept(passes: list[list[RoutedLayer]]) -> dict[str, Any]:

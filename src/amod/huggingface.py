@@ -64,7 +64,8 @@ def find_encoder(model: Any) -> tuple[Any, Any]:
     kind = f"transformers' {type(model).__name__}"
     if not found:
         raise UserError(
-            f"{kind} cannot be routed: its model_type is {model.config.model_type}; served are {', '.join(SERVED)}"
+            f"{kind} cannot be routed: its model_type is {model.config.model_type}; served are {', '.join(SERVED)}, "
+            "detr, and with router=tuning causal language models such as llama, mistral, qwen3 and gemma3_text"
         )
     if len(found) > 1:
         raise UserError(f"{kind} has several encoders, {' and '.join(found)}: convert one of them and put it back")

@@ -31,6 +31,7 @@ from amod import padding, routing
 from amod.attention import Request, attend, class_scores, rows_and_columns
 from amod.dress import Dressed
 from amod.errors import UserError
+from amod.gates import is_gated
 from amod.plan import Plan, Route, fraction
 from amod.routers import Router
 from amod.routing import put, take, weigh_update
@@ -239,6 +240,14 @@ def rotary_rows(table: Tensor, indices: Tensor, tokens: int, still: int) -> Tens
     return torch.cat([front, table])[indices].unsqueeze(1)
 
 
+def refuse_attentions(config: Any, kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise UserError(
+            "output_attentions: a routed layer has no map of all tokens; ask for return_routing=True, or use "
+            "amod.dense(model) with attn_implementation='eager'"
+        )
+
+
 class RoutedEncoder(Dressed):
     """Over the class of whatever owns the layers: every pass has a walk of its own."""
 
@@ -248,11 +257,7 @@ class RoutedEncoder(Dressed):
     def forward(
         self, *args: Any, routing: dict[int, Any] | None = None, walk: Walk | None = None, **kwargs: Any
     ) -> Any:
-        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
-            raise UserError(
-                "output_attentions: a routed layer has no map of all tokens; ask for return_routing=True, or use "
-                "amod.dense(model) with attn_implementation='eager'"
-            )
+        refuse_attentions(self.config, kwargs)
         if self.config._attn_implementation != IMPLEMENTATION:
             raise UserError(
                 f"attn_implementation={self.config._attn_implementation!r}: leaves no scores; a routed model runs with "
@@ -296,6 +301,8 @@ class RoutedModel(Dressed):
 
     def forward(self, *args: Any, return_routing: bool = False, **kwargs: Any) -> Any:
         """transformers' own, or with ``return_routing`` the pair of its output and the :class:`Routing`."""
+        if is_gated(self):
+            refuse_attentions(self.config, kwargs)
         if not return_routing:
             return super().forward(*args, **kwargs)
         found: dict[int, Any] = {}

@@ -403,6 +403,12 @@ def _check_scored(plan: Mapping[int, Entry], i: int, entry: Route) -> None:
         )
 
 
+def entries_of(model: Any) -> list[Entry]:
+    """What the plan of a model says, if it has one; a DETR's three plans have none but Route and are left out."""
+    plan = getattr(model, "plan", None)
+    return [*plan.values()] if isinstance(plan, Mapping) else []
+
+
 def as_data(plan: Mapping[int, Entry]) -> dict[int, dict[str, dict[str, Any]]]:
     """The plan as plain dicts, for YAML and JSON: ``{1: {"Route": {"capacity": 0.5, ...}}}``."""
     return {int(i): {type(entry).__name__: asdict(entry)} for i, entry in sorted(plan.items())}

@@ -124,15 +124,17 @@ class GatedLayer(Dressed):
     ) -> Tensor:
         """(B, Q, D) -> (B, Q, D)."""
         x, entry, skip = hidden_states, self.entry, self.entry.skip
+        learning = self.training and torch.is_grad_enabled()  # all is computed, and multiplied by the gate
+        self.refuse(cache, x.shape[1], learning, routing is not None)
         if x.is_meta:
             raise UserError("count_flops: what a trained gate costs depends on the text; give token ids (B, N)")
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if attention_mask is not None:  # its last columns are of these very tokens
             real = padding.real_tokens(attention_mask[..., -x.shape[1] :], len(x))
-        store = None if cache is None or self.training else self.store(cache)
+        store = None if cache is None or learning else self.store(cache)
         before = self.input_layernorm(x)  # type: ignore[operator]
         if skip == "mlp":
-            x = self.attended(x, before, real, real, store, position_embeddings, None)[0]
+            x = self.attended(x, before, real, real, attention_mask, store, position_embeddings, None)[0]
         normed = self.mlp_norm(x) if skip == "mlp" else before
         logits = self.router(normed, real)
         gate = straight_through(logits)
@@ -142,17 +144,17 @@ class GatedLayer(Dressed):
             scores = logits.detach().expand(x.shape[:2])
             none = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
             routing[self.self_attn.layer_idx] = RoutedLayer(self.self_attn.layer_idx, scores, none, None, gate)
-        keep, rows = (gate.detach() > 0) & real, gate if self.training else None
+        keep, rows = (gate.detach() > 0) & real, gate.to(x.dtype) if learning else None
         if skip != "mlp":
             seen = keep if entry.cache == "kept" else real
-            after, keep_all = self.attended(x, normed, keep, seen, store, position_embeddings, rows)
+            after, keep_all = self.attended(x, normed, keep, seen, attention_mask, store, position_embeddings, rows)
             if skip == "attention":
                 return after + self.mlp_update(after)
-            if keep_all is not None:  # training: the block's update is multiplied as a whole
-                return x + gate.unsqueeze(-1) * (keep_all + self.mlp_update(x + keep_all))
+            if keep_all is not None and rows is not None:  # the block's update is multiplied as a whole
+                return x + rows.unsqueeze(-1) * (keep_all + self.mlp_update(x + keep_all))
             x, normed = after, None
         if rows is not None:
-            return x + gate.unsqueeze(-1) * self.mlp_update(x, normed)
+            return x + rows.unsqueeze(-1) * self.mlp_update(x, normed)
         known = None if normed is None else normed[keep]
         return x.index_put((keep,), x[keep] + self.mlp_update(x[keep], known))
 
@@ -162,6 +164,7 @@ class GatedLayer(Dressed):
         normed: Tensor,
         keep: Tensor,
         seen: Tensor,
+        mask: Tensor | None,
         store: KeptCache | None,
         rotary: tuple[Tensor, Tensor],
         gate: Tensor | None,
@@ -171,6 +174,7 @@ class GatedLayer(Dressed):
         Texts that keep no token are left out whole: those whose gate is shut, and when decoding most of them.
 
         Args:
+            mask: the model's, (B or 1, 1, Q, columns), whose last column is of the last of these tokens.
             gate: (B, Q) or (B, 1), in training: all tokens ask, and their update is multiplied by it.
         Returns:
             (B, Q, D), and in training the update before it was multiplied.
@@ -204,6 +208,13 @@ class GatedLayer(Dressed):
         if window is not None:
             visible &= column > row - window
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
+        if mask is not None:  # of texts packed behind each other, or the caller's own
+            columns = column - (first + x.shape[1] - mask.shape[-1])
+            said = mask[:, 0].expand(len(x), -1, -1)[askers[:, None, None], asking[:, :, None], columns.clamp(min=0)]
+            if said.dtype == torch.bool:
+                visible &= said | (columns < 0)
+            else:
+                bias = torch.where(columns < 0, bias, said.to(bias))
         bias = bias.masked_fill(~visible, torch.finfo(x.dtype).min).unsqueeze(1)  # finite: no row becomes nan
         groups = query.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (keys, values))
@@ -236,6 +247,18 @@ class GatedLayer(Dressed):
         update = self.mlp(self.mlp_norm(x) if normed is None else normed)
         after: Any = getattr(self, "post_feedforward_layernorm", None)
         return update if after is None else after(update)
+
+    def refuse(self, cache: Any, count: int, learning: bool, asked: bool) -> None:
+        """UserError for what would be wrong with ``count`` tokens: a past that is not seen, gates without gradients."""
+        again = getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+        if self.training and asked and again and getattr(self, "gradient_checkpointing", False):
+            raise UserError(
+                "gradient_checkpointing_enable: use_reentrant=True leaves the gates without a gradient; leave it out"
+            )
+        i = self.self_attn.layer_idx
+        layers = getattr(cache, "layers", ())
+        if learning and any(layer.get_seq_length() > count * (j < i) for j, layer in enumerate(layers) if j != i):
+            raise UserError("a gated model that is trained reads whole texts and no cache; eval(), or torch.no_grad()")
 
     def store(self, cache: Any) -> KeptCache:
         """This layer's place in the cache."""

@@ -314,17 +314,17 @@ def routed(vit: ViT, plan: Plan) -> ViT:
     dress(model, RoutedViT)
     model.plan = dict(plan)
     model.mask_name = mask_name
-    routers = {str(i): router_of(entry, model.embed_dim) for i, entry in plan.items() if isinstance(entry, LEARNED)}
+    reference, learned = next(vit.parameters()), {i: entry for i, entry in plan.items() if isinstance(entry, LEARNED)}
+    routers = {str(i): router_of(entry, model.embed_dim, reference) for i, entry in learned.items()}
     model.routers = nn.ModuleDict(routers)
-    reference = next(vit.parameters())
     model.routers.to(reference.device).train(vit.training)
     model.tokens_kept(default_tokens(model))  # refuse a capacity that keeps nothing now rather than in training
     return model
 
 
-def router_of(entry: Route | Gate | Predict, dim: int) -> nn.Module:
+def router_of(entry: Route | Gate | Predict, dim: int, like: Tensor) -> nn.Module:
     if isinstance(entry, Predict):
-        return Predictor(dim)
+        return Predictor(dim).to(like.dtype)  # a part of the network, and not a score in float32 as the routers' are
     if isinstance(entry, Gate):
         return GateRouter(dim, entry.per == "sequence")
     return make_router(entry.router, dim, entry.activation)

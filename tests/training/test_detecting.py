@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,22 @@ def test_crowds_are_not_learnt_from_and_no_mistake(tmp_path):
     assert drawn[0, 0][1]["iscrowd"].tolist() == [True]
 
 
+def test_boxes_are_of_the_pixels_as_they_are_stored(tmp_path):
+    """EXIF data turn a classifier's image, and not one whose boxes are of what lies on disk."""
+    root = tmp_path / "coco"
+    data = make(root, "val", 1)
+    image, file = data["images"][0], root / "val2017/0.png"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (image["width"], image["height"])).save(file, exif=turned)
+    split = coco.load(Data(name="coco", root=str(root)), only_test=True)["test"]
+    drawn = coco.Boxed(split, coco.transforms([32, 64], Augment())[1], None, False, False)
+    assert drawn[0, 0][1]["size"].tolist() == [image["height"], image["width"]]
+    Image.new("RGB", (64, 64)).save(file)
+    with pytest.raises(amod.UserError, match=r"0.png: has 64 x 64 pixels and its annotation file says"):
+        drawn[0, 0]
+
+
 def test_the_backbone_has_its_own_rate(data, tmp_path):
     cfg = checked(data, tmp_path, "router=none", "schedule.lr=1e-3", "+schedule.backbone_lr=1e-4")
     model = detecting.build(cfg, detecting.read(cfg)).model
@@ -277,6 +294,16 @@ def test_the_backbone_has_its_own_rate(data, tmp_path):
             {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [30, 6, 20, 20]}]},
             "annotation 5 has the box [30.0, 6.0, 20.0, 20.0] outside of 0.png, which is 40 x 32",
         ),
+        (
+            {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [3, 6, -2, 4]}]},
+            "annotation 5 has the box [3.0, 6.0, -2.0, 4.0]; a box is [left, top, width, height]",
+        ),
+        (
+            {"annotations": [{"id": 5, "image_id": 10, "category_id": 3, "bbox": [3, math.nan, 2, 4]}]},
+            "annotation 5 has the box [3.0, nan, 2.0, 4.0]; a box is",
+        ),
+        ({"annotations": []}, "has no box with an area"),
+        ({"annotations": [], "categories": []}, "has no box with an area"),
     ],
 )
 def test_annotations_that_do_not_fit(tmp_path, change, says):

@@ -48,6 +48,10 @@ def test_the_distribution_loss_by_hand():
     expected = sum(t * math.log(t * 12) for t in target.tolist() if t > 0) / 12
     assert float(distribution_loss(means)) == pytest.approx(max(0.0, expected), rel=1e-5)
     assert torch.isfinite(distribution_loss(torch.zeros(12)))  # nothing halts
+    tiny = torch.full((12,), 1e-30, requires_grad=True)  # as at the shift of the paper's, before anything is learnt
+    loss = distribution_loss(tiny)
+    assert float(loss.detach()) == pytest.approx(max(0.0, expected), rel=1e-5)
+    assert torch.autograd.grad(loss, tiny)[0].abs().max() > 0
 
 
 def test_the_ponder_loss_counts_blocks_and_remainders():

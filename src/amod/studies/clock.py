@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from amod.plan import Halt
+from amod.plan import Halt, entries_of
 from amod.studies.plan import Run
 from amod.studies.rows import markdown
 from amod.studies.runner import finished
@@ -62,7 +62,7 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
 
 def halting(models: dict[str, Any]) -> list[tuple[str, Any]]:
     """Those in whose plan tokens halt."""
-    return [(n, m) for n, m in models.items() if any(isinstance(e, Halt) for e in getattr(m, "plan", {}).values())]
+    return [(n, m) for n, m in models.items() if any(isinstance(entry, Halt) for entry in entries_of(m))]
 
 
 def image_by_image(name: str, model: Any, dense: Any, images: Tensor) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Annotated(Source):
     """(n,), places in ``classes``."""
     crowds: Sequence[np.ndarray] = ()
     """(n,) bool: a crowd in one box, which is not learnt from, and no mistake to find."""
+    sizes: Sequence[tuple[int, int]] = ()
+    """Of each image its height and width in pixels, as the annotation file has them."""
     ids: Sequence[int] = ()
     """Of each class its number in the annotation file."""
 
@@ -72,6 +75,10 @@ def read_part(folder: Path, part: str) -> Annotated:
             odd = f"image_id {image}" if image not in images else f"category_id {kind}" if kind not in kinds else box
             raise UserError(f"{file}: annotation {number} has {odd}, which the file does not have; get it again")
         name, width, height = images[image]
+        if not all(math.isfinite(value) for value in box) or min(box[2:]) < 0:
+            raise UserError(
+                f"{file}: annotation {number} has the box {box}; a box is [left, top, width, height] in pixels"
+            )
         left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
         if min(left, top) < -SLACK or right > width + SLACK or bottom > height + SLACK:
             raise UserError(
@@ -82,6 +89,8 @@ def read_part(folder: Path, part: str) -> Annotated:
         if right > left and bottom > top:  # COCO has a few without an area, which the original leaves out too
             per_image[image].append(([left, top, right, bottom], kinds[kind], crowd))
     lists = [*per_image.values()]
+    if not any(lists):
+        raise UserError(f"{file}: has no box with an area, so nothing can be learnt or measured; get it again")
     return Annotated(
         images=[str(folder / f"{part}2017" / name) for name, _, _ in images.values()],
         labels=np.array([len(entries) for entries in lists]),
@@ -90,6 +99,7 @@ def read_part(folder: Path, part: str) -> Annotated:
         boxes=[np.array([box for box, _, _ in entries], np.float32).reshape(-1, 4) for entries in lists],
         kinds=[np.array([kind for _, kind, _ in entries], np.int64) for entries in lists],
         crowds=[np.array([crowd for _, _, crowd in entries], bool) for entries in lists],
+        sizes=[(int(height), int(width)) for _, width, height in images.values()],
         ids=sorted(categories),
     )
 
@@ -140,9 +150,16 @@ class Boxed(Samples):
     ``boxes`` (n, 4) as centre and size in shares of the image, without crowds; and for the metric ``size`` (2,), the
     image's height and width as it lies on disk, with ``xyxy``, ``kinds`` and ``iscrowd`` of all its boxes there."""
 
+    upright = False  # boxes are of the pixels as they are stored
+
     def prepared(self, image: Image.Image, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         source: Any = self.split.source
         size = image.height, image.width
+        if size != source.sizes[index]:
+            said = "its annotation file says {1} x {0}".format(*source.sizes[index])
+            raise UserError(
+                f"{source.images[index]}: has {image.width} x {image.height} pixels and {said}; get it again"
+            )
         xyxy, kinds = torch.from_numpy(source.boxes[index]), torch.from_numpy(source.kinds[index])
         crowd = torch.from_numpy(source.crowds[index])
         boxes = tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=size)  # type: ignore[call-arg]

@@ -26,13 +26,13 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS)
 
 
-def open_rgb(file: str) -> Image.Image:
-    """The image as 8-bit RGB, upright as its EXIF data say, on white where it is transparent.
+def open_rgb(file: str, upright: bool = True) -> Image.Image:
+    """The image as 8-bit RGB, upright as its EXIF data say or else as it is stored, on white where it is transparent.
 
     16-bit grey is scaled down; PIL's own conversion would clip nearly all of it to white.
     """
     with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
+        image = ImageOps.exif_transpose(opened) if upright else opened
         if image.mode.startswith("I;16"):
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):

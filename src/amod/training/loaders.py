@@ -50,6 +50,9 @@ class Samples(Dataset):
     ``refill`` keeps the batch size when files are skipped (Mixup needs an even batch) by repeating others.
     """
 
+    upright = True
+    """Whether images are turned as their EXIF data say."""
+
     def __init__(self, split: Split, transform: Any, seed: int | None, skip: bool, refill: bool) -> None:
         self.split, self.transform, self.seed, self.skip, self.refill = split, transform, seed, skip, refill
 
@@ -104,7 +107,7 @@ class Samples(Dataset):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return open_rgb(images[index])
+                return open_rgb(images[index], self.upright)
         except Exception as error:  # PIL's plugins raise whatever the bytes lead to
             raise UserError(f"{images[index]}: cannot be read ({one_line(error)})") from error
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from amod.plan import Halt, Plan, Predict, Prune
+from amod.plan import Halt, Plan, Predict, Prune, entries_of
 from amod.training.config import Router
 from amod.vit import RoutedViT
 from amod.walk import Walk
@@ -91,7 +91,7 @@ class Recipe(nn.Module):
 
 def needs_recipe(model: nn.Module, router: Router, distil: float) -> bool:
     """Whether cross-entropy on ``model(images)`` is not all of the training."""
-    learned = any(isinstance(entry, Predict | Halt) for entry in getattr(model, "plan", {}).values())
+    learned = any(isinstance(entry, Predict | Halt) for entry in entries_of(model))
     return learned or distil > 0 or router.warmup is not None
 
 
@@ -169,5 +169,5 @@ def distribution_loss(means: Tensor) -> Tensor:
     """A-ViT: max(0, mean over the blocks of T (log T - log h)), h the mean halting scores (depth,) divided by their sum
     and clamped to [.01, .99]."""
     target = halting_target(len(means)).to(means)
-    h = (means / means.sum().clamp(min=1e-12)).clamp(0.01, 0.99)
+    h = (means / means.sum().clamp(min=torch.finfo(means.dtype).tiny)).clamp(0.01, 0.99)
     return (torch.xlogy(target, target) - target * h.log()).mean().clamp(min=0)
