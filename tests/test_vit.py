@@ -456,8 +456,8 @@ def test_a_forward_that_would_not_be_run_is_refused():
     [
         ({"router": "none", "budget": 1e6}, "router=none is the dense model"),
         ({"activation": "sigmoid"}, "is of router=linear"),
-        ({"budget": 1e6, "input_size": 32}, r"takes \(channels, height, width\)"),
-        ({"budget": 1e6, "input_size": (32, 32)}, r"takes \(channels, height, width\)"),
+        ({"budget": 1e6, "input_size": 32}, r"give \(channels, height, width\)"),
+        ({"budget": 1e6, "input_size": (32, 32)}, r"give \(channels, height, width\)"),
         ({"budget": 1e6, "input_size": IMAGES}, r"a tensor \(3, 3, 32, 32\)"),
         ({"budget": 0.75}, r"share \* amod.count_flops"),
         ({"plan": [amod.Route(0.5)]}, "write {block: entry}"),

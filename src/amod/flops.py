@@ -127,8 +127,8 @@ def check_size(model: Any, size: Any) -> None:
             raise UserError(f"input_size={tuple(size)}: this model takes {model.in_chans} channels")
         return
     said = f"a tensor {tuple(size.shape)}" if isinstance(size, Tensor) else repr(size)
-    words = "how many tokens" if reads else "(channels, height, width)"
-    raise UserError(f"input_size={said}: {type(model).__name__} takes {words}")
+    why = "reads text; say how many tokens" if reads else "reads no text; give (channels, height, width)"
+    raise UserError(f"input_size={said}: {type(model).__name__} {why}")
 
 
 def _count(model: nn.Module, images: Tensor) -> int:
