@@ -57,6 +57,8 @@ RULES: dict[str, Callable[[Any, Any], int]] = {
 ALIKE = ("native_layer_norm", "gelu", "_softmax")
 """Operators without a rule whose outputs are shaped like their first argument, or are not read. On the meta device
 torch runs them in Python, which was half of a count's time."""
+PRODUCTS = ("mm", "addmm", "bmm")
+"""Of these as well; their result is shaped like the first factor but for its last axis."""
 
 
 class Counter(TorchDispatchMode):
@@ -71,7 +73,13 @@ class Counter(TorchDispatchMode):
         if name in ALIKE and args[0].is_meta:
             like = torch.empty_like(args[0])
             return (like,) * len(func._schema.returns) if len(func._schema.returns) > 1 else like
-        out = func(*args, **(kwargs or {}))
+        left: Any
+        right: Any
+        left, right = args[-2:] if name in PRODUCTS else (None, None)
+        if left is not None and left.is_meta and left.shape[-1] == right.shape[-2]:
+            out = left.new_empty(*left.shape[:-1], right.shape[-1])
+        else:
+            out = func(*args, **(kwargs or {}))
         rule = RULES.get(name, _attention if "scaled_dot_product" in name else None)
         if rule is not None:
             self.macs += rule(args, out)
