@@ -206,3 +206,12 @@ def test_a_budget_is_solved_in_two_seconds():
     start = time.process_time()
     amod.convert(vit, budget=40e9)
     assert time.process_time() - start < 2
+
+
+def test_inference_mode_changes_no_count():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7).eval()
+    halting, images = amod.convert(vit, "avit", halt_scale=3.0, halt_shift=0.0), torch.randn(2, 3, 64, 64)
+    counts = [amod.count_flops(vit), amod.count_flops(vit, images), *amod.image_flops(halting, images).tolist()]
+    with torch.inference_mode():
+        same = [amod.count_flops(vit), amod.count_flops(vit, images), *amod.image_flops(halting, images + 0).tolist()]
+    assert same == counts

@@ -73,11 +73,8 @@ class Counter(TorchDispatchMode):
         if name in ALIKE and args[0].is_meta:
             like = torch.empty_like(args[0])
             return (like,) * len(func._schema.returns) if len(func._schema.returns) > 1 else like
-        left: Any
-        right: Any
-        left, right = args[-2:] if name in PRODUCTS else (None, None)
-        if left is not None and left.is_meta and left.shape[-1] == right.shape[-2]:
-            out = left.new_empty(*left.shape[:-1], right.shape[-1])
+        if name in PRODUCTS and args[-1].is_meta and args[-2].shape[-1] == args[-1].shape[-2]:
+            out = args[-2].new_empty(*args[-2].shape[:-1], args[-1].shape[-1])
         else:
             out = func(*args, **(kwargs or {}))
         rule = RULES.get(name, _attention if "scaled_dot_product" in name else None)
@@ -102,7 +99,7 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
         if is_gated(model) or any(isinstance(entry, Halt) for entry in entries_of(model)):
             return int(image_flops(model, input_size).double().mean())  # each alone: a batch may pad what it keeps
         return _count(model, input_size) // len(input_size)
-    return count_on_meta(on_meta(model), default_input_size(model) if input_size is None else input_size)
+    return count_on_meta(on_meta(model), input_size_of(model, input_size))
 
 
 def image_flops(model: nn.Module, images: Tensor) -> Tensor:
@@ -113,7 +110,7 @@ def image_flops(model: nn.Module, images: Tensor) -> Tensor:
 def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
     """The same for a model that is on the meta device already (:func:`on_meta`)."""
     refusals: Any = (ValueError, RuntimeError) if of_transformers(model) else AssertionError
-    check_size(model, input_size)
+    input_size = input_size_of(model, input_size)
     if isinstance(input_size, int):
         given = torch.empty(1, input_size, dtype=torch.long, device="meta")
     else:
@@ -124,16 +121,18 @@ def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
         raise UserError(f"input_size={input_size}: this model refuses such an input: {one_line(error)}") from None
 
 
-def check_size(model: Any, size: Any) -> None:
-    """UserError unless it is (channels, height, width), or of a model of text a number of tokens."""
+def input_size_of(model: Any, size: Any = None) -> Any:
+    """``size``, or for None the model's own; UserError unless it is (channels, height, width), or of a model of text a
+    number of tokens."""
+    size = default_input_size(model) if size is None else size
     reads = getattr(model, "main_input_name", None) == "input_ids"
     if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0 and reads:
-        return
+        return size
     triple = isinstance(size, Sequence) and len(size) == 3
     if triple and all(isinstance(n, Integral) and int(n) > 0 for n in size):
         if getattr(model, "in_chans", size[0]) != size[0]:
             raise UserError(f"input_size={tuple(size)}: this model takes {model.in_chans} channels")
-        return
+        return size
     said = f"a tensor {tuple(size.shape)}" if isinstance(size, Tensor) else repr(size)
     why = "reads text; say how many tokens" if reads else "reads no text; give (channels, height, width)"
     raise UserError(f"input_size={said}: {type(model).__name__} {why}")
@@ -153,8 +152,14 @@ def _count(model: nn.Module, images: Tensor) -> int:
     readers = [m for m in model.modules() if of_transformers(m) and hasattr(m, "set_attn_implementation")]
     hooks += [module.register_forward_pre_hook(_without_masks, with_kwargs=True) for module in readers]
     try:
-        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), Counter() as counter:
-            model.eval()(images)
+        # inference mode would hand the counter whole layers, for which it has no rule
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            Counter() as counter,
+        ):
+            model.eval()(images.clone() if images.is_inference() else images)
     finally:
         for module, mode in training.items():
             module.training = mode

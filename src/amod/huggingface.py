@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from amod import text
 from amod.dress import Dressed, dress, undressed
 from amod.errors import UserError, one_line
-from amod.flops import check_size, count_on_meta, default_input_size, on_meta, within_budget
+from amod.flops import count_on_meta, input_size_of, on_meta, within_budget
 from amod.huggingface_walk import IMPLEMENTATION, RoutedBaseModel, RoutedEncoder, RoutedLayer, RoutedModel, Step
 from amod.plan import READS_ATTENTION, Plan, Route, as_data, check_plan, from_data, make_plan
 from amod.routers import ROUTERS, make_router
@@ -146,8 +146,7 @@ def plan_for_budget(
     input_size: Any = None,
 ) -> Plan:
     """The plan of the capacity which costs most without exceeding ``budget`` MACs at ``input_size``."""
-    size, (encoder, layers) = default_input_size(model) if input_size is None else input_size, find_encoder(model)
-    check_size(model, size)
+    size, (encoder, layers) = input_size_of(model, input_size), find_encoder(model)
     if isinstance(size, int):
         tokens, what = size, f"{size} tokens"
     else:

@@ -24,7 +24,7 @@ from amod.blocks import CutBlock
 from amod.detr_plan import DetrPlan
 from amod.dress import Dressed, dress, of_detection, of_transformers, served_by, undressed
 from amod.errors import UserError
-from amod.flops import Size, check_size, count_on_meta, default_input_size, on_meta, within_budget
+from amod.flops import Size, count_on_meta, default_input_size, input_size_of, on_meta, within_budget
 from amod.plan import (
     BY_THEMSELVES,
     READS_ATTENTION,
@@ -471,8 +471,7 @@ def plan_for_budget(
     input_size: Size | None = None,
 ) -> Plan:
     """The plan of a method, of that capacity, r or keep rate which costs most without exceeding ``budget`` MACs."""
-    size = default_input_size(vit) if input_size is None else input_size
-    check_size(vit, size)
+    size = input_size_of(vit, input_size)
     tokens = tokens_at(vit, size)
     patches = tokens - vit.num_prefix_tokens
     if router == "tome":
@@ -521,7 +520,7 @@ def isoflop_depth(vit: nn.Module, capacity: float, placement: Any = "alternate",
     The paper's own depths (``PAPER_DEPTHS``) follow no single rule and are pinned where its tables are made.
     """
     check_model(vit)
-    size, bare = input_size or default_input_size(vit), on_meta(vit)
+    size, bare = input_size_of(vit, input_size), on_meta(vit)
     limit = count_on_meta(convert(bare, "linear", capacity, placement), size)
     depth = len(vit.blocks)  # type: ignore[arg-type]
     while depth > 1 and count_on_meta(truncate(bare, depth), size) > limit:

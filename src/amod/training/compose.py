@@ -70,12 +70,17 @@ OmegaConf.register_new_resolver("amount", amount, replace=True)
 OmegaConf.register_new_resolver("digest", digest, replace=True)
 
 
+def searched(own: Path | None) -> list[str]:
+    """The override that has Hydra look into a folder beside conf/."""
+    return [f"hydra.searchpath=['file://{own.absolute()}']"] if own else []
+
+
 def compose_config(config_name: str, overrides: list[str], own: Path | None = None) -> DictConfig:
     """The composed config with everything resolved; ``own`` is a folder with files beside those of conf/."""
     for override in overrides:
         if override.startswith("~"):
             raise UserError(f"{override}: settings cannot be removed; set key=null where null is allowed")
-    search = [f"hydra.searchpath=['file://{own.absolute()}']"] if own else []
+    search = searched(own)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             cfg = compose(config_name, [*search, *overrides])
@@ -96,12 +101,11 @@ def compose_config(config_name: str, overrides: list[str], own: Path | None = No
 def help_text(config_name: str, overrides: list[str], own: Path | None = None) -> str:
     """What --help prints: the config's own template, filled in. (Hydra's --help lists its own groups as well, twice,
     which takes twice the time of everything else and shows nowhere.)"""
-    search = [f"hydra.searchpath=['file://{own.absolute()}']"] if own else []
     choices: dict[str, set[str]] = {}
     for file in (file for folder in (CONF, own) if folder for file in folder.glob("*/*.yaml")):
         choices.setdefault(file.parent.name, set()).add(file.stem)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(config_name, [*search, *overrides], return_hydra_config=True)
+        cfg = compose(config_name, [*searched(own), *overrides], return_hydra_config=True)
     template = Template(cfg.hydra.help.template)
     with open_dict(cfg):
         del cfg.hydra
