@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import timm
@@ -201,11 +203,50 @@ def test_a_budget_picks_r_and_the_keep_rate(router, field):
     assert amod.count_flops(amod.convert(vit, router, **dearer)) > 3e9
 
 
-def test_a_budget_is_solved_in_two_seconds():
+@pytest.mark.parametrize("router", ["attention", "evit", "tome", "dynamicvit"])
+@pytest.mark.parametrize("share", [0.75, 0.6])
+def test_a_budget_is_solved_in_two_seconds(router, share):
     vit = meta("vit_large_patch16_224")
+    budget = share * amod.count_flops(vit)
     start = time.process_time()
-    amod.convert(vit, budget=40e9)
+    amod.convert(vit, router, budget=budget)
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("router", ["attention", "evit", "tome", "dynamicvit"])
+def test_a_budget_finds_the_dearest_of_all_in_few_counts(router, monkeypatch):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4)  # 17 tokens
+    if router == "tome":
+        amounts = [{"r": r} for r in range(9)]
+    elif router == "attention":
+        amounts = [{"capacity": kept / 17} for kept in range(1, 18)]
+    else:
+        amounts = [{"keep_rate": kept / 16} for kept in range(1, 17)]
+    costs = set()
+    for amount in amounts:
+        with contextlib.suppress(amod.UserError):  # a keep rate that keeps no patch
+            costs.add(amod.count_flops(amod.convert(vit, router, **amount)))
+    counted = []
+    real = amod.vit.count_on_meta
+    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *args: counted.append(1) or real(*args))
+    pairs = [*pairwise(sorted(costs))]
+    for least, dearer in pairs[:: len(pairs) // 6 + 1]:
+        for budget in (least, dearer - 1):
+            counted.clear()
+            found = amod.convert(vit, router, budget=budget)
+            assert len(counted) <= 6
+            assert least <= amod.count_flops(found) <= budget
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "convnext_atto"]
+)
+def test_operators_that_are_only_shaped_count_as_those_that_run(name, monkeypatch):
+    model = meta(name)
+    quick = amod.count_flops(model)
+    for shaped in ("ALIKE", "BROADCAST", "PRODUCTS"):
+        monkeypatch.setattr(amod.flops, shaped, ())
+    assert amod.count_flops(model) == quick
 
 
 def test_inference_mode_changes_no_count():

@@ -9,6 +9,7 @@ off an attention map are free. No model, router or method has a formula of its o
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from math import prod
 from numbers import Integral, Real
@@ -54,11 +55,13 @@ RULES: dict[str, Callable[[Any, Any], int]] = {
 }
 
 
-ALIKE = ("native_layer_norm", "gelu", "_softmax")
+ALIKE = ("native_layer_norm", "gelu", "_softmax", "_safe_softmax", "clamp_min")
 """Operators without a rule whose outputs are shaped like their first argument, or are not read. On the meta device
-torch runs them in Python, which was half of a count's time."""
+torch runs them, and the next ones, in Python, which was most of a count's time."""
+BROADCAST = ("add", "sub", "mul", "div")
+"""Without a rule as well; the result is shaped as the two broadcast."""
 PRODUCTS = ("mm", "addmm", "bmm")
-"""Of these as well; their result is shaped like the first factor but for its last axis."""
+"""The result is shaped like the first factor but for its last axis."""
 
 
 class Counter(TorchDispatchMode):
@@ -73,6 +76,14 @@ class Counter(TorchDispatchMode):
         if name in ALIKE and args[0].is_meta:
             like = torch.empty_like(args[0])
             return (like,) * len(func._schema.returns) if len(func._schema.returns) > 1 else like
+        if (
+            name in BROADCAST
+            and func._overloadname in ("Tensor", "Scalar")
+            and args[0].is_meta
+            and args[0].is_floating_point()
+        ):
+            shape = torch.broadcast_shapes(*(a.shape for a in args[:2] if isinstance(a, Tensor)))
+            return args[0].new_empty(shape, dtype=torch.result_type(*args[:2]))
         if name in PRODUCTS and args[-1].is_meta and args[-2].shape[-1] == args[-1].shape[-2]:
             out = args[-2].new_empty(*args[-2].shape[:-1], args[-1].shape[-1])
         else:
@@ -207,9 +218,18 @@ def on_meta(model: nn.Module) -> nn.Module:
     return model
 
 
-def within_budget(candidates: Sequence[T], cost: Callable[[T], int], budget: float, what: str) -> T:
+def within_budget(
+    candidates: Sequence[T],
+    cost: Callable[[T], int],
+    budget: float,
+    what: str,
+    tokens: Callable[[T], float],
+) -> T:
     """The dearest of ``candidates``, which are in order of their cost, that does not exceed the budget in MACs.
 
+    Args:
+        tokens: what a candidate's cost is nearly linear in, and is known without counting: how many tokens its blocks
+            see together.
     Raises:
         UserError: the budget is no number, or outside of what they reach; the message gives the range.
     """
@@ -226,11 +246,19 @@ def within_budget(candidates: Sequence[T], cost: Callable[[T], int], budget: flo
             f"{share}"
         )
     low, high = 0, len(candidates) - 1
-    while high - low > 1:  # costs are nearly linear: the next place to look is where a line would meet the budget
-        guess = low + round((high - low) * (budget - least) / (most - least))
-        guess = min(max(guess, low + 1), high - 1)
-        if (found := cost(candidates[guess])) <= budget:
-            low, least = guess, found
+    known = {least: tokens(candidates[low]), most: tokens(candidates[high])}
+    while high - low > 1:
+        guess = bisect_left(candidates, _meets(known, budget), low + 1, high - 1, key=tokens)
+        found = cost(candidates[guess])
+        known[found] = tokens(candidates[guess])
+        if found <= budget:
+            low = guess
         else:
             high, most = guess, found
     return candidates[high if most <= budget else low]
+
+
+def _meets(known: dict[int, float], budget: float) -> float:
+    """Where the parabola through the three known costs next to the budget meets it, in tokens."""
+    near = sorted(known, key=lambda cost: abs(cost - budget))[:3]
+    return sum(known[a] * prod((budget - b) / (a - b) for b in near if b != a) for a in near)

@@ -154,10 +154,13 @@ def plan_for_budget(
         tokens = size[1] // patch * (size[2] // patch) + SERVED[config.model_type]
         tokens += getattr(config, "num_register_tokens", 0)
         what = f"{size[1]} x {size[2]} pixels"
-    plans = [make_plan(len(layers), router, kept / tokens, placement, **options) for kept in range(1, tokens + 1)]
-    bare = on_meta(model)
-    what = f"router={router} in blocks {[*plans[0]]} of this model at {what}"
-    return within_budget(plans, lambda plan: count_on_meta(routed(bare, plan), size), budget, what)
+
+    def plan_of(kept: int) -> Plan:
+        return make_plan(len(layers), router, kept / tokens, placement, **options)
+
+    bare, every = on_meta(model), range(1, tokens + 1)
+    what = f"router={router} in blocks {[*plan_of(1)]} of this model at {what}"
+    return plan_of(within_budget(every, lambda k: count_on_meta(routed(bare, plan_of(k)), size), budget, what, float))
 
 
 # --- files --------------------------------------------------------------------------------------------------------

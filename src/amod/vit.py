@@ -13,6 +13,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -478,10 +479,8 @@ def plan_for_budget(
         amounts: list[dict[str, Any]] = [{"r": r} for r in range(patches // 2, -1, -1)]
     elif router == "evit":
         amounts = [{"keep_rate": kept / patches} for kept in range(1, patches + 1)]
-    elif router == "dynamicvit":  # its last predictor must keep a patch
-        stages = len(make_plan(len(vit.blocks), router, placement=placement))
-        rates = [rate / 1000 for rate in range(1, 1001)]
-        amounts = [{"keep_rate": rate} for rate in rates if Predict(rate**stages).keep * patches >= 1]
+    elif router == "dynamicvit":
+        amounts = [{"keep_rate": rate / 1000} for rate in range(1, 1001)]
     elif router == "avit":
         raise UserError(
             f"budget of {budget / 1e9:.6g} GFLOPs: router=avit decides image by image what it computes; train it with "
@@ -498,12 +497,26 @@ def plan_for_budget(
     dearest = plan_of(amounts[-1])
     model: Any = routed(on_meta(vit), dearest)  # type: ignore[arg-type]
 
+    def seen(amount: dict[str, Any]) -> tuple[int, ...]:
+        model.plan, here, through = plan_of(amount), tokens, []
+        kept = model.tokens_kept(tokens)
+        for i in range(len(vit.blocks)):
+            through.append(kept.get(i, here))
+            here = here if isinstance(model.plan.get(i), Route) else through[-1]
+        return tuple(through)
+
     def cost(amount: dict[str, Any]) -> int:
         model.plan = plan_of(amount)
         return count_on_meta(model, size)
 
+    if router == "dynamicvit":  # many rates keep the same tokens, and the smallest keep none
+        different = {}
+        for amount in amounts:
+            with suppress(UserError):
+                different[seen(amount)] = amount
+        amounts = [*different.values()]
     what = f"router={router} in blocks {[*dearest]} of this model at {size[1]} x {size[2]} pixels"
-    return plan_of(within_budget(amounts, cost, budget, what))
+    return plan_of(within_budget(amounts, cost, budget, what, lambda amount: sum(seen(amount))))
 
 
 def tokens_at(vit: Any, size: Size) -> int:
