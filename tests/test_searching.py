@@ -18,7 +18,7 @@ import search as command
 import tiny
 from amod import ClassOnly, Merge, Prune, Route
 from amod.judge import Gene, Judge, Shape, disagreement
-from amod.plan import read_plan
+from amod.plan import entries_of, read_plan
 from amod.searching import by_hand, changed
 from amod.training.compose import compose_config
 
@@ -72,15 +72,18 @@ def test_a_stopped_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     assert find(vit) == whole
     lines = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(lines[:10]) + lines[10][:20])  # killed while it wrote
-    judged = []
-    loss = Judge.loss
-    monkeypatch.setattr(Judge, "loss", lambda self, plan, part: judged.append(plan) or loss(self, plan, part))
+    again = []  # judged and counted, beside the dense model
+    loss, count = Judge.loss, amod.judge.count_on_meta
+    monkeypatch.setattr(Judge, "loss", lambda self, plan, part: again.append(plan) or loss(self, plan, part))
+    monkeypatch.setattr(
+        amod.judge, "count_on_meta", lambda model, size: entries_of(model) and again.append(model) or count(model, size)
+    )
     assert find(vit, ledger=ledger) == whole
-    assert len(judged) == len(lines) - 10
+    assert len(again) == len(lines) - 10
     assert sorted(ledger.read_text().splitlines()) == sorted(line.strip() for line in lines)
-    judged.clear()
+    again.clear()
     assert find(vit, ledger=ledger) == whole
-    assert judged == []
+    assert again == []
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,11 @@ class Judge:
         self.has_head = getattr(vit, "num_classes", 0) > 0
         self.measure = "KL of the classes (nats)" if self.has_head else "1 - cosine of the features"
         self.costs: dict[str, int] = {}
-        self.prices = self.price_list()
         self.known: dict[str, list[float | None]] = {}
         self.ledger = None if ledger is None else Path(ledger)
         if self.ledger is not None:
             self.read_ledger(self.ledger)
+        self.prices = self.price_list()
         self.seen: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
 
@@ -86,6 +86,7 @@ class Judge:
         key = name_of(plan)
         if key not in self.costs:
             self.costs[key] = count_on_meta(routed(self.bare, plan), self.size) if plan else self.whole
+            self.write_ledger(plan, flops=self.costs[key])
         return self.costs[key]
 
     def price_list(self) -> Tensor:
@@ -185,7 +186,7 @@ class Judge:
         for part in parts:
             if known[part] is None:
                 known[part] = self.loss(plan, part)
-                self.write_ledger(plan, known)
+                self.write_ledger(plan, losses=known)
         return [known[part] or 0.0 for part in parts]
 
     def loss(self, plan: Plan, part: int) -> float:
@@ -278,12 +279,16 @@ class Judge:
             except OSError as error:
                 raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
         for line in lines[1:]:
-            self.known[line["plan"]] = line["losses"]
+            if "losses" in line:
+                self.known[line["plan"]] = line["losses"]
+            if "flops" in line:
+                self.costs[line["plan"]] = line["flops"]
 
-    def write_ledger(self, plan: Plan, losses: list[float | None]) -> None:
+    def write_ledger(self, plan: Plan, **found: Any) -> None:
+        """A search that goes on neither judges nor counts again."""
         if self.ledger is not None:
             with self.ledger.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"plan": name_of(plan), "losses": losses}) + "\n")
+                file.write(json.dumps({"plan": name_of(plan), **found}) + "\n")
 
 
 class Given(nn.Module):

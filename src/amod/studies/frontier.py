@@ -127,9 +127,14 @@ def measure(
 def clock(
     judge: Judge, plans: Mapping[tuple[str, float], Plan], runtime: str, batch: int, rounds: int, kind: str
 ) -> tuple[list[Any], list[int]]:
-    """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...]."""
+    """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...], on one thread: two
+    wait for each other where another process has a core."""
+    import torch
+
     from amod.analysis.throughput.timing import alternate, paired, quartiles
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     images = judge.images[: max(batch, 4)]
     timer = time.process_time if kind == "processor" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +143,7 @@ def clock(
             for i, (key, plan) in enumerate(plans.items())
         }
         seconds, _ = alternate({json.dumps(key): step for key, step in steps.items()}, rounds, fill=0.1, clock=timer)
+    torch.set_num_threads(threads)
     dense = seconds[json.dumps(["dense", 1.0])]
     table: list[Any] = []
     for name, taken in seconds.items():
