@@ -75,9 +75,13 @@ def test_a_stopped_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     again = []  # judged and counted, beside the dense model
     loss, count = Judge.loss, amod.judge.count_on_meta
     monkeypatch.setattr(Judge, "loss", lambda self, plan, part: again.append(plan) or loss(self, plan, part))
-    monkeypatch.setattr(
-        amod.judge, "count_on_meta", lambda model, size: entries_of(model) and again.append(model) or count(model, size)
-    )
+
+    def counted(model, size):
+        if entries_of(model):
+            again.append(model)
+        return count(model, size)
+
+    monkeypatch.setattr(amod.judge, "count_on_meta", counted)
     assert find(vit, ledger=ledger) == whole
     assert len(again) == len(lines) - 10
     assert sorted(ledger.read_text().splitlines()) == sorted(line.strip() for line in lines)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from timm.models import VisionTransformer
 
 import amod
 import frontier as command
 import tiny
+from amod.judge import Judge
 from amod.plan import ClassOnly, Merge, Prune, Route
+from amod.studies.frontier import as_near
 from amod.studies.frontier_report import in_words, interval
 from amod.training.compose import compose_config
 
@@ -30,11 +35,13 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     assert dense["method"] == "dense"
     assert dense["disagreement"] == 0
     assert {record["method"] for record in records} >= {"tome", "few_merges", "searched"}
-    within = [record for record in records[1:] if record["method"] != "tome_above"]
+    within = [record for record in records[1:] if record["method"] not in ("tome_above", "as_tome")]
     assert all(record["flops"] <= 0.8 * dense["flops"] for record in within)
     assert all(len(record["right"]) == 40 for record in records)
     text = (output / "README.md").read_text()
     assert "eager, batch 2" in text
+    assert "as_tome" in {record["method"] for record in records}
+    assert "ToMe's time / that of few merges by tokens" in text
     assert text.count("\n| ") == 1 + len(records)
     assert (output / "frontier.png").is_file()
     assert amod.read_plan(output / "plan-0.8.yaml")
@@ -46,6 +53,22 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     assert (output / "records.jsonl").read_text() == before
     with pytest.raises(amod.UserError, match="of other settings"):
         command.job(asked(*wanted[:4], "images=41", *wanted[5:]))
+
+
+def test_few_merges_agree_as_well_as_tome_and_a_stronger_one_does_not():
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=5)
+    judge = Judge(vit, torch.randn(16, 3, 32, 32))
+
+    def loss(plan):
+        quarter, rest = judge.losses(plan, (0, 1))
+        return (quarter + 3 * rest) / 4
+
+    tome = {i: Merge(2) for i in range(judge.depth)}
+    near = as_near(judge, tome)
+    assert loss(near) <= loss(tome)
+    stronger = {i: replace(entry, r=entry.r + 2) if isinstance(entry, Merge) else entry for i, entry in near.items()}
+    assert loss(stronger) > loss(tome)
 
 
 def test_plans_in_words():

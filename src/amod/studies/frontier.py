@@ -59,6 +59,9 @@ def frontier(cfg: FrontierConfig) -> None:
         for name, plan in methods(judge, share):
             plans[name, share] = plan
         plans["searched", share] = found.plan
+        tome = plans.get(("tome_above", share), plans.get(("tome", share)))
+        if tome is not None and (near := as_near(judge, tome)) is not None:
+            plans["as_tome", share] = near
     records = Records(output / "records.jsonl", about)
     todo = {key: plan for key, plan in plans.items() if records.get(key, plan) is None}
     if todo:
@@ -99,10 +102,36 @@ def methods(judge: Judge, share: float) -> Iterator[tuple[str, Plan]]:
         except UserError as error:
             print(f"{name}, {share:g}: left out, {error}", flush=True)
     for name, kind in (("few_merges", "merge"), ("few_tokens", "merge_tokens")):
-        genes = tuple(Gene(judge.depth * twelfth // 12, kind, 1.0) for twelfth in (2, 5, 8))
-        few = judge.within(Shape(genes), macs)
+        few = judge.within(few_of(judge, kind), macs)
         if few is not None:
             yield name, few
+
+
+def few_of(judge: Judge, kind: str) -> Shape:
+    return Shape(tuple(Gene(judge.depth * twelfth // 12, kind, 1.0) for twelfth in (2, 5, 8)))
+
+
+def as_near(judge: Judge, other: Plan) -> Plan | None:
+    """The strongest few merges by tokens that agree with the dense model on the search's images as well as ``other``
+    does; None: not even the weakest."""
+
+    def loss(plan: Plan) -> float:
+        quarter, rest = judge.losses(plan, (0, 1))
+        return (quarter + 3 * rest) / 4
+
+    found, weak, strong, limit = None, 0.0, 1.0, loss(other)
+    for _ in range(8):
+        middle = (weak + strong) / 2
+        try:
+            plan = judge.plan_of(few_of(judge, "merge_tokens"), middle)
+        except UserError:  # entries so strong that they cannot stand together
+            strong = middle
+            continue
+        if loss(plan) <= limit:
+            found, weak = plan, middle
+        else:
+            strong = middle
+    return found
 
 
 def measure(

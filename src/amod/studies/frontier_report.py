@@ -28,6 +28,7 @@ NAMES = {
     "few_merges": "few merges + class token alone",
     "few_tokens": "the same, by tokens in two rounds",
     "searched": "searched plan",
+    "as_tome": "few merges by tokens that agree as well as ToMe",
 }
 LOOKS = {
     "amod": "attention",
@@ -36,6 +37,7 @@ LOOKS = {
     "tome_above": "tome",
     "few_tokens": "dynamicvit",
     "searched": "linear",
+    "as_tome": "avit",
 }
 """Colour and marker where the method has none of its own."""
 RESAMPLES = 2000
@@ -123,6 +125,7 @@ def write_report(
             taken = found.get((row["method"], row["share"]))
             cells.append(f"{taken[2]:.2f}x [{taken[1]:.2f}, {taken[3]:.2f}]" if taken else "")
         lines.append("| " + " | ".join(cells) + " |")
+    lines += at_equal_agreement(clocks)
     picture(output / "frontier.png", rows, clocks)
     command = shlex.join(
         ["python", *(part for part in sys.argv if not part.startswith(("run=", "data_root=", "output=")))]
@@ -136,6 +139,22 @@ def write_report(
         "every image's outcome: `records.jsonl`.",
     ]
     write_atomically(output / "README.md", ("\n".join(lines) + "\n").encode())
+
+
+def at_equal_agreement(clocks: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+    """What ToMe takes of the time of few merges that agree as well with the dense model on the search's images."""
+    said: list[str] = []
+    for clock, found in clocks.items():
+        for name, share in [key for key in found if key[0] == "as_tome"]:
+            tome = found.get(("tome_above", share), found.get(("tome", share)))
+            if tome is not None:
+                said.append(f"{found[name, share][2] / tome[2]:.2f} ({share:.0%}, {clock})")
+    if not said:
+        return []
+    return [
+        "",
+        f"ToMe's time / that of few merges by tokens that agree as well on the search's images: {'; '.join(said)}.",
+    ]
 
 
 def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, Any]]) -> None:
