@@ -8,10 +8,12 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 import amod
 from amod.analysis.depths import depths, draw_depths
+from amod.attention import attend_packed
 from amod.plan import Halt, Predict, make_plan
 from amod.reduce import halt, masked_softmax, pack
 from amod.walk import Walk
@@ -131,13 +133,30 @@ def test_halting_by_hand():
 
 
 def test_packing_by_hand():
-    packed = pack(torch.tensor([0, 0, 2, 2, 2]))  # image 1 has left
-    assert packed.image.tolist() == [0, 0, 1, 1, 1]
-    assert packed.rank.tolist() == [0, 1, 0, 1, 2]
-    assert packed.slots.tolist()[1] == [2, 3, 4]
-    assert packed.filled is not None
-    assert packed.filled.tolist() == [[True, True, False], [True, True, True]]
-    assert pack(torch.tensor([0, 0, 1, 1])).filled is None
+    packed = pack(
+        torch.tensor([0, 0, 2, 2, 2])
+    )  # image 1 has left; 5 of 6 places are no 85 %, but one group holds four
+    ((slots, filled),) = packed.groups
+    assert slots.tolist()[1] == [2, 3, 4]
+    assert filled.tolist() == [[True, True, False], [True, True, True]]
+    assert packed.back.tolist() == [0, 1, 3, 4, 5]
+    assert pack(torch.tensor([0, 0, 1, 1])).groups[0][1] is None
+
+
+def test_packing_sorts_images_of_different_length_into_groups():
+    lengths = [9, 1, 8, 2, 7, 1, 9, 2, 3]
+    image = torch.arange(9).repeat_interleave(torch.tensor(lengths))
+    packed = pack(image)
+    assert [slots.shape for slots, _ in packed.groups] == [(4, 2), (4, 9), (1, 9)]
+    places = torch.cat([slots.flatten() for slots, _ in packed.groups])
+    assert places[packed.back].tolist() == [*range(sum(lengths))]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, sum(lengths), 8).unbind()
+    alone = [
+        F.scaled_dot_product_attention(*parts)
+        for parts in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
+    ]
+    assert_close(attend_packed(q, k, v, packed), torch.cat(alone, dim=2))
 
 
 @pytest.mark.parametrize("name", ["vit", "eva"])

@@ -245,12 +245,14 @@ def attend(
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    """Each image's tokens look at each other: q, k, v (1, H, T, d) -> (1, H, T, d). The shorter images are filled up to
-    the longest for this product alone."""
-    q, k, v = (t[0].transpose(0, 1)[packed.slots].transpose(1, 2) for t in (q, k, v))  # (b, H, longest, d)
-    mask = None if packed.filled is None else packed.filled[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2)[packed.image, packed.rank].transpose(0, 1).unsqueeze(0)
+    """Each image's tokens look at each other: q, k, v (1, H, T, d) -> (1, H, T, d). Images of like length are computed
+    together, filled up to the longest of them for this product alone."""
+    rows, done = [t[0].transpose(0, 1) for t in (q, k, v)], []
+    for slots, filled in packed.groups:
+        mask = None if filled is None else filled[:, None, None, :]
+        q, k, v = (t[slots].transpose(1, 2) for t in rows)  # (images, H, longest, d)
+        done.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1))
+    return torch.cat(done)[packed.back].transpose(0, 1).unsqueeze(0)
 
 
 def _needs_plain_operators(q: Tensor) -> bool:

@@ -193,27 +193,38 @@ def halt(total: Tensor, score: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 class Packed(NamedTuple):
-    """T tokens of b images in a row, image after image, and where they stand when the images lie under each other.
+    """T tokens of b images in a row, image after image, and where they stand when images of like length lie under each
+    other, the shorter ones filled up.
 
-    ``image`` and ``rank`` (T,): a token's image, counted among those that have any left, and its place in it.
-    ``slots`` (b, longest): the T positions image by image; ``filled`` of that shape says which are real, None: all.
+    ``groups``: of each the T positions image by image (images, longest), and which of them are real, None: all.
+    ``back`` (T,): where a token is among the groups' positions, one group behind the other.
     """
 
-    image: Tensor
-    rank: Tensor
-    slots: Tensor
-    filled: Tensor | None
+    groups: tuple[tuple[Tensor, Tensor | None], ...]
+    back: Tensor
+
+
+GROUP, EVEN = 4, 0.85
+"""Images under each other, sorted by length; all in one group where at least that share of its places is filled
+(``tools/packed_attention.py``)."""
 
 
 def pack(image: Tensor) -> Packed:
-    """From the image (T,) of each token, ascending. Reads the longest image's length off the device."""
+    """From the image (T,) of each token, ascending. Reads the groups' longest images off the device, once."""
     _, place, counts = torch.unique_consecutive(image, return_inverse=True, return_counts=True)
     starts = counts.cumsum(0) - counts
-    at = torch.arange(len(image), device=image.device)
-    columns = torch.arange(int(counts.max()), device=image.device)
-    filled = columns < counts.unsqueeze(1)
-    slots = (starts.unsqueeze(1) + columns).clamp(max=len(image) - 1)
-    return Packed(place, at - starts[place], slots, None if filled.numel() == len(image) else filled)
+    lengths, order = counts.sort()
+    longest = lengths.tolist()
+    size = len(longest) if len(image) >= EVEN * len(longest) * longest[-1] else GROUP
+    groups, first, before = [], torch.empty_like(starts), 0
+    for at in range(0, len(longest), size):
+        images, wide = order[at : at + size], longest[at : at + size][-1]
+        columns = torch.arange(wide, device=image.device)
+        slots = (starts[images].unsqueeze(1) + columns).clamp(max=len(image) - 1)
+        groups.append((slots, None if longest[at] == wide else columns < counts[images].unsqueeze(1)))
+        first[images] = before + torch.arange(len(images), device=image.device) * wide
+        before += slots.numel()
+    return Packed(tuple(groups), (first - starts)[place] + torch.arange(len(image), device=image.device))
 
 
 # --- who stands for whom ------------------------------------------------------------------------------------------
