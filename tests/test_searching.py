@@ -149,21 +149,35 @@ def test_changes_stay_within_the_model():
     assert len(set(shapes)) > 200
 
 
+def dearer(judge, plan):
+    """A clock on which a matching takes as long as a twentieth of the dense model's FLOPs."""
+    return 0.05 + judge.cost(plan) / judge.whole + 0.05 * sum(isinstance(e, Merge) and e.rounds for e in plan.values())
+
+
 def test_a_budget_of_time_is_kept(monkeypatch):
-    """With a clock that is dearer than FLOPs by a tenth."""
-    vit = small()
-
-    def milliseconds(judge, plan, runtime):
-        return {"dense": 10.0, "plan": 11 * judge.cost(plan) / judge.whole}
-
-    monkeypatch.setattr("amod.searching.milliseconds", milliseconds)
-    for budget in (0.7, 7.0):
-        found = find(vit, budget, runtime="eager", effort=4)
-        assert 6.5 <= found.about["milliseconds"]["plan"] <= 7
+    vit, searches = small(), []
+    monkeypatch.setattr(
+        "amod.searching.milliseconds", lambda judge, plan, runtime: {"dense": 10.0, "plan": 10 * dearer(judge, plan)}
+    )
+    real = amod.searching.evolve
+    monkeypatch.setattr("amod.searching.evolve", lambda *args: searches.append(args[1]) or real(*args))
+    for budget in (0.8, 8.0):
+        found = find(vit, budget, runtime="eager", effort=16)
+        assert 7.5 <= found.about["milliseconds"]["plan"] <= 8
         assert "ms (eager)" in str(found)
+    assert len(searches) <= 4
     monkeypatch.setattr("amod.searching.milliseconds", lambda *_: {"dense": 10.0, "plan": 9.0})
     with pytest.raises(amod.UserError, match="no plan was so fast"):
         find(vit, 0.7, runtime="eager", effort=8)
+
+
+def test_time_is_predicted_from_a_few_plans():
+    judge = Judge(small(), IMAGES)
+    judge.watch(lambda plan: dearer(judge, plan))
+    for plan in ({1: Merge(4, by="tokens", rounds=2), 4: Merge(2)}, dict.fromkeys(range(5), Merge(1)), {3: Prune(0.6)}):
+        assert judge.takes(plan) == pytest.approx(dearer(judge, plan), rel=1e-6)
+    many, few = (Shape(tuple(Gene(i, "merge", 1.0) for i in blocks)) for blocks in (range(5), (2,)))
+    assert judge.cost(judge.within(many, 0.9)) < judge.cost(judge.within(few, 0.9))  # what is left of it for FLOPs
 
 
 def test_eager_time_is_measured():

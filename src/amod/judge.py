@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from amod.errors import UserError, one_line, reachable
@@ -76,6 +79,7 @@ class Judge:
         if self.ledger is not None:
             self.read_ledger(self.ledger)
         self.prices = self.price_list()
+        self.clock: Any = None
         self.seen: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
 
@@ -92,14 +96,18 @@ class Judge:
     def price_list(self) -> Tensor:
         """What ``tallies`` cost, learned from the counts of a few plans: counting each candidate would take longer than
         judging it."""
-        last: Plan = {self.depth - 1: ClassOnly()} if self.exact else {}
-        blocks = (0, self.depth // 2, max(self.depth - 2, 0))
-        plans = [last, *({i: Prune(keep, False), **last} for i in blocks for keep in (0.5, 0.25))]
-        plans += [{0: Merge(self.tokens // 4, by=by), **last} for by in MERGE_BY]
+        plans = self.probes()
         tallies = torch.tensor([self.tallies(plan) for plan in plans], dtype=torch.float64)
         costs = torch.tensor([[self.cost(plan)] for plan in plans], dtype=torch.float64)
         scale = tallies.amax(dim=0).clamp(min=1)
         return torch.linalg.lstsq(tallies / scale, costs, driver="gelsd").solution[:, 0] / scale
+
+    def probes(self) -> list[Plan]:
+        """Different enough that from what they cost follows what others do."""
+        last: Plan = {self.depth - 1: ClassOnly()} if self.exact else {}
+        blocks = (0, self.depth // 2, max(self.depth - 2, 0))
+        plans = [last, *({i: Prune(keep, False), **last} for i in blocks for keep in (0.5, 0.25))]
+        return plans + [{0: Merge(self.tokens // 4, by=by), **last} for by in MERGE_BY]
 
     def tallies(self, plan: Plan) -> list[float]:
         """[1, tokens n that attention sees in all blocks, their n^2, tokens that MLPs see, pairs that merges compare by
@@ -123,17 +131,46 @@ class Judge:
             seen, pairs, through = seen + n, pairs + n * n, through + left
         return [1, seen, pairs, through, *compared.values(), last]
 
-    def within(self, shape: Shape, macs: float) -> Plan | None:
-        """The shape's plan that costs most within the budget; None: it cannot be had."""
+    def watch(self, clock: Callable[[Plan], float]) -> None:
+        """Budgets are of time now, in shares of the dense model's. What ``clock`` says of a few plans tells what others
+        take: few large merges and many small ones may cost the same FLOPs, and never take the same time."""
+        few = [self.depth // 6, self.depth // 2]
+        plans = [p for p in self.probes() if p]
+        plans += [dict.fromkeys(range(self.depth - 1), Merge(1, by=by)) for by in MERGE_BY]
+        plans += [dict.fromkeys(few, Merge(max(self.tokens // 8, 1), True, "tokens", 2))]
+        plans += [{i: Prune(0.8, fuse) for i in few} for fuse in (True, False)]
+        if self.depth > 2:
+            plans += [dict.fromkeys(range(self.depth // 2, self.depth - 1), Route(0.5, "class_attention"))]
+        features = np.array([self.features(plan, self.cost(plan)) for plan in plans])
+        self.clock = nnls(features, np.array([clock(plan) for plan in plans]))[0]
+
+    def features(self, plan: Plan, macs: float) -> list[float]:
+        """What its time is made of: [1, FLOPs of dense, matchings, prunings, routed blocks]."""
+        entries = [*plan.values()]
+        matchings = sum(entry.rounds for entry in entries if isinstance(entry, Merge))
+        others = (sum(isinstance(entry, kind) for entry in entries) for kind in (Prune, Route))
+        return [1.0, macs / self.whole, matchings, *others]
+
+    def takes(self, plan: Plan, roughly: bool = False) -> float:
+        """What the budget is of: FLOPs, or predicted time. ``roughly``: FLOPs by the price list, to a few parts in
+        1e5."""
+        macs: float
+        if roughly:
+            macs = float(torch.tensor(self.tallies(plan), dtype=torch.float64) @ self.prices)
+        else:
+            macs = self.cost(plan)
+        return macs if self.clock is None else float(np.dot(self.features(plan, macs), self.clock))
+
+    def within(self, shape: Shape, budget: float) -> Plan | None:
+        """The shape's plan that takes most within the budget; None: it cannot be had."""
         try:
             weak, low, high = self.plan_of(shape, 0.0), 0.0, 1.0
-            if self.cost(weak) <= macs:
+            if self.takes(weak) <= budget:
                 return weak
             for _ in range(12):
                 middle = (low + high) / 2
-                tallies = torch.tensor(self.tallies(self.plan_of(shape, middle)), dtype=torch.float64)
-                low, high = (low, middle) if float(tallies @ self.prices) <= macs else (middle, high)
-            while self.cost(plan := self.plan_of(shape, high)) > macs:  # the list is right to a few parts in 1e5
+                low, high = (low, middle) if self.takes(self.plan_of(shape, middle), True) <= budget else (middle, high)
+            while self.takes(plan := self.plan_of(shape, high)) > budget:
                 if high >= 1:
                     return None
                 high = min(high + 0.01, 1.0)

@@ -123,7 +123,11 @@ def search(
             macs = budget * judge.whole if budget < 1 else budget
             plan, loss = evolve(judge, macs, random.Random(seed), effort, spent)
         else:
-            plan, loss, about["milliseconds"] = by_the_clock(judge, budget, runtime, effort, seed, spent)
+
+            def tell(text: str) -> None:
+                bar.update(task, description=text)
+
+            plan, loss, about["milliseconds"] = by_the_clock(judge, budget, runtime, effort, seed, spent, tell)
     return Found(plan, judge.cost(plan), judge.whole, loss, about)
 
 
@@ -131,16 +135,17 @@ def search(
 
 
 def evolve(
-    judge: Judge, macs: float, rng: random.Random, effort: float, spent: Callable[[float, float], None]
+    judge: Judge, budget: float, rng: random.Random, effort: float, spent: Callable[[float, float], None]
 ) -> tuple[Plan, float]:
-    """(plan, loss): the hand-made shapes, then changes of the best of them until the effort is spent."""
+    """(plan, loss): the hand-made shapes, then changes of the best of them until the effort is spent. The budget is of
+    what the judge says that a plan takes."""
     ranked: list[tuple[float, float, Shape, Plan]] = []  # loss, that of the first quarter, ...
     seen: set[str] = set()
     left, idle = effort, 0
 
     def judged(shape: Shape, screen: bool) -> None:
         nonlocal left, idle
-        plan = judge.within(shape, macs)
+        plan = judge.within(shape, budget)
         idle += 1
         if plan is None or (key := name_of(plan)) in seen:
             return
@@ -158,7 +163,7 @@ def evolve(
         judged(shape, screen=False)
     if not ranked:
         raise UserError(
-            f"budget of {macs / 1e9:.4g} GFLOPs: no plan of this model ({judge.whole / 1e9:.4g} GFLOPs) at "
+            f"budget of {budget / 1e9:.4g} GFLOPs: no plan of this model ({judge.whole / 1e9:.4g} GFLOPs) at "
             f"{judge.size[1]} x {judge.size[2]} pixels costs so little; raise it"
         )
     while left > 0 and idle < 200 and ranked[0][0] > 1e-9:
@@ -222,26 +227,40 @@ def changed(shape: Shape, end: int, rng: random.Random) -> Shape:
 
 
 def by_the_clock(
-    judge: Judge, budget: float, runtime: str, effort: float, seed: int, spent: Callable[[float, float], None]
+    judge: Judge,
+    budget: float,
+    runtime: str,
+    effort: float,
+    seed: int,
+    spent: Callable[[float, float], None],
+    tell: Callable[[str], None],
 ) -> tuple[Plan, float, dict[str, float]]:
-    """(plan, loss, milliseconds of one image): FLOPs are searched for, and their budget follows the measured time."""
-    share, best = budget if budget < 1 else None, None
-    macs = judge.whole * (share or 0.7)
-    fastest = 0.0
-    for _ in range(TRIES):
-        try:
-            plan, loss = evolve(judge, macs, random.Random(seed), effort / TRIES, spent)
-        except UserError:  # so few FLOPs cannot be had
-            break
+    """(plan, loss, milliseconds of one image): what plans take is predicted from the measured times of a few, and where
+    the plan that is found takes another time, the search is made again for so much more or less."""
+    fastest, took = 0.0, {"dense": 0.0, "plan": 0.0}
+
+    def share_of(plan: Plan) -> float:
+        nonlocal fastest, took
+        tell(f"timing plans, {runtime}")
         took = milliseconds(judge, plan, runtime)
-        share = budget / took["dense"] if share is None else share
         ratio = took["plan"] / took["dense"]
         fastest = min(fastest or ratio, ratio)
+        return ratio
+
+    judge.watch(share_of)
+    share = budget if budget < 1 else budget / took["dense"]
+    wanted, best = share, None
+    for _ in range(TRIES):
+        try:
+            plan, loss = evolve(judge, wanted, random.Random(seed), effort / TRIES, spent)
+        except UserError:  # so little time cannot be had
+            break
+        ratio, expected = share_of(plan), judge.takes(plan)
         if ratio <= share and (best is None or loss < best[1]):
             best = plan, loss, took
-        if share * 0.97 <= ratio <= share:
+        if 0.97 * expected <= ratio <= share:
             break
-        macs = min(macs * share * 0.99 / ratio, judge.whole * 0.9999)
+        wanted = 0.99 * share * expected / ratio
     if best is None:
         raise UserError(
             f"budget={budget:g}: no plan was so fast in runtime={runtime}, the fastest took {fastest:.0%} of dense"
