@@ -55,11 +55,12 @@ RULES: dict[str, Callable[[Any, Any], int]] = {
 }
 
 
-ALIKE = ("native_layer_norm", "gelu", "_softmax", "_safe_softmax", "clamp_min")
+ALIKE = ("native_layer_norm", "gelu", "_softmax", "_safe_softmax")
 """Operators without a rule whose outputs are shaped like their first argument, or are not read. On the meta device
 torch runs them, and the next ones, in Python, which was most of a count's time."""
-BROADCAST = ("add", "sub", "mul", "div")
-"""Without a rule as well; the result is shaped as the two broadcast."""
+BROADCAST = {(name, kind) for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")}
+BROADCAST |= {("clamp_min", "default"), ("clamp_min", "Tensor")}
+"""Without a rule as well; the result is shaped as the two arguments broadcast."""
 PRODUCTS = ("mm", "addmm", "bmm")
 """The result is shaped like the first factor but for its last axis."""
 
@@ -76,12 +77,7 @@ class Counter(TorchDispatchMode):
         if name in ALIKE and args[0].is_meta:
             like = torch.empty_like(args[0])
             return (like,) * len(func._schema.returns) if len(func._schema.returns) > 1 else like
-        if (
-            name in BROADCAST
-            and func._overloadname in ("Tensor", "Scalar")
-            and args[0].is_meta
-            and args[0].is_floating_point()
-        ):
+        if (name, func._overloadname) in BROADCAST and args[0].is_meta and args[0].is_floating_point():
             shape = torch.broadcast_shapes(*(a.shape for a in args[:2] if isinstance(a, Tensor)))
             return args[0].new_empty(shape, dtype=torch.result_type(*args[:2]))
         if name in PRODUCTS and args[-1].is_meta and args[-2].shape[-1] == args[-1].shape[-2]:
