@@ -249,6 +249,24 @@ def test_operators_that_are_only_shaped_count_as_those_that_run(name, monkeypatc
     assert amod.count_flops(model) == quick
 
 
+@pytest.mark.parametrize("said", ["add", "sub", "mul", "div", "clamp_min"])
+def test_operators_that_are_only_shaped_have_the_shape_and_type_that_torch_gives(said):
+    function, given = getattr(torch, said), torch.zeros(3, 1, 4)
+    for other in (
+        2,
+        0.5,
+        torch.ones(2, 1),
+        torch.ones(4, dtype=torch.float64),
+        torch.ones(5, 1, 1, 1, dtype=torch.int64),
+    ):
+        if said == "clamp_min" and isinstance(other, torch.Tensor) and other.dtype != given.dtype:
+            continue  # torch wants one type
+        expected = function(given, other)
+        with amod.flops.Counter():
+            found = function(given.to("meta"), other.to("meta") if isinstance(other, torch.Tensor) else other)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
 def test_inference_mode_changes_no_count():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7).eval()
     halting, images = amod.convert(vit, "avit", halt_scale=3.0, halt_shift=0.0), torch.randn(2, 3, 64, 64)
