@@ -205,12 +205,16 @@ def test_a_budget_picks_r_and_the_keep_rate(router, field):
 
 @pytest.mark.parametrize("router", ["attention", "evit", "tome", "dynamicvit"])
 @pytest.mark.parametrize("share", [0.75, 0.6])
-def test_a_budget_is_solved_in_two_seconds(router, share):
+def test_a_budget_is_solved_in_two_seconds(router, share, monkeypatch):
     vit = meta("vit_large_patch16_224")
     budget = share * amod.count_flops(vit)
+    counted = []
+    real = amod.vit.count_on_meta
+    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *args: counted.append(1) or real(*args))
     start = time.process_time()
     amod.convert(vit, router, budget=budget)
-    assert time.process_time() - start < 2
+    assert len(counted) <= 5
+    assert time.process_time() - start < 4  # 0.6 to 1.6 s alone; beside other work processor time is longer as well
 
 
 @pytest.mark.parametrize("router", ["attention", "evit", "tome", "dynamicvit"])

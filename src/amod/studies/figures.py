@@ -68,6 +68,7 @@ def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], c
                 x, y, error = zip(*sorted(points), strict=True)
                 axis.errorbar(x, y, yerr=error, capsize=2, **look(router) | style)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(METRICS[study["metric"]])
     _finish(figure, study, caption + "; bars: 95 % interval", path)
