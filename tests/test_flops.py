@@ -214,7 +214,7 @@ def test_a_budget_is_solved_in_two_seconds(router, share, monkeypatch):
     start = time.process_time()
     amod.convert(vit, router, budget=budget)
     assert len(counted) <= 5
-    assert time.process_time() - start < 4  # 0.6 to 1.6 s alone; beside other work processor time is longer as well
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("router", ["attention", "evit", "tome", "dynamicvit"])

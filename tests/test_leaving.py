@@ -133,9 +133,7 @@ def test_halting_by_hand():
 
 
 def test_packing_by_hand():
-    packed = pack(
-        torch.tensor([0, 0, 2, 2, 2])
-    )  # image 1 has left; 5 of 6 places are no 85 %, but one group holds four
+    packed = pack(torch.tensor([0, 0, 2, 2, 2]))  # image 1 has left; one group holds four
     ((slots, filled),) = packed.groups
     assert slots.tolist()[1] == [2, 3, 4]
     assert filled.tolist() == [[True, True, False], [True, True, True]]

@@ -234,24 +234,22 @@ def within_budget(
             f"budget={budget!r}: must be a number of multiply-accumulates of one image, e.g. 2.6e9, or "
             "0.75 * amod.count_flops(vit)"
         )
-    least, most = (cost(candidates[at]) for at in (0, -1)) if candidates else (0, 0)
-    if not candidates or not least <= budget <= most:
+    most = cost(candidates[-1]) if candidates else 0
+    low, high = -1, len(candidates) - 1  # what is known to fit, and not to
+    known = {0: 0.0, most: tokens(candidates[-1])} if candidates else {}
+    while budget < most and high - low > 1:
+        guess = bisect_left(candidates, _meets(known, budget), low + 1, high - 1, key=tokens)
+        found = cost(candidates[guess])
+        known[found] = tokens(candidates[guess])
+        low, high = (guess, high) if found <= budget else (low, guess)
+    if not candidates or not budget <= most or (budget < most and low < 0):
+        least = cost(candidates[0]) if candidates else 0
         share = "; a share of the dense cost is share * amod.count_flops(vit)" if 0 < budget <= 100 else ""
         raise UserError(
             f"budget of {float(budget) / 1e9:.6g} GFLOPs: {what} reaches {least / 1e9:.4f} to {most / 1e9:.4f} GFLOPs"
             f"{share}"
         )
-    low, high = 0, len(candidates) - 1
-    known = {least: tokens(candidates[low]), most: tokens(candidates[high])}
-    while high - low > 1:
-        guess = bisect_left(candidates, _meets(known, budget), low + 1, high - 1, key=tokens)
-        found = cost(candidates[guess])
-        known[found] = tokens(candidates[guess])
-        if found <= budget:
-            low = guess
-        else:
-            high, most = guess, found
-    return candidates[high if most <= budget else low]
+    return candidates[high if budget == most else low]
 
 
 def _meets(known: dict[int, float], budget: float) -> float:

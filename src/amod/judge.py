@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from amod.errors import UserError, one_line, reachable
@@ -134,6 +133,8 @@ class Judge:
     def watch(self, clock: Callable[[Plan], float]) -> None:
         """Budgets are of time now, in shares of the dense model's. What ``clock`` says of a few plans tells what others
         take: few large merges and many small ones may cost the same FLOPs, and never take the same time."""
+        from scipy.optimize import nnls  # takes as long to import as a plan to judge
+
         few = [self.depth // 6, self.depth // 2]
         plans = [p for p in self.probes() if p]
         plans += [dict.fromkeys(range(self.depth - 1), Merge(1, by=by)) for by in MERGE_BY]
@@ -225,6 +226,11 @@ class Judge:
                 known[part] = self.loss(plan, part)
                 self.write_ledger(plan, losses=known)
         return [known[part] or 0.0 for part in parts]
+
+    def mean_loss(self, plan: Plan) -> float:
+        """On all images."""
+        quarter, rest = self.losses(plan, (0, 1))
+        return (quarter + 3 * rest) / 4
 
     def loss(self, plan: Plan, part: int) -> float:
         quarter = len(self.images) // 4

@@ -154,8 +154,8 @@ def evolve(
         before = left
         (first,), left = judge.losses(plan, (0,)), left - judge.effort(plan) / 4
         if not screen or first <= max(quarter for _, quarter, _, _ in ranked[:ELITE]):
-            (rest,), left = judge.losses(plan, (1,)), left - judge.effort(plan) * 3 / 4
-            ranked.append(((first + 3 * rest) / 4, first, shape, plan))
+            loss, left = judge.mean_loss(plan), left - judge.effort(plan) * 3 / 4
+            ranked.append((loss, first, shape, plan))
             ranked.sort(key=lambda entry: entry[0])
         spent(before - left, ranked[0][0])
 

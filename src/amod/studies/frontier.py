@@ -114,12 +114,7 @@ def few_of(judge: Judge, kind: str) -> Shape:
 def as_near(judge: Judge, other: Plan) -> Plan | None:
     """The strongest few merges by tokens that agree with the dense model on the search's images as well as ``other``
     does; None: not even the weakest."""
-
-    def loss(plan: Plan) -> float:
-        quarter, rest = judge.losses(plan, (0, 1))
-        return (quarter + 3 * rest) / 4
-
-    found, weak, strong, limit = None, 0.0, 1.0, loss(other)
+    found, weak, strong, limit = None, 0.0, 1.0, judge.mean_loss(other)
     for _ in range(8):
         middle = (weak + strong) / 2
         try:
@@ -127,7 +122,7 @@ def as_near(judge: Judge, other: Plan) -> Plan | None:
         except UserError:  # entries so strong that they cannot stand together
             strong = middle
             continue
-        if loss(plan) <= limit:
+        if judge.mean_loss(plan) <= limit:
             found, weak = plan, middle
         else:
             strong = middle
