@@ -75,6 +75,20 @@ def test_only_the_routers_change(dense, tmp_path, capsys):
     assert found["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-3)
 
 
+def test_a_probe_trains_the_head_alone(dense, tmp_path, capsys):
+    probed = [f"model.checkpoint={dense}", "schedule=probe", "schedule.epochs=2"]
+    summary = run(tmp_path / "run", *DIGITS, "router=attention", *probed)
+    before, after = (load_file(folder / "weights.safetensors") for folder in (dense, tmp_path / "run"))
+    assert {key for key in after if not torch.equal(after[key], before[key])} == {"head.weight", "head.bias"}
+    assert summary["params_trained"] == 330
+    assert f"330 of {summary['params']:,} parameters are trained: the head" in capsys.readouterr().out
+
+
+def test_a_model_without_a_head_has_no_probe(stories, tmp_path):
+    with pytest.raises(UserError, match="schedule.train=head: there are no such weights; choose schedule.train=all"):
+        run(tmp_path / "run", *stories, "schedule=probe", "schedule.batch_size=8", "router=none")
+
+
 @pytest.mark.parametrize("router", ["tuning", "attention"])
 def test_with_a_lora_that_ends_in_the_weights(dense, tmp_path, capsys, router):
     """peft's, of rank 2 on qkv, proj, fc1 and fc2 of 4 blocks; the file has the names of a model without one."""
@@ -165,7 +179,11 @@ def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path, lora):
         (["router=tuning", "router.target=0.5", "router.scale=0"], "target=0.5: does nothing with scale=0"),
         (
             ["router=tuning", "schedule=router_tuning", "schedule.train=all", "schedule.lora=4"],
-            "schedule.lora=4: is for weights that stay as they are",
+            "schedule.lora=4: is for weights that stay as they are.* schedule.train=all choose schedule.lora=null",
+        ),
+        (
+            ["schedule=router_tuning", "schedule.train=head", "schedule.lora=4"],
+            "schedule.lora=4: is .* schedule.train=head choose schedule.lora=null",
         ),
     ],
 )

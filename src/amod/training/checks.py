@@ -59,10 +59,10 @@ def check_train(composed: Any) -> TrainConfig:
                 f"trainer.{theirs}={shown(value)}: must be schedule.{ours}={shown(wanted)}, which other settings "
                 f"follow too; set schedule.{ours}={shown(value)} in its place"
             )
-    if schedule.lora is not None and schedule.train == "all":
+    if schedule.lora is not None and schedule.train != "routers":
         raise UserError(
-            f"schedule.lora={schedule.lora}: is for weights that stay as they are; with schedule.train=all they are "
-            "trained themselves: choose schedule.train=routers or schedule.lora=null"
+            f"schedule.lora={schedule.lora}: is for weights that stay as they are, beside trained routers; with "
+            f"schedule.train={schedule.train} choose schedule.lora=null, or choose schedule.train=routers"
         )
     if schedule.train == "routers" and schedule.lora is None and cfg.router.name not in ("tuning", "linear", "plan"):
         raise UserError(

@@ -152,7 +152,7 @@ class Augment(Open):
 
 
 class Schedule(Group):
-    train: Literal["all", "routers"] = "all"
+    train: Literal["all", "routers", "head"] = "all"
     lora: Count | None = None  # rank
     epochs: Count
     batch_size: Count

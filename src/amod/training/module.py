@@ -85,15 +85,21 @@ def make_optimizer(
 
 
 def freeze(model: nn.Module, schedule: Schedule) -> int:
-    """Leave only the routers trainable, and a LoRA, where the schedule says so; how many weights there are to train."""
+    """Leave only the routers trainable, and a LoRA, or only the head, where the schedule says so; how many weights there
+    are to train."""
     if schedule.train == "routers":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("router" in name.rpartition(".")[0].replace("routers", "router").split("."))
         if schedule.lora is not None:
             add_lora(model, schedule.lora)
+    if schedule.train == "head":
+        model.requires_grad_(False)
+        if hasattr(model, "get_classifier"):  # as timm's models do
+            model.get_classifier().requires_grad_(True)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
-        raise UserError(f"schedule.train={schedule.train}: there are no such weights; choose router=tuning or linear")
+        other = "choose router=tuning or linear" if schedule.train == "routers" else "choose schedule.train=all"
+        raise UserError(f"schedule.train={schedule.train}: there are no such weights; {other}")
     return count
 
 

@@ -141,7 +141,7 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     announce(cfg, data, compute, batch, lr)
     if schedule.train != "all":
         lora = "" if schedule.lora is None else f", and a LoRA of rank {schedule.lora}"
-        say(f"{trainable:,} of {compute['params']:,} parameters are trained: the routers{lora}")
+        say(f"{trainable:,} of {compute['params']:,} parameters are trained: the {schedule.train}{lora}")
     trainer.loggers = loggers(cfg, folder) or []
     with one_voice(trainer, go_on(folder)):
         if newest:
