@@ -85,7 +85,7 @@ def test_a_probe_trains_the_head_alone(dense, tmp_path, capsys):
 
 
 def test_a_model_without_a_head_has_no_probe(stories, tmp_path):
-    with pytest.raises(UserError, match="schedule.train=head: there are no such weights; choose schedule.train=all"):
+    with pytest.raises(UserError, match=r"train=head: there are no such weights; choose schedule\.train=all"):
         run(tmp_path / "run", *stories, "schedule=probe", "schedule.batch_size=8", "router=none")
 
 
