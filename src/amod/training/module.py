@@ -85,8 +85,7 @@ def make_optimizer(
 
 
 def freeze(model: nn.Module, schedule: Schedule) -> int:
-    """Leave only the routers (and a LoRA) or only the head trainable, where the schedule says so; how many weights those
-    are."""
+    """Leave only the routers (and a LoRA), or the head, trainable, if the schedule says so; how many weights it is."""
     if schedule.train == "routers":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("router" in name.rpartition(".")[0].replace("routers", "router").split("."))
