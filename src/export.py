@@ -48,12 +48,12 @@ def job(cfg: ExportConfig) -> None:
     for file, int8 in files:
         print(f"{file}: {export(model, file, cfg.format, images=images, int8=int8)}", flush=True)
     named: dict[str, Any] = {"torch": model}
-    named |= {("int8" if int8 else cfg.format): open_session(file) for file, int8 in files}
+    named |= {("int8" if int8 else cfg.format): open_session(file, batch=1) for file, int8 in files}
     for line in latency(named, cfg.rounds):
         print(line)
     if cfg.example is not None:
         print(f"{cfg.example}, by {files[-1][0]}:")
-        for name, share in predict(open_session(files[-1][0]), Path(cfg.example).expanduser()):
+        for name, share in predict(open_session(files[-1][0], batch=1), Path(cfg.example).expanduser()):
             print(f"  {share:6.1%}  {name}")
 
 

@@ -85,6 +85,9 @@ def test_a_file_gives_what_the_model_gives(tmp_path, plan, suffix):
     session = open_session(tmp_path / f"model{suffix}")
     images = torch.randn(6, 3, 32, 32)
     torch.testing.assert_close(torch.as_tensor(session(images.numpy())[0]), routed.eval()(images), atol=1e-4, rtol=1e-4)
+    known = open_session(tmp_path / f"model{suffix}", batch=2)  # OpenVINO takes no other then
+    logits = torch.cat([torch.as_tensor(known(pair.numpy())[0]) for pair in images.split(2)])
+    torch.testing.assert_close(logits, routed(images), atol=1e-4, rtol=1e-4)
     assert session.facts["mean"] == [0.5, 0.5, 0.5]
     assert amod.plan.from_data(session.facts["plan"]) == plan
     assert {file.name for file in tmp_path.iterdir()} <= {f"model{suffix}", "model.bin"}
@@ -130,7 +133,9 @@ def test_int8_is_near_the_model(tmp_path, form):
     routed, images = model({1: Route(0.5)}, depth=2), torch.randn(8, 3, 32, 32)
     found = amod.export(routed, tmp_path / f"model{suffix}", images=images, int8=True)
     assert 0 < found.difference < 0.5 * found.scale
-    assert open_session(tmp_path / f"model{suffix}").facts["input_size"] == [3, 32, 32]
+    session = open_session(tmp_path / f"model{suffix}", batch=1)
+    assert session.facts["input_size"] == [3, 32, 32]
+    assert torch.as_tensor(session(images[:1].numpy())[0]).shape == (1, 7)
 
 
 SIGNALLED = """

@@ -76,11 +76,15 @@ def _rows(indices: Tensor) -> Tensor:
 
 def take(x: Tensor, indices: Tensor) -> Tensor:
     """The kept tokens: (B, N, ...) and (B, K) -> (B, K, ...)."""
+    if x.dim() == 2:  # where the batch is known, OpenVINO cannot index it by rows
+        return x.gather(1, indices)
     return x[_rows(indices), indices]
 
 
 def put(x: Tensor, indices: Tensor, kept: Tensor) -> Tensor:
     """A copy of ``x`` with the kept tokens replaced: (B, N, ...), (B, K), (B, K, ...) -> (B, N, ...)."""
+    if x.dim() == 2:
+        return x.scatter(1, indices, kept.to(x.dtype))
     return x.index_put((_rows(indices), indices), kept.to(x.dtype))
 
 

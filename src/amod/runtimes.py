@@ -36,13 +36,19 @@ def needed(form: str, int8: bool = False) -> None:
 
 
 def open_session(
-    path: Path, form: str | None = None, threads: int | None = None, default_precision: bool = False
+    path: Path,
+    form: str | None = None,
+    threads: int | None = None,
+    default_precision: bool = False,
+    batch: int | None = None,
 ) -> Session:
     """Open a file that :func:`amod.export` made.
 
     Args:
         threads: of the runtime; None: its own choice.
         default_precision: OpenVINO's own choice on this machine, which may be bfloat16, in place of float32.
+        batch: how many images every call will have, where that is known. OpenVINO then knows all shapes beforehand and
+            is 1.06 times (dense) to 1.3 times (routed, merging) as fast with one image; the others are no faster.
     """
     form = form or next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     if form is None:
@@ -51,16 +57,18 @@ def open_session(
         raise UserError(f"{path}: no such file; make one by src/export.py")
     needed(form)
     try:
-        return OPENERS[form](path, threads, default_precision)
+        return OPENERS[form](path, threads, default_precision, batch)
     except Exception as error:  # whatever the runtime makes of the bytes
         raise UserError(f"{path}: {form} cannot open it ({one_line(error)})") from error
 
 
-def _open_onnx(path: Path, threads: int | None, default_precision: bool) -> Session:
+def _open_onnx(path: Path, threads: int | None, default_precision: bool, batch: int | None) -> Session:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    if batch is not None:
+        options.add_free_dimension_override_by_name("batch", batch)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     facts = json.loads(session.get_modelmeta().custom_metadata_map["amod"])
     return Session(lambda images: session.run(None, {"images": images}), facts, "float32")
@@ -76,9 +84,11 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
-def _open_openvino(path: Path, threads: int | None, default_precision: bool) -> Session:
+def _open_openvino(path: Path, threads: int | None, default_precision: bool, batch: int | None) -> Session:
     core = openvino_core()
     model = core.read_model(path)
+    if batch is not None:
+        model.reshape({"images": [batch, *model.input("images").partial_shape[1:]]})
     config: dict[str, Any] = {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
     config |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     compiled = core.compile_model(model, "CPU", config)
@@ -89,7 +99,7 @@ def _open_openvino(path: Path, threads: int | None, default_precision: bool) -> 
     )
 
 
-def _open_torch(path: Path, threads: int | None, default_precision: bool) -> Session:
+def _open_torch(path: Path, threads: int | None, default_precision: bool, batch: int | None) -> Session:
     import torch
 
     extra = {"amod.json": ""}

@@ -292,5 +292,5 @@ def runner(model: nn.Module, images: Tensor, runtime: str, place: Path, batch: i
 
     file, image = place.with_suffix(SUFFIXES[runtime]), images[:batch].numpy()
     export(model, file, input_size=(images.shape[1], images.shape[2], images.shape[3]), images=images)
-    session = open_session(file, threads=torch.get_num_threads())
+    session = open_session(file, threads=torch.get_num_threads(), batch=batch)
     return lambda: session(image)

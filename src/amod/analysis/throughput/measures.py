@@ -72,7 +72,7 @@ def _measure_files(cell: Mapping[str, Any], variants: Mapping[str, Variant]) -> 
         )
         if not path.exists():
             export(variant.model, path, form)
-        session = open_session(path, form, cell["threads"], cell["precision"] == "default")
+        session = open_session(path, form, cell["threads"], cell["precision"] == "default", cell["batch"])
         precisions.add(session.precision)
         steps[name] = partial(session.run, images)
     seconds, repeats = alternate(
