@@ -15,6 +15,7 @@ import frontier as command
 import tiny
 from amod.judge import Judge
 from amod.plan import ClassOnly, Merge, Prune, Route
+from amod.studies import frontier
 from amod.studies.frontier import as_near
 from amod.studies.frontier_report import in_words, interval
 from amod.training.compose import compose_config
@@ -53,6 +54,30 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     assert (output / "records.jsonl").read_text() == before
     with pytest.raises(amod.UserError, match="of other settings"):
         command.job(asked(*wanted[:4], "images=41", *wanted[5:]))
+
+
+def test_a_stopped_one_goes_on_within_the_images(tmp_path, monkeypatch, capsys):
+    run, output = tmp_path / "run", tmp_path / "frontier"
+    tiny.run(run, "router=none", "schedule.epochs=1")
+    wanted = [f"run={run}", f"output={output}", "shares=[0.8]", "effort=2", "images=40", "search_images=16"]
+    wanted += ["runtimes=[]"]
+    command.job(asked(*wanted))
+    whole = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+    (output / "records.jsonl").unlink()
+    monkeypatch.setattr(frontier, "CHUNK", 16)
+    command.job(asked(*wanted))
+    assert "measured 16 of 40 images\nmeasured 32 of 40 images\nmeasured 40 of 40" in capsys.readouterr().out
+    text, records = (output / "README.md").read_text(), (output / "records.jsonl").read_text()
+    (output / "records.jsonl").write_text(records[: len(records) // 2])  # in the middle of a line
+    command.job(asked(*wanted))
+    assert "measured 16 of" not in capsys.readouterr().out
+    assert (output / "records.jsonl").read_text() == records
+    assert (output / "README.md").read_text() == text
+    known = frontier.Records(output / "records.jsonl", whole[0])
+    for one in whole[1:]:
+        joined = known.get((one["method"], one["share"]), amod.plan.from_data(one["plan"]), 40)
+        assert joined["right"] == one["right"]
+        assert joined["disagreement"] == pytest.approx(one["disagreement"], rel=1e-4, abs=1e-9)
 
 
 def test_few_merges_agree_as_well_as_tome_and_a_stronger_one_does_not():

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from amod.errors import UserError
 from amod.judge import Gene, Judge, Shape, disagreement
 from amod.plan import Merge, Plan, as_data
@@ -27,6 +25,8 @@ from amod.training.folder import environment, read_config
 from amod.training.loaders import Samples
 from amod.vit import convert, plan_for_budget
 
+Key = tuple[str, float]
+"""A method, and the share of the dense cost that it was made for."""
 CHUNK, COARSE = 256, 0.03
 """Images whose dense features are remembered at once. Where ToMe, a whole number of tokens in every block, leaves more
 than this share of the dense cost unspent, the number below is measured too, above the budget."""
@@ -48,7 +48,7 @@ def frontier(cfg: FrontierConfig) -> None:
     about = {"model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
              "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9}  # fmt: skip
     told = {**about, "search_images": len(searched_on), "effort": cfg.effort}
-    plans: dict[tuple[str, float], Plan] = {("dense", 1.0): {}}
+    plans: dict[Key, Plan] = {("dense", 1.0): {}}
     for share in cfg.shares:
         found = search(
             vit, searched_on, share, seed=cfg.seed, effort=cfg.effort, ledger=output / "search.jsonl",
@@ -63,19 +63,20 @@ def frontier(cfg: FrontierConfig) -> None:
         if tome is not None and (near := as_near(judge, tome)) is not None:
             plans["as_tome", share] = near
     records = Records(output / "records.jsonl", about)
-    todo = {key: plan for key, plan in plans.items() if records.get(key, plan) is None}
-    if todo:
-        measured = Samples(split, data.eval_transform, None, False, False)
-        for key, losses, right in measure(judge, todo, measured, cfg):
-            records.add(key, todo[key], judge.cost(todo[key]), losses, right)
     times = Records(output / "times.jsonl", about)
-    rows = [records.get(key, plan) for key, plan in plans.items()]
+    for seen in measure(judge, plans, Samples(split, data.eval_transform, None, False, False), cfg, records):
+        rows = [row for key, plan in plans.items() if (row := records.get(key, plan, seen)) is not None]
+        if len(rows) == len(plans):  # else a file of before has them all at once
+            write_report(output, {**told, "images": seen}, environment(), rows, times.all())
+        print(f"measured {seen} of {about['images']} images", flush=True)
+    rows = [records.get(key, plan, about["images"]) for key, plan in plans.items()]
     timed = {key: plan for key, plan in plans.items() if key[0] in ("dense", *cfg.timed)}
     for runtime in cfg.runtimes:
         for batch in cfg.batches:
             key = (f"{runtime}, batch {batch}, {cfg.clock} time", 0.0)
-            if times.get(key, {}) is None:
-                times.add(key, {}, 0, *clock(judge, timed, runtime, batch, cfg.rounds, cfg.clock))
+            if not times.of(key, {}):
+                taken = clock(judge, timed, runtime, batch, cfg.rounds, cfg.clock)
+                times.add(key, {}, 0, {"times": taken})
             print(f"timed: {key[0]}", flush=True)
             write_report(output, told, environment(), rows, times.all())
     write_report(output, told, environment(), rows, times.all())
@@ -130,27 +131,28 @@ def as_near(judge: Judge, other: Plan) -> Plan | None:
 
 
 def measure(
-    judge: Judge, plans: Mapping[tuple[str, float], Plan], samples: Samples, cfg: FrontierConfig
-) -> Iterator[tuple[tuple[str, float], list[float], list[int]]]:
-    """Per plan: every image's disagreement with the dense model, and whether its class was right."""
-    losses: dict[tuple[str, float], list[float]] = {key: [] for key in plans}
-    right: dict[tuple[str, float], list[int]] = {key: [] for key in plans}
+    judge: Judge, plans: Mapping[Key, Plan], samples: Samples, cfg: FrontierConfig, records: Records
+) -> Iterator[int]:
+    """Add to ``records``, for every plan and image, the disagreement with the dense model and whether the class
+    was right, where it is not there yet; how many images that is so far."""
     order = samples.drawn(cfg.images, cfg.seed)
     for at in range(0, len(order), CHUNK):
-        images, labels = samples.stacked(order[at : at + CHUNK])
+        end = min(at + CHUNK, len(order))
+        todo = {key: plan for key, plan in plans.items() if records.seen(key, plan) < end}
+        if not todo:
+            continue
+        images, labels = samples.stacked(order[at:end])
         judge.show(images)
-        for key, plan in plans.items():
+        for key, plan in todo.items():
             outputs = judge.outputs(plan)
-            losses[key] += disagreement(judge.target, outputs, judge.has_head).tolist()
-            right[key] += (outputs.argmax(dim=1) == labels).int().tolist()
-        print(f"measured {min(at + CHUNK, len(order))} of {len(order)} images", flush=True)
-    for key in plans:
-        yield key, losses[key], right[key]
+            losses = disagreement(judge.target, outputs, judge.has_head)
+            right = (outputs.argmax(dim=1) == labels).int().tolist()
+            what = {"at": at, "disagreement": losses.mean().item(), "right": "".join(map(str, right))}
+            records.add(key, plan, judge.cost(plan), what)
+        yield end
 
 
-def clock(
-    judge: Judge, plans: Mapping[tuple[str, float], Plan], runtime: str, batch: int, rounds: int, kind: str
-) -> tuple[list[Any], list[int]]:
+def clock(judge: Judge, plans: Mapping[Key, Plan], runtime: str, batch: int, rounds: int, kind: str) -> list[Any]:
     """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...], on one thread: two
     wait for each other where another process has a core."""
     import torch
@@ -172,7 +174,7 @@ def clock(
     table: list[Any] = []
     for name, taken in seconds.items():
         table.append([*json.loads(name), 1e3 * quartiles(taken).median, *paired(dense, taken)])
-    return table, []
+    return table
 
 
 class Records:
@@ -191,20 +193,34 @@ class Records:
         self.found: list[dict[str, Any]] = lines[1:]
         file.write_text("".join(json.dumps(line) + "\n" for line in [about, *self.found]))
 
-    def get(self, key: tuple[str, float], plan: Plan) -> dict[str, Any] | None:
+    def of(self, key: Key, plan: Plan) -> list[dict[str, Any]]:
         wanted = json.loads(json.dumps([*key, as_data(plan)]))
-        return next((r for r in self.found if [r["method"], r["share"], r["plan"]] == wanted), None)
+        return sorted((r for r in self.found if [r["method"], r["share"], r["plan"]] == wanted), key=begin)
+
+    def seen(self, key: Key, plan: Plan) -> int:
+        """How many images."""
+        return max((begin(record) + len(record["right"]) for record in self.of(key, plan)), default=0)
+
+    def get(self, key: Key, plan: Plan, images: int) -> dict[str, Any] | None:
+        """One record of the first so many images; None: there is none of just those."""
+        parts = [record for record in self.of(key, plan) if begin(record) + len(record["right"]) <= images]
+        right = "".join(record["right"] for record in parts)
+        if len(right) != images:
+            return None
+        mean = sum(len(record["right"]) * record["disagreement"] for record in parts) / images
+        return {**parts[0], "right": right, "disagreement": mean}
 
     def all(self) -> list[dict[str, Any]]:
         return self.found
 
-    def add(self, key: tuple[str, float], plan: Plan, flops: int, values: list[Any], right: list[int]) -> None:
-        record = {"method": key[0], "share": key[1], "plan": as_data(plan), "flops": flops}
-        if right:
-            record |= {"disagreement": float(np.mean(values)), "right": "".join(map(str, right))}
-        else:
-            record |= {"times": values}
+    def add(self, key: Key, plan: Plan, flops: int, what: Mapping[str, Any]) -> None:
+        record = {"method": key[0], "share": key[1], "plan": as_data(plan), "flops": flops, **what}
         line = json.dumps(record)
         self.found.append(json.loads(line))
         with self.file.open("a") as file:
             file.write(line + "\n")
+
+
+def begin(record: Mapping[str, Any]) -> int:
+    """The first image of a record; one of before has them all."""
+    return record.get("at", 0)
