@@ -75,14 +75,15 @@ def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], c
 
 
 def _lines(rows: pd.DataFrame) -> list[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
-    """The rows of each router and, where they differ, placement and kind of training, hollow for all but the usual."""
+    """The rows of each router and, where they differ, placement (half filled) and kind of training (hollow)."""
     lines = []
     for router in router_order(rows):
         mine = rows[rows["router"] == router]
         kinds = mine["setting"].where(~mine["setting"].str.startswith("ponder"), "")
         for (placement, kind), part in mine.groupby([mine["placement"], kinds]):
             own = ", ".join(word for word in (placed(placement) if placement != "alternate" else "", kind) if word)
-            style = {"label": f"{NAMES[router]}, {own}", "markerfacecolor": "none"} if own else {}
+            filled = {"fillstyle": "none" if kind else "left", "markerfacecoloralt": "white"}
+            style = {"label": f"{NAMES[router]}, {own}", **filled} if own else {}
             lines.append(((router, style), part))
     return lines
 
