@@ -43,7 +43,9 @@ def by_openvino(path: Path, images: np.ndarray) -> Counter[str]:
 
     core = openvino.Core()
     settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
+    model = core.read_model(path)
+    model.reshape([*images.shape])
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
     found: Counter[str] = Counter()
     for _ in range(RUNS):
         request.infer({0: images})
