@@ -253,6 +253,7 @@ def _write_openvino(program: Any, path: Path, names: Sequence[str], facts: Mappi
 
     made = openvino.convert_model(program)
     made.inputs[0].get_tensor().set_names({"images"})
+    made.reshape({"images": openvino.PartialShape([-1, *facts["input_size"]])})
     for output, name in zip(made.outputs, names, strict=True):
         output.get_tensor().set_names({name})
     made.set_rt_info(json.dumps(facts), ["amod"])

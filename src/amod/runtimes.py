@@ -87,12 +87,12 @@ def openvino_core() -> Any:
 def _open_openvino(path: Path, threads: int | None, default_precision: bool, batch: int | None) -> Session:
     core = openvino_core()
     model = core.read_model(path)
+    facts = json.loads(model.get_rt_info(["amod"]).astype(str))
     if batch is not None:
-        model.reshape({"images": [batch, *model.input("images").partial_shape[1:]]})
+        model.reshape({"images": [batch, *facts["input_size"]]})
     config: dict[str, Any] = {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
     config |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     compiled = core.compile_model(model, "CPU", config)
-    facts = json.loads(model.get_rt_info(["amod"]).astype(str))
     kind = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     return Session(
         lambda images: [*compiled(images).values()], facts, {"f32": "float32", "bf16": "bfloat16"}.get(kind, kind)
