@@ -47,7 +47,8 @@ def frontier(cfg: FrontierConfig) -> None:
     split = data.splits[cfg.split]
     about = {"model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
              "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9}  # fmt: skip
-    told = {**about, "search_images": len(searched_on), "effort": cfg.effort}
+    trained = "with a linear probe trained" if run.schedule.train == "head" else "fine-tuned"
+    told = {**about, "trained": trained, "search_images": len(searched_on), "effort": cfg.effort}
     plans: dict[Key, Plan] = {("dense", 1.0): {}}
     for share in cfg.shares:
         found = search(
