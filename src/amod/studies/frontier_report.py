@@ -98,11 +98,11 @@ def write_report(
         "# Without training: what a budget buys",
         "",
         f"{about['model']} {about['trained']} on {about['data']}, {about['image_size'][1]} pixels, "
-        f"{about['dense_gflops']:.4f} GFLOPs dense; {about['images']} images of {about['split']}, which neither training "
-        f"nor the search saw. The searches: {about['search_images']} training images without labels. One model; 95 % "
-        "intervals by "
-        "bootstrap over images, those of the differences paired. Disagreement: mean KL divergence of the classes from "
-        "the dense model's, in nats. Times: one thread, in turns; median and quartiles of dense / plan within a round.",
+        f"{about['dense_gflops']:.4f} GFLOPs dense; {about['images']} images of {about['split']}, which neither "
+        f"training nor the search saw. The searches: {about['search_images']} training images without labels. One "
+        "model; 95 % intervals by bootstrap over images, those of the differences paired. Disagreement: mean KL "
+        "divergence of the classes from the dense model's, in nats. Times: one thread, in turns; median and "
+        "quartiles of dense / plan within a round.",
         "",
         "| share | method | GFLOPs | top-1 (%) | points below dense | disagreement | plan |"
         + "".join(f" {c} |" for c in clocks),
