@@ -39,9 +39,7 @@ def main(model: str = "vit_small_patch14_dinov2", pixels: str = "112", batch: st
                 session = open_session(path, threads=1, batch=known)
                 steps[f"{name}, {'any batch' if known is None else 'known'}"] = lambda s=session: s(images)
         seconds, _ = alternate(steps, ROUNDS, fill=0.1)
-    print(
-        f"{model}, {pixels} pixels, batch {batch}: times faster than dense, and than itself, of any batch"
-    )
+    print(f"{model}, {pixels} pixels, batch {batch}: times faster than dense, and than itself, of any batch")
     for name in variants:
         any_batch, known = seconds[f"{name}, any batch"], seconds[f"{name}, known"]
         first = seconds["dense, any batch"]
