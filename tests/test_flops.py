@@ -207,14 +207,20 @@ BUDGETS = pytest.mark.parametrize("router", ["attention", "evit", "tome", "dynam
 SHARES = pytest.mark.parametrize("share", [0.75, 0.6])
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """An item for each model that is counted while a budget is solved."""
+    counts = []
+    real = amod.vit.count_on_meta
+    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *args: counts.append(1) or real(*args))
+    return counts
+
+
 @SHARES
 @BUDGETS
-def test_a_budget_of_a_large_model_is_solved_in_five_counts(router, share, monkeypatch):
+def test_a_budget_of_a_large_model_is_solved_in_five_counts(router, share, counted):
     vit = meta("vit_large_patch16_224")
     budget = share * amod.count_flops(vit)
-    counted = []
-    real = amod.vit.count_on_meta
-    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *args: counted.append(1) or real(*args))
     amod.convert(vit, router, budget=budget)
     assert len(counted) <= 5
 
@@ -231,7 +237,7 @@ def test_a_budget_is_solved_in_two_seconds(router, share):
 
 
 @BUDGETS
-def test_a_budget_finds_the_dearest_of_all_in_few_counts(router, monkeypatch):
+def test_a_budget_finds_the_dearest_of_all_in_few_counts(router, counted):
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4)  # 17 tokens
     if router == "tome":
         amounts = [{"r": r} for r in range(9)]
@@ -243,9 +249,6 @@ def test_a_budget_finds_the_dearest_of_all_in_few_counts(router, monkeypatch):
     for amount in amounts:
         with contextlib.suppress(amod.UserError):  # a keep rate that keeps no patch
             costs.add(amod.count_flops(amod.convert(vit, router, **amount)))
-    counted = []
-    real = amod.vit.count_on_meta
-    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *args: counted.append(1) or real(*args))
     pairs = [*pairwise(sorted(costs))]
     for least, dearer in pairs[:: len(pairs) // 6 + 1]:
         for budget in (least, dearer - 1):

@@ -48,7 +48,7 @@ def open_session(
         threads: of the runtime; None: its own choice.
         default_precision: OpenVINO's own choice on this machine, which may be bfloat16, in place of float32.
         batch: how many images every call will have, where that is known. OpenVINO then knows all shapes beforehand and
-            is 1.06 times (dense) to 1.3 times (routed, merging) as fast with one image; the others are no faster.
+            is 1.05 times (dense) to 1.3 times (routed, merging) as fast with one image; the others are no faster.
     """
     form = form or next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     if form is None:

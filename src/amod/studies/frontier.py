@@ -45,8 +45,10 @@ def frontier(cfg: FrontierConfig) -> None:
     searched_on, _ = samples.stacked(samples.drawn(cfg.search_images, cfg.seed))
     judge = Judge(vit, searched_on)
     split = data.splits[cfg.split]
-    about = {"model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
-             "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9}  # fmt: skip
+    about: dict[str, Any] = {
+        "model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
+        "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9,
+    }  # fmt: skip
     trained = "with a linear probe trained" if run.schedule.train == "head" else "fine-tuned"
     told = {**about, "trained": trained, "search_images": len(searched_on), "effort": cfg.effort}
     plans: dict[Key, Plan] = {("dense", 1.0): {}}
@@ -65,12 +67,15 @@ def frontier(cfg: FrontierConfig) -> None:
             plans["as_tome", share] = near
     records = Records(output / "records.jsonl", about)
     times = Records(output / "times.jsonl", about)
+
+    def rows_of(images: int) -> list[dict[str, Any]]:
+        return [row for key, plan in plans.items() if (row := records.get(key, plan, images)) is not None]
+
     for seen in measure(judge, plans, Samples(split, data.eval_transform, None, False, False), cfg, records):
-        rows = [row for key, plan in plans.items() if (row := records.get(key, plan, seen)) is not None]
-        if len(rows) == len(plans):  # else a file of before has them all at once
+        if len(rows := rows_of(seen)) == len(plans):  # else a file of before has them all at once
             write_report(output, {**told, "images": seen}, environment(), rows, times.all())
         print(f"measured {seen} of {about['images']} images", flush=True)
-    rows = [records.get(key, plan, about["images"]) for key, plan in plans.items()]
+    rows = rows_of(about["images"])
     timed = {key: plan for key, plan in plans.items() if key[0] in ("dense", *cfg.timed)}
     for runtime in cfg.runtimes:
         for batch in cfg.batches:

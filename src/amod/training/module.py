@@ -93,8 +93,9 @@ def freeze(model: nn.Module, schedule: Schedule) -> int:
             add_lora(model, schedule.lora)
     if schedule.train == "head":
         model.requires_grad_(False)
-        if hasattr(model, "get_classifier"):  # as timm's models do
-            model.get_classifier().requires_grad_(True)
+        classifier: Any = getattr(model, "get_classifier", None)  # timm's models have it
+        if classifier is not None:
+            classifier().requires_grad_(True)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
         other = "choose router=tuning or linear" if schedule.train == "routers" else "choose schedule.train=all"
