@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_evaluate, check_train
 from amod.training.compose import compose_config
 from amod.training.evaluation import evaluate
-from amod.training.language import LanguageModel
+from amod.training.language import LanguageModel, cut, read
 from amod.training.run import train
 
 QUICK = ["trainer.accelerator=cpu", "data.num_workers=0"]
@@ -207,6 +209,38 @@ def test_bad_settings_of_a_language_model_are_one_line(stories, overrides, words
     settings = stories if "data=digits" not in overrides else [item for item in stories if "data." not in item]
     with pytest.raises(UserError, match=words):
         check_train(compose_config("train", [*settings, *overrides, f"run_dir={tmp_path / 'run'}"]))
+
+
+@pytest.mark.parametrize(
+    ("bos", "rows"),
+    [
+        (None, [[1, 5, 6, 7], [8, 1, 5, 6]]),
+        (1, [[1, 5, 6, 7], [1, 8, 9, 1], [1, 5, 6, 2]]),  # no second one where a text begins
+    ],
+)
+def test_where_the_pieces_of_a_text_begin(bos, rows):
+    texts = {None: [1, 5, 6, 7, 8, 1, 5, 6, 7], 1: [1, 5, 6, 7, 8, 9, 1, 5, 6, 2, 9]}
+    assert cut(texts[bos], 4, bos).tolist() == rows
+
+
+def test_a_run_whose_pieces_begin_with_the_beginning_token(stories, tmp_path):
+    config = check_train(
+        compose_config("train", [*stories, "router=tuning", "data.bos=true", f"run_dir={tmp_path / 'run'}"])
+    )
+    assert all((ids[:, 0] == 0).all() and (ids[:, 1:] != 0).all() for ids in read(config).splits.values())
+    train(config)
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_tokenizer_without_a_beginning_token(stories, tmp_path):
+    folder = Path(next(item for item in stories if item.startswith("model.name"))[11:])
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="bos=true: this model's tokenizer has no beginning token"):
+        run(tmp_path / "run", *stories, "router=tuning", "data.bos=true", f"model.name={tmp_path / 'model'}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_little_text(stories, tmp_path):

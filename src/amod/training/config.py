@@ -133,6 +133,7 @@ class Data(Group):
     num_classes: Annotated[int, Field(ge=2)] | None = None
     num_workers: WholeNumber | None = None
     length: Annotated[int, Field(ge=2)] = 128  # of text: tokens of a sample
+    bos: bool = False  # of text: every sample begins with the tokenizer's beginning token
     test_fraction: Part = 0.2
     val_fraction: Part = 0.1
     split_seed: Seed = 0

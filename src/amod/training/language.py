@@ -104,19 +104,33 @@ def texts_of(cfg: Data) -> dict[str, str]:
 
 def pieces(cfg: Data, tokenizer: Any) -> dict[str, np.ndarray]:
     """The samples (n, N) int64 of train, val and test."""
+    if cfg.bos and tokenizer.bos_token_id is None:
+        raise UserError("data.bos=true: this model's tokenizer has no beginning token; leave it out")
     streams: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for name, text in texts_of(cfg).items():
         draw = draw_of(f"{cfg.split_seed}/{name}")
         rest = 1 - cfg.test_fraction
         split = "test" if draw >= rest else "val" if draw >= rest * (1 - cfg.val_fraction) else "train"
         streams[split] += tokenizer(text)["input_ids"]
-    rows = {key: np.array(ids[: len(ids) // cfg.length * cfg.length]).astype(np.int64) for key, ids in streams.items()}
+    rows = {key: cut(ids, cfg.length, tokenizer.bos_token_id if cfg.bos else None) for key, ids in streams.items()}
     if empty := [key for key, ids in rows.items() if not len(ids)]:
         raise UserError(
             f"data.root={cfg.root}: has too little text, none of {cfg.length} tokens is left for {empty[0]}; give more "
             "texts (files, or parts ended by a line <|endoftext|>), or a smaller data.length"
         )
-    return {key: ids.reshape(-1, cfg.length) for key, ids in rows.items()}
+    return rows
+
+
+def cut(ids: list[int], length: int, bos: int | None) -> np.ndarray:
+    """(n, length) int64: pieces one behind the other, without the rest; with ``bos`` each begins with it."""
+    rows, at = [], 0
+    while at < len(ids):
+        begin = [] if bos is None or ids[at] == bos else [bos]
+        end = at + length - len(begin)
+        if end <= len(ids):
+            rows.append(begin + ids[at:end])
+        at = end
+    return np.array(rows, np.int64).reshape(-1, length)
 
 
 def read(cfg: TrainConfig) -> TextData:
@@ -167,9 +181,14 @@ def measured(model: nn.Module, data: TextData) -> dict[str, Any]:
         return {}
     ids = torch.from_numpy(data.splits["test"][:64]).to(next(model.parameters()).device)
     model.eval()
-    with torch.no_grad():
-        _, routing = model(ids, use_cache=False, return_routing=True)
-    return {**share_kept([routing]), "gflops": count_flops(model, ids[:8]) / 1e9}
+    with (
+        torch.no_grad()
+    ):  # logits of the last token alone: a large vocabulary's would take more memory than the training
+        passes = [
+            model(some, use_cache=False, return_routing=True, logits_to_keep=1)[1]
+            for some in ids.split(data.eval_batch_size)
+        ]
+    return {**share_kept(passes), "gflops": count_flops(model, ids[:8]) / 1e9}
 
 
 def load_measured(folder: Path, cfg: TrainConfig, split: str) -> tuple[nn.Module, TextData]:
