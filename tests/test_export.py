@@ -28,7 +28,7 @@ from amod.training.compose import compose_config
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 PLANS = {
     "routed": {1: Route(0.5), 2: Route(0.25, keep_prefix=True), 3: Route(0.5, "linear")},
-    "reduced": {0: Merge(3), 1: Prune(0.5), 2: Route(0.5), 3: ClassOnly()},
+    "reduced": {0: Merge(3, 0.75, norm=True), 1: Prune(0.5), 2: Route(0.5), 3: ClassOnly()},
 }
 SRC = Path(__file__).parents[1] / "src"
 

@@ -51,6 +51,14 @@ def test_several_sources_of_one_target():
     assert size.tolist() == [[1, 3, 1]]
 
 
+def test_a_merged_token_may_keep_the_length_of_those_in_it():
+    pairs = Match(torch.tensor([[0]]), torch.tensor([[0]]), torch.tensor([[1]]))
+    x, _ = merge(torch.tensor([[[3.0, 0], [0, 4], [5, 12]]]), None, pairs, prefix=0, norm=True)
+    assert_close(x, torch.tensor([[[5.0, 12], [2.1, 2.8]]]))  # mean (1.5, 2), 2.5 long; the two are 3.5 long on average
+    x, _ = merge(torch.tensor([[[3.0, 0], [0, 4], [5, 12]]]), torch.tensor([[3.0, 1, 1]]), pairs, prefix=0, norm=True)
+    assert_close(x[0, 1], torch.tensor([2.25, 1.0]) * 3.25 / (2.25**2 + 1) ** 0.5)
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("tokens", [16, 17])
 def test_total_size_and_weighted_sum_are_kept_and_prefix_tokens_stay(prefix, tokens):
@@ -81,14 +89,21 @@ def test_rounds_merge_what_remains():
     assert [Merge(8, rounds=n).parts(10, 1) for n in (1, 2, 3)] == [[4], [4, 2], [3, 3, 1]]
     assert Merge(8, rounds=2).remain(10, 1) == 4
     assert Merge(1, rounds=3).parts(10, 1) == [1]
-    for given, line in (({"by": "values"}, "by='values': choose one of keys, tokens"), ({"rounds": 0}, "rounds=0")):
+    refused = [
+        ({"by": "values"}, "by='values': choose one of keys, tokens"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"proportional": 1.5}, "proportional=1.5: must be a number in"),
+        ({"proportional": "yes"}, "proportional='yes'"),
+        ({"norm": 1}, "norm=1: must be true or false"),
+    ]
+    for given, line in refused:
         with pytest.raises(UserError, match=line):
             Merge(8, **given)
 
 
 def test_said_by_arguments_and_found_by_a_budget():
-    given = {"placement": "few", "last": "class", "by": "tokens", "rounds": 2}
-    entry = Merge(5, by="tokens", rounds=2)
+    given = {"placement": "few", "last": "class", "by": "tokens", "rounds": 2, "norm": True, "proportional": 0.75}
+    entry = Merge(5, 0.75, by="tokens", rounds=2, norm=True)
     assert amod.convert(vit(depth=4), "tome", r=5, **given).plan == {0: entry, 1: entry, 2: entry, 3: amod.ClassOnly()}
     dense = vit(depth=4)
     half = amod.convert(dense, "tome", budget=amod.count_flops(dense) // 2, **given)
@@ -116,13 +131,19 @@ def test_r_0_is_the_dense_model(changes):
 
 
 @pytest.mark.parametrize(("by", "rounds"), [("keys", 1), ("tokens", 1), ("tokens", 2), ("keys", 3)])
-@pytest.mark.parametrize("prop_attn", [True, False])
-def test_against_merging_one_image_and_one_token_at_a_time(prop_attn, by, rounds):
+@pytest.mark.parametrize(("prop_attn", "norm"), [(True, False), (False, True), (0.75, True)])
+def test_against_merging_one_image_and_one_token_at_a_time(prop_attn, norm, by, rounds):
     dense, r = vit(), 5
 
     def average(values, groups):
         weighed = [sum(values[i] * sizes[i] for i in g) / sum(sizes[i] for i in g) for g in groups]
         return torch.stack(weighed)
+
+    def average_of_tokens(values, groups):
+        if not norm:
+            return average(values, groups)
+        lengths = average(values.norm(dim=1), groups)
+        return torch.stack([v / v.norm() * length for v, length in zip(average(values, groups), lengths, strict=True)])
 
     x = dense._pos_embed(dense.patch_embed(images(1)))[0]
     sizes = [1.0] * len(x)
@@ -130,8 +151,7 @@ def test_against_merging_one_image_and_one_token_at_a_time(prop_attn, by, rounds
         attn = block.attn
         q, k, v = attn.qkv(block.norm1(x)).view(len(x), 3, 4, 8).unbind(1)  # (N, H, d)
         logits = torch.einsum("ihd,jhd->hij", q, k) / 8**0.5
-        if prop_attn:
-            logits = logits + torch.tensor(sizes).log()
+        logits = logits + (torch.tensor(sizes) ** float(prop_attn)).log()
         x = x + attn.proj(torch.einsum("hij,jhd->ihd", logits.softmax(-1), v).reshape(len(x), 32))
         keys = k.mean(1)
         for part in {1: [5], 2: [3, 2], 3: [2, 2, 1]}[rounds]:
@@ -142,10 +162,10 @@ def test_against_merging_one_image_and_one_token_at_a_time(prop_attn, by, rounds
             joins = {i: j for _, i, j in sorted(edges, reverse=True)[:part]}
             groups = [[i] for i in range(0, len(x), 2) if i not in joins]
             groups += [[j, *(i for i in joins if joins[i] == j)] for j in range(1, len(x), 2)]
-            x, keys = average(x, groups), average(keys, groups)
+            x, keys = average_of_tokens(x, groups), average(keys, groups)
             sizes = [sum(sizes[i] for i in group) for group in groups]
         x = x + block.mlp(block.norm2(x))
-    plan = dict.fromkeys(range(len(dense.blocks)), Merge(r, prop_attn, by, rounds))
+    plan = dict.fromkeys(range(len(dense.blocks)), Merge(r, prop_attn, by, rounds, norm))
     assert_close(amod.convert(dense, plan=plan)(images(1))[0], dense.forward_head(dense.norm(x)[None])[0])
 
 
@@ -199,8 +219,8 @@ PLANS = {
     "mixed": {0: Merge(3), 1: amod.Route(0.5, keep_prefix=True), 2: amod.ClassOnly()},
     "class_attention behind a merge": {1: Merge(3), 2: amod.Route(0.5, "class_attention", keep_prefix=True)},
     "rounds": {
-        0: Merge(5, by="tokens", rounds=2),
-        1: Merge(4, rounds=2),
+        0: Merge(5, 0.75, by="tokens", rounds=2, norm=True),
+        1: Merge(4, 0.75, rounds=2),
         2: amod.Route(0.5, "class_attention", keep_prefix=True),
     },
     "unfused": {1: amod.Prune(0.5, fuse=False), 2: amod.Route(0.5, "linear", keep_prefix=True)},

@@ -42,8 +42,9 @@ class Gene(NamedTuple):
 @dataclass(frozen=True)
 class Shape:
     genes: tuple[Gene, ...] = ()
-    proportional: bool = True
-    """Of its merges (:class:`amod.Merge`)."""
+    proportional: float = True
+    norm: bool = False
+    """Of its merges, like ``proportional`` (:class:`amod.Merge`)."""
 
 
 def name_of(plan: Plan) -> str:
@@ -193,7 +194,7 @@ class Judge:
                 owed += share * patches
                 r = math.floor(owed + 0.5)
                 owed -= r
-                entry = Merge(r, shape.proportional, *MERGES[kind])
+                entry = Merge(r, shape.proportional, *MERGES[kind], shape.norm)
                 entry = replace(entry, r=entry.merged(here, self.prefix))
                 skip, here = not entry.r, entry.remain(here, self.prefix)
             elif kind in ("fuse", "prune"):

@@ -84,13 +84,16 @@ class Merge:
     """Between attention and MLP, r tokens join the ones that they are most similar to (ToMe)."""
 
     r: int
-    proportional: bool = True
-    """Later attention counts a token as often as it has patches: ToMe's setting for models trained on labels."""
+    proportional: float = True
+    """Later attention counts a token that stands for s patches as s ** proportional tokens: by default as all of them,
+    ToMe's setting for models trained on labels; 0 or False: as one."""
     by: str = "keys"
     """Which of them are similar: their ``keys``, the mean over heads (ToMe), or the ``tokens`` behind the attention."""
     rounds: int = 1
     """In how many matchings one after the other, each among those that the one before left: every other token is a
     partner only, so that of many that merge at once some have no good one."""
+    norm: bool = False
+    """Give a merged token the mean length of those in it; the average alone is shorter, the less they are alike."""
 
     def __post_init__(self) -> None:
         _as_python(self)
@@ -99,6 +102,12 @@ class Merge:
         _check_one_of("by", self.by, MERGE_BY)
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, Integral) or self.rounds < 1:
             raise UserError(f"rounds={self.rounds!r}: must be a whole number of at least 1, the matchings of a block")
+        if not isinstance(self.proportional, bool) and not (
+            _is_number(self.proportional) and 0 <= self.proportional <= 1
+        ):
+            raise UserError(f"proportional={self.proportional!r}: must be a number in [0, 1], or true or false")
+        if not isinstance(self.norm, bool):
+            raise UserError(f"norm={self.norm!r}: must be true or false")
 
     def merged(self, tokens: int, prefix: int) -> int:
         """How many of N tokens really merge: r, at most half of those outside the ``prefix`` in each round."""
@@ -322,6 +331,8 @@ def make_plan(
     fuse: bool = True,
     by: str = "keys",
     rounds: int = 1,
+    norm: bool = False,
+    proportional: float = True,
     halt_scale: float = 10.0,
     halt_shift: float = 75.0,
     last: str | None = None,
@@ -338,7 +349,7 @@ def make_plan(
     quarters = tuple(depth * part // 4 for part in (1, 2, 3))
     plan: Plan
     if router == "tome":
-        plan = dict.fromkeys(blocks or range(depth), Merge(r, by=by, rounds=rounds))
+        plan = dict.fromkeys(blocks or range(depth), Merge(r, proportional, by, rounds, norm))
     elif router == "evit":
         plan = dict.fromkeys(blocks or quarters, Prune(keep_rate, fuse))
     elif router == "dynamicvit":

@@ -60,7 +60,7 @@ def match(keys: Tensor, r: int, prefix: int) -> Match:
     return Match(source, partner.gather(1, source), order[:, r:].sort(dim=1).values)
 
 
-def merge(x: Tensor, size: Tensor | None, pairs: Match, prefix: int) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, size: Tensor | None, pairs: Match, prefix: int, norm: bool = False) -> tuple[Tensor, Tensor]:
     """Each pair becomes the average of its two tokens, weighted by how many patches each stands for.
 
     Rows are moved by index rather than by scatter, and only what merges is weighed: as fast as ToMe can fairly be.
@@ -68,9 +68,13 @@ def merge(x: Tensor, size: Tensor | None, pairs: Match, prefix: int) -> tuple[Te
     Args:
         x: (B, N, D).
         size: (B, N) patches per token; None: one each.
+        norm: the average gets the average of their norms (Token Fusion, arXiv 2312.01026, gives it the larger one).
     Returns:
         (B, N - r, D) and their sizes (B, N - r). The even tokens that stay come first, then the odd ones.
     """
+    if norm:
+        both, size = merge(torch.cat([x, x.norm(dim=-1, keepdim=True)], dim=-1), size, pairs, prefix)
+        return F.normalize(both[..., :-1], dim=-1) * both[..., -1:], size
     if size is None:
         size = x.new_ones(x.shape[:2])
     even, odd = x[:, ::2], x[:, 1::2]
@@ -94,12 +98,12 @@ def merge(x: Tensor, size: Tensor | None, pairs: Match, prefix: int) -> tuple[Te
 
 
 def merge_in_rounds(
-    x: Tensor, size: Tensor | None, keys: Tensor | None, parts: Sequence[int], prefix: int
+    x: Tensor, size: Tensor | None, keys: Tensor | None, parts: Sequence[int], prefix: int, norm: bool = False
 ) -> tuple[Tensor, Tensor | None, list[Match]]:
     """Of ``parts`` tokens each, one matching and merge among what the one before left.
 
     Args:
-        x, size: as for ``merge``.
+        x, size, norm: as for ``merge``.
         keys: what is compared, (B, N, d); None: the tokens themselves.
     Returns:
         The tokens, their sizes, and each round's pairs.
@@ -111,7 +115,7 @@ def merge_in_rounds(
             keys, _ = merge(keys, before, rounds[-1], prefix)
         rounds.append(match(x if keys is None else keys, r, prefix))
         before = size
-        x, size = merge(x, size, rounds[-1], prefix)
+        x, size = merge(x, size, rounds[-1], prefix, norm)
     return x, size, rounds
 
 

@@ -31,6 +31,8 @@ from amod.vit import check_model, convert
 KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
 """What a block of a shape may do: Merge by tokens in two rounds, and as ToMe does, Prune with and without the fused
 token, Route by class attention."""
+PROPORTIONAL = (0.0, 0.5, 0.75, 1.0)
+"""What the merges of a shape may have (:class:`amod.Merge`)."""
 ELITE = 5
 """Shapes that are changed further."""
 RUNTIMES = ("eager", "openvino", "onnx")
@@ -179,11 +181,15 @@ def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
         return sorted({block * depth // 12 for block in twelfths if block * depth // 12 < depth - exact})
 
     yield Shape()  # nothing at all, where that fits
-    for kind, proportional in (("merge_tokens", True), ("merge", True), ("merge_tokens", False)):
+    for kind, proportional, norm in (
+        ("merge_tokens", 0.75, True),
+        ("merge_tokens", True, False),
+        ("merge", True, False),
+    ):
         for merging in ([*range(12)], [2, 5, 8], [1, 4, 7], [0, 2, 4, 6, 8], [1, 2, 3, 4]):  # ToMe, then few merges
-            yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*merging)), proportional)
+            yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*merging)), proportional, norm)
     for weights in ((lambda i: 1 - i / (2 * depth)), (lambda i: (i + 1) / depth)):  # stronger at first, or later
-        yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))))
+        yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))), 0.75, True)
     others: tuple[tuple[str, Sequence[int]], ...]
     others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
               ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip
@@ -197,7 +203,7 @@ def changed(shape: Shape, end: int, rng: random.Random) -> Shape:
     """One small change: a place moves, is added, goes, weighs more or less, does something else, or all move."""
     genes = {gene.block: gene for gene in shape.genes}
     free = [block for block in range(end) if block not in genes]
-    step = rng.choice(("move", "weigh", "weigh", "weigh", "add", "drop", "kind", "shift", "proportional"))
+    step = rng.choice(("move", "weigh", "weigh", "weigh", "add", "drop", "kind", "shift", "proportional", "norm"))
     gene = rng.choice(shape.genes) if shape.genes else Gene(end // 2, KINDS[0], 1.0)
     if step == "move" and (near := [block for block in free if abs(block - gene.block) <= 2]):
         genes.pop(gene.block, None)
@@ -216,7 +222,9 @@ def changed(shape: Shape, end: int, rng: random.Random) -> Shape:
         by = rng.choice((-1, 1))
         genes = {g.block + by: g._replace(block=g.block + by) for g in shape.genes if 0 <= g.block + by < end}
     elif step == "proportional":
-        shape = replace(shape, proportional=not shape.proportional)
+        shape = replace(shape, proportional=rng.choice([p for p in PROPORTIONAL if p != shape.proportional]))
+    elif step == "norm":
+        shape = replace(shape, norm=not shape.norm)
     heaviest = max((g.weight for g in genes.values()), default=1.0)
     return replace(
         shape, genes=tuple(genes[i]._replace(weight=round(genes[i].weight / heaviest, 3)) for i in sorted(genes))

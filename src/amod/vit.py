@@ -85,9 +85,9 @@ class RoutedViT(Dressed):
         return tuple(sorted(i for i, entry in self.plan.items() if isinstance(entry, Route | Gate)))
 
     @property
-    def proportional(self) -> bool:
-        """Whether attention counts a merged token as often as it has patches."""
-        return all(entry.proportional for entry in self.plan.values() if isinstance(entry, Merge))
+    def proportional(self) -> float:
+        """Attention counts a token that stands for s patches as s to this power."""
+        return next((float(entry.proportional) for entry in self.plan.values() if isinstance(entry, Merge)), 1.0)
 
     def forward(self, x: Tensor, return_routing: bool = False, **kwargs: Any) -> Any:
         """Images (B, 3, H, W) -> logits (B, classes), and on request the :class:`Routing` of this batch."""
@@ -152,6 +152,8 @@ def convert(
     fuse: bool = True,
     by: str | None = None,
     rounds: int | None = None,
+    norm: bool | None = None,
+    proportional: float | None = None,
     halt_scale: float | None = None,
     halt_shift: float | None = None,
     last: str | None = None,
@@ -193,6 +195,8 @@ def convert(
         fuse: of ``evit``, the others become one token.
         by, rounds: of ``tome``, what is compared, ``keys`` (ToMe, the default) or ``tokens``, and in how many matchings
             one after the other, by default 1 (:class:`Merge`, ``docs/untrained.md``).
+        norm, proportional: of ``tome``, whether a merged token has the mean norm of those in it, by default False, and
+            how much later attention counts it, by default as its patches (1).
         halt_scale, halt_shift: of ``avit``, by default 10 and 75: a halting score is sigmoid(scale t[0] - shift).
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that
@@ -220,6 +224,8 @@ def convert(
         "fuse": None if fuse else fuse,
         "by": by,
         "rounds": rounds,
+        "norm": norm,
+        "proportional": proportional,
         "skip": skip,
         "layers": layers,
         "per": per,
@@ -251,7 +257,7 @@ def convert(
         raise UserError(f"router={router!r}: choose one of {', '.join([*ROUTERS, *BY_THEMSELVES])}, none{hint}")
     gates = ("layers", "skip", "per", "target", "scale", "cache")
     takes = {
-        "tome": ("r", "by", "rounds"),
+        "tome": ("r", "by", "rounds", "norm", "proportional"),
         "evit": ("keep_rate", "fuse"),
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
@@ -271,7 +277,9 @@ def convert(
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
     options |= {"fuse": fuse, "last": last, "skip": skip}
-    options |= {name: own[name] for name in (*gates[2:], "by", "rounds") if own[name] is not None}
+    options |= {
+        name: own[name] for name in (*gates[2:], "by", "rounds", "norm", "proportional") if own[name] is not None
+    }
     if budget is not None:
         return family.routed(vit, family.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: own[name] for name in ("r", "keep_rate", "halt_scale", "halt_shift") if own[name] is not None}

@@ -220,7 +220,7 @@ class Walk:
             done["tokens"] = y
             if isinstance(entry, Merge):
                 parts = entry.parts(count, prefix)
-                y, done["size"], done["pairs"] = merge_in_rounds(y, size, left.get("keys"), parts, prefix)
+                y, done["size"], done["pairs"] = merge_in_rounds(y, size, left.get("keys"), parts, prefix, entry.norm)
                 return y
             done["scores"], keep = left["class_attention"], entry.kept(count, prefix)  # type: ignore[union-attr]
             fuse = entry.fuse and prefix + keep < count  # type: ignore[union-attr]
@@ -332,7 +332,8 @@ class Walk:
             positions = indices if positions is None else take(positions, indices)
             size = None if size is None else take(size, indices)
         if size is not None and model.proportional:
-            bias = size.log()[:, None, None, :] if bias is None else bias + size.log()[:, None, None, :]
+            weight = model.proportional * size.log()[:, None, None, :]
+            bias = weight if bias is None else bias + weight
         table = additive(inputs.get(model.mask_name))
         if positions is not None and inputs.get("rope") is not None:
             inputs["rope"] = rotary_rows(inputs["rope"], positions, model.num_prefix_tokens)

@@ -16,7 +16,7 @@ from typing import Any
 
 from amod.errors import UserError
 from amod.judge import Gene, Judge, Shape, disagreement
-from amod.plan import Merge, Plan, as_data
+from amod.plan import Merge, Plan, as_data, from_data
 from amod.searching import runner, search
 from amod.studies.frontier_report import write_report
 from amod.training.config import FrontierConfig
@@ -27,6 +27,12 @@ from amod.vit import convert, plan_for_budget
 
 Key = tuple[str, float]
 """A method, and the share of the dense cost that it was made for."""
+FEW: dict[str, tuple[Any, ...]] = {
+    "few_merges": ("merge", True, False),
+    "few_tokens": ("merge_tokens", True, False),
+    "few_norm": ("merge_tokens", 0.75, True),
+}
+"""Three merges: by what, and Merge's ``proportional`` and ``norm``."""
 CHUNK, COARSE = 256, 0.03
 """Images whose dense features are remembered at once. Where ToMe, a whole number of tokens in every block, leaves more
 than this share of the dense cost unspent, the number below is measured too, above the budget."""
@@ -108,24 +114,24 @@ def methods(judge: Judge, share: float) -> Iterator[tuple[str, Plan]]:
                 yield "tome_above", {i: Merge(entry.r - 1) for i, entry in plan.items() if isinstance(entry, Merge)}
         except UserError as error:
             print(f"{name}, {share:g}: left out, {error}", flush=True)
-    for name, kind in (("few_merges", "merge"), ("few_tokens", "merge_tokens")):
-        few = judge.within(few_of(judge, kind), macs)
+    for name, (kind, *of_merges) in FEW.items():
+        few = judge.within(few_of(judge, kind, *of_merges), macs)
         if few is not None:
             yield name, few
 
 
-def few_of(judge: Judge, kind: str) -> Shape:
-    return Shape(tuple(Gene(judge.depth * twelfth // 12, kind, 1.0) for twelfth in (2, 5, 8)))
+def few_of(judge: Judge, kind: str, *of_merges: Any) -> Shape:
+    return Shape(tuple(Gene(judge.depth * twelfth // 12, kind, 1.0) for twelfth in (2, 5, 8)), *of_merges)
 
 
 def as_near(judge: Judge, other: Plan) -> Plan | None:
-    """The strongest few merges by tokens that agree with the dense model on the search's images as well as ``other``
-    does; None: not even the weakest."""
+    """The strongest few merges by tokens, their norms kept, that agree with the dense model on the search's images as
+    well as ``other`` does; None: not even the weakest."""
     found, weak, strong, limit = None, 0.0, 1.0, judge.mean_loss(other)
     for _ in range(8):
         middle = (weak + strong) / 2
         try:
-            plan = judge.plan_of(few_of(judge, "merge_tokens"), middle)
+            plan = judge.plan_of(few_of(judge, *FEW["few_norm"]), middle)
         except UserError:  # entries so strong that they cannot stand together
             strong = middle
             continue
@@ -196,7 +202,7 @@ class Records:
                 break
         if lines and lines[0] != json.loads(json.dumps(about)):
             raise UserError(f"{file}: is of other settings ({lines[0]}); name another output, or remove it")
-        self.found: list[dict[str, Any]] = lines[1:]
+        self.found: list[dict[str, Any]] = [as_now(line) for line in lines[1:]]
         file.write_text("".join(json.dumps(line) + "\n" for line in [about, *self.found]))
 
     def of(self, key: Key, plan: Plan) -> list[dict[str, Any]]:
@@ -225,6 +231,13 @@ class Records:
         self.found.append(json.loads(line))
         with self.file.open("a") as file:
             file.write(line + "\n")
+
+
+def as_now(record: dict[str, Any]) -> dict[str, Any]:
+    """With every field of its plan's entries, also those that are newer than the record."""
+    if not record.get("plan"):
+        return record
+    return {**record, "plan": json.loads(json.dumps(as_data(from_data(record["plan"]))))}
 
 
 def begin(record: Mapping[str, Any]) -> int:

@@ -27,8 +27,9 @@ NAMES = {
     "tome_above": "ToMe, one token less (above the budget)",
     "few_merges": "few merges + class token alone",
     "few_tokens": "the same, by tokens in two rounds",
+    "few_norm": "the same, norms kept",
     "searched": "searched plan",
-    "as_tome": "few merges by tokens that agree as well as ToMe",
+    "as_tome": "few merges, norms kept, that agree as well as ToMe",
 }
 LOOKS = {
     "amod": "attention",
@@ -36,6 +37,7 @@ LOOKS = {
     "evit": "random",
     "tome_above": "tome",
     "few_tokens": "dynamicvit",
+    "few_norm": "plan",
     "searched": "linear",
     "as_tome": "avit",
 }
@@ -62,7 +64,8 @@ def in_words(plan: Plan) -> str:
         if isinstance(entry, Merge):
             text = f"merge {entry.r}" + ("" if entry.by == "keys" else f" by {entry.by}")
             text += "" if entry.rounds == 1 else f" in {entry.rounds} rounds"
-            text += "" if entry.proportional else " (not proportional)"
+            text += ", norm kept" * entry.norm
+            text += "" if entry.proportional == 1 else f", counted as size^{entry.proportional:g}"
         elif isinstance(entry, Prune):
             text = f"keep {entry.keep:.2f}" + ("" if entry.fuse else ", no fusing")
         elif isinstance(entry, Predict):
@@ -154,7 +157,7 @@ def at_equal_agreement(clocks: Mapping[str, Mapping[Any, Any]]) -> list[str]:
         return []
     return [
         "",
-        f"ToMe's time / that of few merges by tokens that agree as well on the search's images: {'; '.join(said)}.",
+        f"ToMe's time / that of few merges, norms kept, that agree as well on the search's images: {'; '.join(said)}.",
     ]
 
 

@@ -93,6 +93,8 @@ class Router(Group):
     fuse: bool = True
     by: Annotated[str, AfterValidator(OneOf(*MERGE_BY))] = "keys"  # of tome
     rounds: Count = 1
+    norm: bool = False
+    proportional: Probability = 1.0
     skip: Literal["attention", "mlp", "block"] | None = None  # of tuning, and what follows
     per: Literal["token", "sequence"] = "token"
     layers: list[WholeNumber] | None = None

@@ -144,6 +144,8 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         fuse=router.fuse,
         by=router.by if router.name == "tome" else None,
         rounds=router.rounds if router.name == "tome" else None,
+        norm=router.norm if router.name == "tome" else None,
+        proportional=router.proportional if router.name == "tome" else None,
         halt_scale=router.halt_scale if router.name == "avit" else None,
         halt_shift=router.halt_shift if router.name == "avit" else None,
         last=last,
