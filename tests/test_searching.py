@@ -88,6 +88,9 @@ def test_a_stopped_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     again.clear()
     assert find(vit, ledger=ledger) == whole
     assert again == []
+    ledger.write_text("".join(lines).replace(', \\"norm\\": false', ""))  # of before that field
+    assert find(vit, ledger=ledger) == whole
+    assert again == []
 
 
 @pytest.mark.parametrize(

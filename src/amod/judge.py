@@ -20,7 +20,19 @@ from torch import Tensor, nn
 
 from amod.errors import UserError, one_line, reachable
 from amod.flops import count_on_meta, on_meta
-from amod.plan import MERGE_BY, READS_ATTENTION, ClassOnly, Entry, Merge, Plan, Prune, Route, as_data, check_plan
+from amod.plan import (
+    MERGE_BY,
+    READS_ATTENTION,
+    ClassOnly,
+    Entry,
+    Merge,
+    Plan,
+    Prune,
+    Route,
+    as_data,
+    check_plan,
+    from_data,
+)
 from amod.vit import dense, routed, tokens_at
 from amod.walk import class_tokens
 
@@ -323,10 +335,11 @@ class Judge:
             except OSError as error:
                 raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
         for line in lines[1:]:
+            name = name_of(from_data(json.loads(line["plan"])))  # with fields that are newer than the file
             if "losses" in line:
-                self.known[line["plan"]] = line["losses"]
+                self.known[name] = line["losses"]
             if "flops" in line:
-                self.costs[line["plan"]] = line["flops"]
+                self.costs[name] = line["flops"]
 
     def write_ledger(self, plan: Plan, **found: Any) -> None:
         """A search that goes on neither judges nor counts again."""
