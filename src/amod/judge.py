@@ -54,7 +54,7 @@ class Gene(NamedTuple):
 @dataclass(frozen=True)
 class Shape:
     genes: tuple[Gene, ...] = ()
-    proportional: float = True
+    proportional: float = 1.0
     norm: bool = False
     """Of its merges, like ``proportional`` (:class:`amod.Merge`)."""
 

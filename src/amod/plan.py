@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from itertools import pairwise
 from numbers import Integral, Real
@@ -84,9 +84,9 @@ class Merge:
     """Between attention and MLP, r tokens join the ones that they are most similar to (ToMe)."""
 
     r: int
-    proportional: float = True
+    proportional: float = 1.0
     """Later attention counts a token that stands for s patches as s ** proportional tokens: by default as all of them,
-    ToMe's setting for models trained on labels; 0 or False: as one."""
+    ToMe's setting for models trained on labels; 0: as one. True and False are 1 and 0."""
     by: str = "keys"
     """Which of them are similar: their ``keys``, the mean over heads (ToMe), or the ``tokens`` behind the attention."""
     rounds: int = 1
@@ -102,10 +102,10 @@ class Merge:
         _check_one_of("by", self.by, MERGE_BY)
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, Integral) or self.rounds < 1:
             raise UserError(f"rounds={self.rounds!r}: must be a whole number of at least 1, the matchings of a block")
-        if not isinstance(self.proportional, bool) and not (
-            _is_number(self.proportional) and 0 <= self.proportional <= 1
-        ):
+        counted = isinstance(self.proportional, bool) or _is_number(self.proportional)
+        if not counted or not 0 <= self.proportional <= 1:
             raise UserError(f"proportional={self.proportional!r}: must be a number in [0, 1], or true or false")
+        object.__setattr__(self, "proportional", float(self.proportional))
         if not isinstance(self.norm, bool):
             raise UserError(f"norm={self.norm!r}: must be true or false")
 
@@ -244,7 +244,7 @@ def fraction(share: float) -> tuple[int, int]:
 Entry = Route | Merge | Prune | Predict | Halt | ClassOnly | Gate
 Plan = dict[int, Entry]
 ENTRIES: dict[str, type[Entry]] = {e.__name__: e for e in (Route, Merge, Prune, Predict, Halt, ClassOnly, Gate)}
-BY_THEMSELVES = ("tome", "evit", "dynamicvit", "avit", "tuning")
+BY_THEMSELVES = ("tome", "merge", "evit", "dynamicvit", "avit", "tuning")
 """The methods that are no router of ``Route``, and have blocks of their own."""
 MERGE_BY = ("keys", "tokens")
 SKIPS = ("block", "attention", "mlp")
@@ -317,6 +317,10 @@ def _check_index(i: Any, depth: int) -> None:
         raise UserError(f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")
 
 
+MERGING = {"tome": Merge(13), "merge": Merge(0, 1.0, "tokens", 2, True)}
+"""What is merged where nothing else is said: ToMe's, and ours for models that are not trained afterwards."""
+
+
 def make_plan(
     depth: int,
     router: str = "attention",
@@ -329,10 +333,10 @@ def make_plan(
     r: int = 13,
     keep_rate: float = 0.7,
     fuse: bool = True,
-    by: str = "keys",
-    rounds: int = 1,
-    norm: bool = False,
-    proportional: float = True,
+    by: str | None = None,
+    rounds: int | None = None,
+    norm: bool | None = None,
+    proportional: float | None = None,
     halt_scale: float = 10.0,
     halt_shift: float = 75.0,
     last: str | None = None,
@@ -348,8 +352,11 @@ def make_plan(
     blocks = () if placement is None else routed_blocks(placement, depth)
     quarters = tuple(depth * part // 4 for part in (1, 2, 3))
     plan: Plan
-    if router == "tome":
-        plan = dict.fromkeys(blocks or range(depth), Merge(r, proportional, by, rounds, norm))
+    if router in MERGING:
+        said: dict[str, Any] = {"r": r, "proportional": proportional, "by": by, "rounds": rounds, "norm": norm}
+        entry = replace(MERGING[router], **{name: value for name, value in said.items() if value is not None})
+        own = range(depth) if router == "tome" else routed_blocks("few", depth)
+        plan = dict.fromkeys(blocks or own, entry)
     elif router == "evit":
         plan = dict.fromkeys(blocks or quarters, Prune(keep_rate, fuse))
     elif router == "dynamicvit":

@@ -28,6 +28,7 @@ from amod.errors import UserError
 from amod.flops import Size, count_on_meta, default_input_size, input_size_of, on_meta, within_budget
 from amod.plan import (
     BY_THEMSELVES,
+    MERGING,
     READS_ATTENTION,
     ClassOnly,
     Entry,
@@ -180,7 +181,8 @@ def convert(
         router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
             ``tuning`` (gates that are trained: Router-Tuning),
             ``class_attention`` (the class token's row in the place of Eq. 4), ``class_attention_value`` (that row
-            times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``evit``
+            times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``merge``
+            (ours, for models without training: in three blocks, tokens in two rounds, norms kept), ``evit``
             (:class:`Prune` in 3, 6, 9 of 12), ``dynamicvit`` (:class:`Predict` there), ``avit`` (:class:`Halt` in every
             block), or ``none`` (dense). ``docs/methods.md`` tells them apart.
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
@@ -190,13 +192,13 @@ def convert(
         keep_prefix: class, distillation and register tokens are always kept, among the K. The paper's are not.
         activation: of the linear router, ``none`` (the paper) or ``sigmoid``.
         memory: of routers that read attention, in [0, 1): share of the scores of the routed block before.
-        r: of ``tome``, tokens merged per block, by default 13.
+        r: of ``tome`` and ``merge``, tokens merged per block, of ``tome`` by default 13.
         keep_rate: of ``evit`` and ``dynamicvit``, the share of the patches that stay each time, by default 0.7.
         fuse: of ``evit``, the others become one token.
-        by, rounds: of ``tome``, what is compared, ``keys`` (ToMe, the default) or ``tokens``, and in how many matchings
-            one after the other, by default 1 (:class:`Merge`, ``docs/untrained.md``).
-        norm, proportional: of ``tome``, whether a merged token has the mean norm of those in it, by default False, and
-            how much later attention counts it, by default as its patches (1).
+        by, rounds: of ``tome`` and ``merge``, what is compared, ``keys`` or ``tokens``, and in how many matchings one
+            after the other; by default ``keys`` in 1, of ``merge`` ``tokens`` in 2 (:class:`Merge`).
+        norm, proportional: of both, whether a merged token has the mean norm of those in it, and how much later
+            attention counts it; by default False (of ``merge`` True) and 1, as its patches.
         halt_scale, halt_shift: of ``avit``, by default 10 and 75: a halting score is sigmoid(scale t[0] - shift).
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that
@@ -257,7 +259,7 @@ def convert(
         raise UserError(f"router={router!r}: choose one of {', '.join([*ROUTERS, *BY_THEMSELVES])}, none{hint}")
     gates = ("layers", "skip", "per", "target", "scale", "cache")
     takes = {
-        "tome": ("r", "by", "rounds", "norm", "proportional"),
+        **dict.fromkeys(MERGING, ("r", "by", "rounds", "norm", "proportional")),
         "evit": ("keep_rate", "fuse"),
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
@@ -280,6 +282,8 @@ def convert(
     options |= {
         name: own[name] for name in (*gates[2:], "by", "rounds", "norm", "proportional") if own[name] is not None
     }
+    if router == "merge" and r is None and budget is None:
+        raise UserError("router=merge: say what it may cost, budget=, or how many tokens each of its blocks merges, r=")
     if budget is not None:
         return family.routed(vit, family.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: own[name] for name in ("r", "keep_rate", "halt_scale", "halt_shift") if own[name] is not None}
@@ -483,7 +487,7 @@ def plan_for_budget(
     size = input_size_of(vit, input_size)
     tokens = tokens_at(vit, size)
     patches = tokens - vit.num_prefix_tokens
-    if router == "tome":
+    if router in MERGING:
         amounts: list[dict[str, Any]] = [{"r": r} for r in range(patches // 2, -1, -1)]
     elif router == "evit":
         amounts = [{"keep_rate": kept / patches} for kept in range(1, patches + 1)]

@@ -76,7 +76,9 @@ def test_every_model_is_made(choice):
 @pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "router").glob("*.yaml")))
 def test_every_router_is_built(choice, tmp_path):
     (tmp_path / "plan.yaml").write_text("1: {Route: {capacity: 0.5}}\n3: ClassOnly\n")
-    own = {"tome": ["router.r=3"], "plan": [f"router.file={tmp_path / 'plan.yaml'}"]}.get(choice, [])
+    own = {"tome": ["router.r=3"], "merge": ["router.r=3"], "plan": [f"router.file={tmp_path / 'plan.yaml'}"]}.get(
+        choice, []
+    )
     model = build(config(f"router={choice}", "capacity=0.5", *own), num_classes=10).model
     assert model(torch.zeros(2, 3, 10, 10)).shape == (2, 10)
 

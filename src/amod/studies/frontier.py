@@ -28,9 +28,9 @@ from amod.vit import convert, plan_for_budget
 Key = tuple[str, float]
 """A method, and the share of the dense cost that it was made for."""
 FEW: dict[str, tuple[Any, ...]] = {
-    "few_merges": ("merge", True, False),
-    "few_tokens": ("merge_tokens", True, False),
-    "few_norm": ("merge_tokens", 0.75, True),
+    "few_merges": ("merge", 1.0, False),
+    "few_tokens": ("merge_tokens", 1.0, False),
+    "few_norm": ("merge_tokens", 1.0, True),
 }
 """Three merges: by what, and Merge's ``proportional`` and ``norm``."""
 CHUNK, COARSE = 256, 0.03

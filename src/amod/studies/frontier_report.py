@@ -27,7 +27,7 @@ NAMES = {
     "tome_above": "ToMe, one token less (above the budget)",
     "few_merges": "few merges + class token alone",
     "few_tokens": "the same, by tokens in two rounds",
-    "few_norm": "the same, norms kept",
+    "few_norm": "the same, norms kept (router=merge)",
     "searched": "searched plan",
     "as_tome": "few merges, norms kept, that agree as well as ToMe",
 }
@@ -37,7 +37,7 @@ LOOKS = {
     "evit": "random",
     "tome_above": "tome",
     "few_tokens": "dynamicvit",
-    "few_norm": "plan",
+    "few_norm": "merge",
     "searched": "linear",
     "as_tome": "avit",
 }

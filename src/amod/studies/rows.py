@@ -25,6 +25,7 @@ ROUTERS = (
     "attention",
     "attention_weighted",
     "tome",
+    "merge",
     "evit",
     "dynamicvit",
     "avit",

@@ -22,6 +22,7 @@ from amod.detection import convert, layers_of, transformer_flops
 from amod.detr_walk import RoutedDetr
 from amod.errors import UserError, misfits, one_line
 from amod.flops import count_flops, on_meta
+from amod.plan import BY_THEMSELVES
 from amod.training.coco import CocoData, load
 from amod.training.config import TrainConfig, Variant
 from amod.training.finished import weights_of, with_weights
@@ -161,7 +162,7 @@ def build_detr(cfg: Variant, classes: Sequence[str], ids: Sequence[int]) -> Buil
     A head of other classes is left out. COCO's published one, which counts up to the highest number of a category in
     the annotation file, is cut to the categories that there are.
     """
-    if cfg.router.name in ("isoflop", "tome", "evit", "plan"):
+    if cfg.router.name in ("isoflop", "plan", *BY_THEMSELVES):
         raise UserError(f"router={cfg.router.name}: not for a DETR; choose none, attention, linear, random or reversed")
     model, adapted, known = create(cfg, len(classes)), False, None
     state: dict[str, Tensor] = {}

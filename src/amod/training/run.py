@@ -50,7 +50,7 @@ from amod.training.troubles import known_troubles
 from amod.training.weights import weightless
 
 # What decides the compute of a method in the place of a capacity.
-OWN = {"tome": "r", "evit": "keep_rate", "dynamicvit": "keep_rate", "avit": "ponder", "plan": "file"}
+OWN = {"tome": "r", "merge": "r", "evit": "keep_rate", "dynamicvit": "keep_rate", "avit": "ponder", "plan": "file"}
 PROFILERS = {
     "simple": profilers.SimpleProfiler,
     "advanced": profilers.AdvancedProfiler,

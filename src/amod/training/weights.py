@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from amod.errors import UserError, misfits, one_line
 from amod.files import CONFIG, ROUTERS, WEIGHTS
 from amod.flops import count_flops
-from amod.plan import from_data
+from amod.plan import MERGING, from_data
 from amod.training.checks import gates_of
 from amod.training.config import WITHOUT_CAPACITY, Model, Placement, Router, Variant
 from amod.training.record import classes_of, differ
@@ -142,10 +142,10 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         r=None if cfg.budget is not None else router.r,
         keep_rate=None if cfg.budget is not None else router.keep_rate,
         fuse=router.fuse,
-        by=router.by if router.name == "tome" else None,
-        rounds=router.rounds if router.name == "tome" else None,
-        norm=router.norm if router.name == "tome" else None,
-        proportional=router.proportional if router.name == "tome" else None,
+        by=router.by if router.name in MERGING else None,
+        rounds=router.rounds if router.name in MERGING else None,
+        norm=router.norm if router.name in MERGING else None,
+        proportional=router.proportional if router.name in MERGING else None,
         halt_scale=router.halt_scale if router.name == "avit" else None,
         halt_shift=router.halt_shift if router.name == "avit" else None,
         last=last,
