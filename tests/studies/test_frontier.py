@@ -42,13 +42,17 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     text = (output / "README.md").read_text()
     assert "eager, batch 2" in text
     assert "as_tome" in {record["method"] for record in records}
-    assert "ToMe's time / that of few merges by tokens" in text
+    assert "ToMe's time / that of few merges, norms kept," in text
     assert text.count("\n| ") == 1 + len(records)
     assert (output / "frontier.png").is_file()
     assert amod.read_plan(output / "plan-0.8.yaml")
 
     before = (output / "records.jsonl").read_text()
     capsys.readouterr()
+    command.job(asked(*wanted))
+    assert "measured" not in capsys.readouterr().out
+    assert (output / "records.jsonl").read_text() == before
+    (output / "records.jsonl").write_text(before.replace(', "norm": false', ""))  # of before that field
     command.job(asked(*wanted))
     assert "measured" not in capsys.readouterr().out
     assert (output / "records.jsonl").read_text() == before
@@ -100,7 +104,9 @@ def test_plans_in_words():
     assert in_words({}) == "every block whole"
     plan = {0: Merge(5), 1: Merge(5), 2: Merge(5), 4: Merge(5), 5: Prune(0.5), 6: Route(0.25), 11: ClassOnly()}
     assert in_words(plan) == "merge 5 in 0, 1, 2, 4; keep 0.50 in 5; C = 25 % in 6; class token alone in 11"
-    assert in_words(dict.fromkeys(range(3, 7), Merge(2, proportional=False))) == "merge 2 (not proportional) in 3 to 6"
+    assert in_words(dict.fromkeys(range(3, 7), Merge(2, proportional=False, norm=True))) == (
+        "merge 2, norm kept, counted as size^0 in 3 to 6"
+    )
 
 
 def test_the_interval_is_of_the_mean():
