@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -102,8 +103,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
 
 
 def step_of(folder: Path) -> int:
-    """Optimiser steps in last.ckpt; 0 where there is none."""
-    try:
-        return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
-    except FileNotFoundError:
-        return 0
+    """Optimiser steps in last.ckpt, or in the one before it: a kill may come between their renames; 0 without any."""
+    for name in ("last.ckpt", "previous.ckpt"):
+        with contextlib.suppress(FileNotFoundError):
+            return torch.load(folder / "checkpoints" / name, weights_only=True)["global_step"]
+    return 0
