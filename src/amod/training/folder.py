@@ -44,8 +44,8 @@ GROUPS = ("model", "router", "placement", "data", "schedule", "trainer", "logger
 def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
     """Write to a temporary name in the same folder, then rename: a reader sees the old file or the new, whole.
 
-    The old file becomes ``keep``, which for a moment is the only one of the two. The temporary name is always the same (one process writes in a run folder), so that
-    kills leave no pile of them. Raises UserError.
+    The old file becomes ``keep``, which for a moment is the only one of the two. The temporary name is always the same
+    (one process writes in a run folder), so that kills leave no pile of them. Raises UserError.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
