@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.progress import track
 
 from amod.judge import Gene, Judge, Shape
-from amod.studies.frontier import Samples
+from amod.studies.frontier import Samples, few_of
 from amod.training.finished import load_run
 from amod.training.folder import read_config
 
@@ -44,8 +44,8 @@ def main() -> None:
         for blocks in ("three", "all")
     ]
     for blocks, kind, share in track(cells, "merging", transient=True):
-        places = [judge.depth * at // 12 for at in (2, 5, 8)] if blocks == "three" else range(judge.depth - judge.exact)
-        genes = tuple(Gene(block, kind, 1.0) for block in places)
+        genes = tuple(Gene(block, kind, 1.0) for block in range(judge.depth - judge.exact))
+        genes = few_of(judge, kind).genes if blocks == "three" else genes
         plans = [judge.within(Shape(genes, *average), share * judge.whole) for average in AVERAGES.values()]
         if None in plans:
             continue

@@ -88,7 +88,7 @@ class RoutedViT(Dressed):
     @property
     def proportional(self) -> float:
         """Attention counts a token that stands for s patches as s to this power."""
-        return next((float(entry.proportional) for entry in self.plan.values() if isinstance(entry, Merge)), 1.0)
+        return next((entry.proportional for entry in self.plan.values() if isinstance(entry, Merge)), 1.0)
 
     def forward(self, x: Tensor, return_routing: bool = False, **kwargs: Any) -> Any:
         """Images (B, 3, H, W) -> logits (B, classes), and on request the :class:`Routing` of this batch."""
@@ -258,8 +258,9 @@ def convert(
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join([*ROUTERS, *BY_THEMSELVES])}, none{hint}")
     gates = ("layers", "skip", "per", "target", "scale", "cache")
+    merges = ("r", "by", "rounds", "norm", "proportional")
     takes = {
-        **dict.fromkeys(MERGING, ("r", "by", "rounds", "norm", "proportional")),
+        **dict.fromkeys(MERGING, merges),
         "evit": ("keep_rate", "fuse"),
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
@@ -279,9 +280,7 @@ def convert(
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
     options |= {"fuse": fuse, "last": last, "skip": skip}
-    options |= {
-        name: own[name] for name in (*gates[2:], "by", "rounds", "norm", "proportional") if own[name] is not None
-    }
+    options |= {name: own[name] for name in (*gates[2:], *merges[1:]) if own[name] is not None}
     if router == "merge" and r is None and budget is None:
         raise UserError("router=merge: say what it may cost, budget=, or how many tokens each of its blocks merges, r=")
     if budget is not None:

@@ -114,8 +114,8 @@ def methods(judge: Judge, share: float) -> Iterator[tuple[str, Plan]]:
                 yield "tome_above", {i: Merge(entry.r - 1) for i, entry in plan.items() if isinstance(entry, Merge)}
         except UserError as error:
             print(f"{name}, {share:g}: left out, {error}", flush=True)
-    for name, (kind, *of_merges) in FEW.items():
-        few = judge.within(few_of(judge, kind, *of_merges), macs)
+    for name, merges in FEW.items():
+        few = judge.within(few_of(judge, *merges), macs)
         if few is not None:
             yield name, few
 

@@ -88,10 +88,10 @@ class Router(Group):
     activation: Literal["none", "sigmoid"] = "none"
     memory: Annotated[float, Field(ge=0, le=0.99)] = 0.0  # of the scores by class attention
     depth: Count | None = None  # of isoflop
-    r: WholeNumber | None = None  # of tome
+    r: WholeNumber | None = None  # of tome and merge
     keep_rate: Share | None = None  # of evit and dynamicvit
     fuse: bool = True
-    by: Annotated[str, AfterValidator(OneOf(*MERGE_BY))] = "keys"  # of tome
+    by: Annotated[str, AfterValidator(OneOf(*MERGE_BY))] = "keys"  # of tome and merge, and what follows
     rounds: Count = 1
     norm: bool = False
     proportional: Probability = 1.0

@@ -181,10 +181,8 @@ def measured(model: nn.Module, data: TextData) -> dict[str, Any]:
         return {}
     ids = torch.from_numpy(data.splits["test"][:64]).to(next(model.parameters()).device)
     model.eval()
-    with (
-        torch.no_grad()
-    ):  # logits of the last token alone: a large vocabulary's would take more memory than the training
-        passes = [
+    with torch.no_grad():
+        passes = [  # logits of the last token alone: those of all, with a large vocabulary, take gigabytes
             model(some, use_cache=False, return_routing=True, logits_to_keep=1)[1]
             for some in ids.split(data.eval_batch_size)
         ]
