@@ -11,7 +11,7 @@ from amod.training.command import launch
 from amod.training.config import FrontierConfig
 from amod.training.rules import parse
 
-METHODS = ("amod", "late", "evit", "tome", "tome_above", "few_merges", "few_tokens", "few_norm", "searched", "as_tome")
+METHODS = ("amod", "late", "evit", "tome", "tome_above", "few_merges", "few_tokens", "merge", "searched", "as_tome")
 
 
 def check(composed: DictConfig) -> FrontierConfig:

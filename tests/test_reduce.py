@@ -112,7 +112,7 @@ def test_said_by_arguments_and_found_by_a_budget():
     ours = amod.convert(vit(depth=4), "merge", r=5, proportional=0.75, last="class")
     assert ours.plan == amod.convert(vit(depth=4), "tome", r=5, **given).plan
     ours = amod.convert(dense, "merge", r=4, norm=False, placement=[1])
-    assert ours.plan == {1: Merge(4, by="tokens", rounds=2)}
+    assert ours.plan == {1: Merge(4, 0.9, by="tokens", rounds=2)}
     with pytest.raises(UserError, match="router=merge: say what it may cost"):
         amod.convert(dense, "merge")
     with pytest.raises(UserError, match=r"rounds=2: router=evit has no rounds"):

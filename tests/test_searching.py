@@ -17,7 +17,7 @@ import amod
 import search as command
 import tiny
 from amod import ClassOnly, Merge, Prune, Route
-from amod.judge import Gene, Judge, Shape, disagreement
+from amod.judge import Gene, Judge, Loss, Shape, disagreement
 from amod.plan import entries_of, read_plan
 from amod.searching import by_hand, changed
 from amod.training.compose import compose_config
@@ -50,12 +50,10 @@ def test_the_plan_fits_and_is_no_worse_than_those_made_by_hand(tmp_path):
     assert len([plan for plan in plans if plan]) > 8
     with torch.no_grad():
         dense = vit(IMAGES)
-        losses = [
-            disagreement(dense, amod.convert(vit, plan=plan)(IMAGES), True).mean() for plan in plans if plan is not None
-        ]
-        ours = disagreement(dense, amod.convert(vit, plan=found.plan)(IMAGES), True).mean()
-    assert ours <= min(losses) + 1e-6
-    assert found.disagreement == pytest.approx(float(ours), rel=1e-3)
+        each = [disagreement(dense, amod.convert(vit, plan=plan)(IMAGES), True) for plan in plans if plan is not None]
+        ours = disagreement(dense, amod.convert(vit, plan=found.plan)(IMAGES), True)
+    assert ours.sqrt().mean() <= min(other.sqrt().mean() for other in each) + 1e-4
+    assert found.disagreement == pytest.approx(float(ours.mean()), rel=1e-3)
 
     found.save(tmp_path / "plan.yaml")
     again = amod.convert(vit, plan=tmp_path / "plan.yaml")
@@ -66,6 +64,15 @@ def test_the_plan_fits_and_is_no_worse_than_those_made_by_hand(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plan.yaml"]
 
 
+def test_plans_are_ranked_by_the_mean_root_and_the_mean_is_told(monkeypatch):
+    monkeypatch.setattr(Judge, "judged", lambda self, plan, part: Loss(1 / len(plan), float(len(plan))))
+    found = find(small(), effort=3)
+    judge = Judge(small(), IMAGES)
+    plans = [judge.within(shape, 0.7 * judge.whole) for shape in by_hand(6, True)]
+    assert len(found.plan) <= min(len(plan) for plan in plans if plan)
+    assert found.disagreement == pytest.approx(1 / len(found.plan))
+
+
 def test_a_stopped_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     vit, ledger = small(), tmp_path / "judged.jsonl"
     whole = find(vit, ledger=ledger)
@@ -73,8 +80,8 @@ def test_a_stopped_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     lines = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(lines[:10]) + lines[10][:20])  # killed while it wrote
     again = []  # judged and counted, beside the dense model
-    loss, count = Judge.loss, amod.judge.count_on_meta
-    monkeypatch.setattr(Judge, "loss", lambda self, plan, part: again.append(plan) or loss(self, plan, part))
+    judged, count = Judge.judged, amod.judge.count_on_meta
+    monkeypatch.setattr(Judge, "judged", lambda self, plan, part: again.append(plan) or judged(self, plan, part))
 
     def counted(model, size):
         if entries_of(model):
@@ -109,9 +116,10 @@ def test_what_is_remembered_of_early_blocks_changes_nothing(plan):
     vit = small()
     judge = Judge(vit, IMAGES)
     expected = disagreement(vit(IMAGES), amod.convert(vit, plan=plan)(IMAGES), True)
-    first, rest = judge.losses(plan, (0, 1))
-    assert first == pytest.approx(float(expected[:4].mean()), rel=1e-3, abs=1e-6)
-    assert rest == pytest.approx(float(expected[4:].mean()), rel=1e-3, abs=1e-6)
+    for part, images in ((0, expected[:4]), (1, expected[4:]), (None, expected)):
+        loss = judge.loss(plan, part)
+        assert loss.disagreement == pytest.approx(float(images.mean()), rel=1e-3, abs=1e-6)
+        assert loss.distance == pytest.approx(float(images.clamp(min=0).sqrt().mean()), rel=1e-3, abs=1e-3)
 
 
 def test_what_rounding_takes_from_one_merge_the_next_one_gets():
@@ -233,7 +241,7 @@ def test_the_command_finds_a_plan_that_others_take(tmp_path, capsys):
     assert f"{output}: " in capsys.readouterr().out
     plan = read_plan(output)
     assert plan[3] == ClassOnly()
-    assert len(json.loads((tmp_path / "plan.jsonl").read_text().splitlines()[-1])["losses"]) == 2
+    assert len(json.loads((tmp_path / "plan.jsonl").read_text().splitlines()[-1])["judged"]) == 2
     summary = tiny.run(
         tmp_path / "tuned", "router=plan", f"router.file={output}", "schedule.epochs=1", f"model.checkpoint={run}"
     )

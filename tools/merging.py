@@ -49,7 +49,7 @@ def main() -> None:
         plans = [judge.within(Shape(genes, *average), share * judge.whole) for average in AVERAGES.values()]
         if None in plans:
             continue
-        losses = [f"{judge.mean_loss(plan):.4f}" for plan in plans]
+        losses = [f"{judge.loss(plan).disagreement:.4f}" for plan in plans]
         by = "keys" if kind == "merge" else "tokens, 2 rounds"
         print(f"| {blocks} by {by} | {judge.cost(plans[0]) / 1e9:.3f} | {' | '.join(losses)} |", flush=True)
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +41,16 @@ BATCH, CACHE_BYTES = 32, 1 << 30
 
 MERGES: dict[str, tuple[str, int]] = {"merge": ("keys", 1), "merge_tokens": ("tokens", 2)}
 """Kinds of a gene that merge: by what, in how many rounds."""
+
+
+class Loss(NamedTuple):
+    """How far a plan's model is from the dense one, mean over images."""
+
+    disagreement: float
+    """Kullback-Leibler divergence of the classes in nats, or 1 - cosine of the features."""
+    distance: float
+    """The mean of its root, which plans are ranked by: nearly all of the divergence of images that a model was trained
+    on is a few images', and its root lets the others speak (docs/untrained.md)."""
 
 
 class Gene(NamedTuple):
@@ -86,7 +95,7 @@ class Judge:
         self.has_head = getattr(vit, "num_classes", 0) > 0
         self.measure = "KL of the classes (nats)" if self.has_head else "1 - cosine of the features"
         self.costs: dict[str, int] = {}
-        self.known: dict[str, list[float | None]] = {}
+        self.known: dict[str, list[Loss | None]] = {}
         self.ledger = None if ledger is None else Path(ledger)
         if self.ledger is not None:
             self.read_ledger(self.ledger)
@@ -231,24 +240,28 @@ class Judge:
 
     # - agreement
 
-    def losses(self, plan: Plan, parts: tuple[int, ...]) -> list[float]:
-        """Mean disagreement on the first quarter of the images (part 0) and on the others (part 1)."""
+    def loss(self, plan: Plan, part: int | None = None) -> Loss:
+        """On the first quarter of the images (part 0), on the others (part 1), or on all."""
+        if part is None:
+            quarter, rest = self.loss(plan, 0), self.loss(plan, 1)
+            first, second = self.parts
+            return Loss(*((first * a + second * b) / (first + second) for a, b in zip(quarter, rest, strict=True)))
         known = self.known.setdefault(name_of(plan), [None, None])
-        for part in parts:
-            if known[part] is None:
-                known[part] = self.loss(plan, part)
-                self.write_ledger(plan, losses=known)
-        return [known[part] or 0.0 for part in parts]
+        if (loss := known[part]) is None:
+            loss = known[part] = self.judged(plan, part)
+            self.write_ledger(plan, judged=known)
+        return loss
 
-    def mean_loss(self, plan: Plan) -> float:
-        """On all images."""
-        quarter, rest = self.losses(plan, (0, 1))
-        return (quarter + 3 * rest) / 4
+    def judged(self, plan: Plan, part: int) -> Loss:
+        first, _ = self.parts
+        rows = slice(0, first) if part == 0 else slice(first, len(self.images))
+        each = disagreement(self.target[rows], self.outputs(plan, rows), self.has_head).clamp(min=0)
+        return Loss(each.mean().item(), each.sqrt().mean().item())
 
-    def loss(self, plan: Plan, part: int) -> float:
-        quarter = len(self.images) // 4
-        rows = slice(0, quarter) if part == 0 else slice(quarter, len(self.images))
-        return fmean(disagreement(self.target[rows], self.outputs(plan, rows), self.has_head).tolist())
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Images of the first quarter, and of the others."""
+        return len(self.images) // 4, len(self.images) - len(self.images) // 4
 
     @torch.inference_mode()
     def outputs(self, plan: Plan, rows: slice = slice(None)) -> Tensor:
@@ -336,8 +349,8 @@ class Judge:
                 raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
         for line in lines[1:]:
             name = name_of(from_data(json.loads(line["plan"])))  # with fields that are newer than the file
-            if "losses" in line:
-                self.known[name] = line["losses"]
+            if "judged" in line:
+                self.known[name] = [loss and Loss(*loss) for loss in line["judged"]]
             if "flops" in line:
                 self.costs[name] = line["flops"]
 

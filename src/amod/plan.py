@@ -317,7 +317,7 @@ def _check_index(i: Any, depth: int) -> None:
         raise UserError(f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")
 
 
-MERGING = {"tome": Merge(13), "merge": Merge(0, 1.0, "tokens", 2, True)}
+MERGING = {"tome": Merge(13), "merge": Merge(0, 0.9, "tokens", 2, True)}
 """What is merged where nothing else is said: ToMe's, and ours for models that are not trained afterwards."""
 
 

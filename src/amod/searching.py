@@ -3,7 +3,8 @@
 What is searched are *shapes*: which blocks merge, prune or route, and how strongly against each other. The one number
 that all of a shape's blocks share, its strength, follows from the budget, so every candidate spends all of it. The
 search starts from the plans that people make by hand, changes the best ones a little at a time, looks at a quarter of
-the images first, and at the others only where the quarter looks as good as the best so far. The class token is alone in
+the images first, and at the others only where the quarter looks as good as the best so far. Plans are ranked by the
+mean root of their images' disagreement with the dense model (``judge.Loss``). The class token is alone in
 the last block wherever the head reads nothing else: that costs nothing.
 
 B counts images. Costs and losses of a plan are ``judge.py``'s.
@@ -35,6 +36,8 @@ PROPORTIONAL = (0.0, 0.75, 0.9, 1.0)
 """What the merges of a shape may have (:class:`amod.Merge`)."""
 ELITE = 5
 """Shapes that are changed further."""
+ROUNDING = 1e-3
+"""A distance that float32 makes of the same model (1e-6 nats): there is nothing left to find."""
 RUNTIMES = ("eager", "openvino", "onnx")
 """Those whose time can be a budget."""
 TRIES, ROUNDS = 4, 15
@@ -123,14 +126,14 @@ def search(
 
         if runtime == "flops":
             macs = budget * judge.whole if budget < 1 else budget
-            plan, loss = evolve(judge, macs, random.Random(seed), effort, spent)
+            plan = evolve(judge, macs, random.Random(seed), effort, spent)
         else:
 
             def tell(text: str) -> None:
                 bar.update(task, description=text)
 
-            plan, loss, about["milliseconds"] = by_the_clock(judge, budget, runtime, effort, seed, spent, tell)
-    return Found(plan, judge.cost(plan), judge.whole, loss, about)
+            plan, about["milliseconds"] = by_the_clock(judge, budget, runtime, effort, seed, spent, tell)
+    return Found(plan, judge.cost(plan), judge.whole, judge.loss(plan).disagreement, about)
 
 
 # --- the search ---------------------------------------------------------------------------------------------------
@@ -138,10 +141,10 @@ def search(
 
 def evolve(
     judge: Judge, budget: float, rng: random.Random, effort: float, spent: Callable[[float, float], None]
-) -> tuple[Plan, float]:
-    """(plan, loss): the hand-made shapes, then changes of the best of them until the effort is spent. The budget is of
+) -> Plan:
+    """The hand-made shapes, then changes of the best of them until the effort is spent. The budget is of
     what the judge says that a plan takes."""
-    ranked: list[tuple[float, float, Shape, Plan]] = []  # loss, that of the first quarter, ...
+    ranked: list[tuple[float, float, Shape, Plan]] = []  # distance, that of the first quarter, ...
     seen: set[str] = set()
     left, idle = effort, 0
 
@@ -154,12 +157,12 @@ def evolve(
         seen.add(key)
         idle = 0
         before = left
-        (first,), left = judge.losses(plan, (0,)), left - judge.effort(plan) / 4
+        first, left = judge.loss(plan, 0).distance, left - judge.effort(plan) / 4
         if not screen or first <= max(quarter for _, quarter, _, _ in ranked[:ELITE]):
-            loss, left = judge.mean_loss(plan), left - judge.effort(plan) * 3 / 4
-            ranked.append((loss, first, shape, plan))
+            distance, left = judge.loss(plan).distance, left - judge.effort(plan) * 3 / 4
+            ranked.append((distance, first, shape, plan))
             ranked.sort(key=lambda entry: entry[0])
-        spent(before - left, ranked[0][0])
+        spent(before - left, judge.loss(ranked[0][3]).disagreement)
 
     for shape in by_hand(judge.depth, judge.exact):
         judged(shape, screen=False)
@@ -168,10 +171,10 @@ def evolve(
             f"budget of {budget / 1e9:.4g} GFLOPs: no plan of this model ({judge.whole / 1e9:.4g} GFLOPs) at "
             f"{judge.size[1]} x {judge.size[2]} pixels costs so little; raise it"
         )
-    while left > 0 and idle < 200 and ranked[0][0] > 1e-9:
+    while left > 0 and idle < 200 and ranked[0][0] > ROUNDING:
         parent = ranked[min(int(rng.expovariate(1)), min(ELITE, len(ranked)) - 1)][2]
         judged(changed(parent, judge.depth - judge.exact, rng), screen=True)
-    return ranked[0][3], ranked[0][0]
+    return ranked[0][3]
 
 
 def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
@@ -182,14 +185,14 @@ def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
 
     yield Shape()  # nothing at all, where that fits
     for kind, proportional, norm in (
-        ("merge_tokens", 1.0, True),
+        ("merge_tokens", 0.9, True),
         ("merge_tokens", 0.75, True),
         ("merge", 1.0, False),
     ):
         for merging in ([*range(12)], [2, 5, 8], [1, 4, 7], [0, 2, 4, 6, 8], [1, 2, 3, 4]):  # ToMe, then few merges
             yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*merging)), proportional, norm)
     for weights in ((lambda i: 1 - i / (2 * depth)), (lambda i: (i + 1) / depth)):  # stronger at first, or later
-        yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))), 1.0, True)
+        yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))), 0.9, True)
     others: tuple[tuple[str, Sequence[int]], ...]
     others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
               ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip
@@ -242,8 +245,8 @@ def by_the_clock(
     seed: int,
     spent: Callable[[float, float], None],
     tell: Callable[[str], None],
-) -> tuple[Plan, float, dict[str, float]]:
-    """(plan, loss, milliseconds of one image): what plans take is predicted from the measured times of a few, and where
+) -> tuple[Plan, dict[str, float]]:
+    """(plan, milliseconds of one image): what plans take is predicted from the measured times of a few, and where
     the plan that is found takes another time, the search is made again for so much more or less."""
     fastest, took, timed = 0.0, {"dense": 0.0, "plan": 0.0}, 0
 
@@ -261,12 +264,12 @@ def by_the_clock(
     wanted, best = share, None
     for _ in range(TRIES):
         try:
-            plan, loss = evolve(judge, wanted, random.Random(seed), effort / TRIES, spent)
+            plan = evolve(judge, wanted, random.Random(seed), effort / TRIES, spent)
         except UserError:  # so little time cannot be had
             break
         ratio, expected = share_of(plan), judge.takes(plan)
-        if ratio <= share and (best is None or loss < best[1]):
-            best = plan, loss, took
+        if ratio <= share and (best is None or judge.loss(plan).distance < judge.loss(best[0]).distance):
+            best = plan, took
         if 0.97 * expected <= ratio <= share:
             break
         wanted = 0.99 * share * expected / ratio

@@ -16,7 +16,7 @@ from typing import Any
 
 from amod.errors import UserError
 from amod.judge import Gene, Judge, Shape, disagreement
-from amod.plan import Merge, Plan, as_data, from_data
+from amod.plan import MERGING, Merge, Plan, as_data, from_data
 from amod.searching import runner, search
 from amod.studies.frontier_report import write_report
 from amod.training.config import FrontierConfig
@@ -30,9 +30,9 @@ Key = tuple[str, float]
 FEW: dict[str, tuple[Any, ...]] = {
     "few_merges": ("merge", 1.0, False),
     "few_tokens": ("merge_tokens", 1.0, False),
-    "few_norm": ("merge_tokens", 1.0, True),
+    "merge": ("merge_tokens", MERGING["merge"].proportional, MERGING["merge"].norm),
 }
-"""Three merges: by what, and Merge's ``proportional`` and ``norm``."""
+"""Three merges: by what, and Merge's ``proportional`` and ``norm``. The last are those of router=merge."""
 CHUNK, COARSE = 256, 0.03
 """Images whose dense features are remembered at once. Where ToMe, a whole number of tokens in every block, leaves more
 than this share of the dense cost unspent, the number below is measured too, above the budget."""
@@ -125,17 +125,17 @@ def few_of(judge: Judge, kind: str, *of_merges: Any) -> Shape:
 
 
 def as_near(judge: Judge, other: Plan) -> Plan | None:
-    """The strongest few merges by tokens, their norms kept, that agree with the dense model on the search's images as
-    well as ``other`` does; None: not even the weakest."""
-    found, weak, strong, limit = None, 0.0, 1.0, judge.mean_loss(other)
+    """The strongest merges of router=merge that agree with the dense model on the search's images as well as ``other``
+    does; None: not even the weakest."""
+    found, weak, strong, limit = None, 0.0, 1.0, judge.loss(other).disagreement
     for _ in range(8):
         middle = (weak + strong) / 2
         try:
-            plan = judge.plan_of(few_of(judge, *FEW["few_norm"]), middle)
+            plan = judge.plan_of(few_of(judge, *FEW["merge"]), middle)
         except UserError:  # entries so strong that they cannot stand together
             strong = middle
             continue
-        if judge.mean_loss(plan) <= limit:
+        if judge.loss(plan).disagreement <= limit:
             found, weak = plan, middle
         else:
             strong = middle

@@ -27,9 +27,9 @@ NAMES = {
     "tome_above": "ToMe, one token less (above the budget)",
     "few_merges": "few merges + class token alone",
     "few_tokens": "the same, by tokens in two rounds",
-    "few_norm": "the same, norms kept (router=merge)",
+    "merge": "the same, norms kept, counted as fewer (router=merge)",
     "searched": "searched plan",
-    "as_tome": "few merges, norms kept, that agree as well as ToMe",
+    "as_tome": "router=merge, as strong as agrees as well as ToMe",
 }
 LOOKS = {
     "amod": "attention",
@@ -37,7 +37,6 @@ LOOKS = {
     "evit": "random",
     "tome_above": "tome",
     "few_tokens": "dynamicvit",
-    "few_norm": "merge",
     "searched": "linear",
     "as_tome": "avit",
 }
@@ -157,7 +156,7 @@ def at_equal_agreement(clocks: Mapping[str, Mapping[Any, Any]]) -> list[str]:
         return []
     return [
         "",
-        f"ToMe's time / that of few merges, norms kept, that agree as well on the search's images: {'; '.join(said)}.",
+        f"ToMe's time / that of router=merge where it agrees as well on the search's images: {'; '.join(said)}.",
     ]
 
 
