@@ -108,4 +108,4 @@ def output_of(cfg: SearchConfig) -> Path:
 
 
 if __name__ == "__main__":
-    launch(job, "search", check)
+    launch(job, "search", check, ("model", "data"))

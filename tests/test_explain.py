@@ -130,6 +130,7 @@ def test_a_model_by_its_name(runs, tmp_path):
     [
         (["router=tome", "router.r=4"], "of 26 tokens 22, 18, 14, 10 left"),
         (["router=evit", "router.keep_rate=0.5"], "of 26 tokens 15, 9, 6 left"),
+        (["router=dynamicvit", "router.keep_rate=0.5"], "of 26 tokens 13, 7, 4 left"),
         (["router=plan", "router.file={}/plan.yaml"], "of 26 tokens 18, 9, 1 left"),
     ],
 )
@@ -227,6 +228,7 @@ WRONG = {
     "split": (["run={}/attention-0", "split=train"], "must be one of test, val"),
     "tokens": (["run={}/attention-0", "tokens=1"], "tokens=1: must be a whole number of at least 2"),
     "router": (["run={}/dense-0", "router=none"], "routes nothing"),
+    "gates": (["run={}/dense-0", "router=tuning"], "router=tuning: explain compares"),
     "output": (["run={}/attention-0", "output={}/dense-0/config.yaml"], "is a file"),
     "mixed": (["run=[{0}/attention-0,{0}/other-size]"], "the runs differ in model.kwargs"),
     "untrained": ([*MODEL, "data=digits"], "run: say which run folder"),

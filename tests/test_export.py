@@ -255,12 +255,24 @@ def test_a_file_that_keeps_the_wrong_tokens_is_refused(tmp_path, monkeypatch):
         ({}, "a.pt2", {"int8": True, "images": torch.zeros(4, 3, 32, 32)}, "no quantiser"),
         ({}, "a.onnx", {"int8": True}, "needs images"),
         ({}, "a.pt2", {"images": torch.zeros(2, 3, 32, 32)}, "2 are too few"),
+        ({}, "a.pt2", {"images": torch.zeros(4, 3, 48, 48)}, r"needs a tensor \(B, 3, 32, 32\)"),
+        ({}, "a.pt2", {"images": torch.zeros(4, 3, 32, 32).numpy()}, "images: ndarray"),
+        ({}, "a.pt2", {"input_size": 32}, "input_size=32"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, plan, file, options, words):
     with pytest.raises(amod.UserError, match=words):
         amod.export(model(plan), tmp_path / file, **options)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_of_half_precision_is_refused_and_modes_are_left(tmp_path):
+    with pytest.raises(amod.UserError, match=r"give model.float\(\)"):
+        amod.export(model({}).bfloat16(), tmp_path / "a.pt2")
+    routed = model({1: Route(0.5)}).train()
+    routed.norm.eval()
+    amod.export(routed, tmp_path / "a.pt2")
+    assert [name for name, module in routed.named_modules() if not module.training] == ["norm"]
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch):

@@ -287,6 +287,14 @@ def test_operators_that_are_only_shaped_have_the_shape_and_type_that_torch_gives
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_cost_the_same(dtype):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3)
+    whole, half = amod.count_flops(vit), vit.to(dtype)
+    assert amod.count_flops(half) == whole
+    assert amod.count_flops(amod.convert(half, budget=0.9 * whole)) <= 0.9 * whole
+
+
 def test_inference_mode_changes_no_count():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7).eval()
     halting, images = amod.convert(vit, "avit", halt_scale=3.0, halt_shift=0.0), torch.randn(2, 3, 64, 64)

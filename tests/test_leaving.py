@@ -251,6 +251,24 @@ def test_a_head_that_reads_all_tokens_is_refused():
         amod.convert(vit(global_pool="avg"), "avit")
 
 
+@pytest.mark.parametrize(("router", "entry"), [("avit", "Halt"), ("dynamicvit", "Predict"), ("none", "ClassOnly")])
+def test_another_head_is_refused_where_it_is_asked_and_by_the_entrys_name(router, entry):
+    model = amod.convert(vit(), router, last="class" if router == "none" else None)
+    images = torch.randn(2, 3, 32, 32)
+    model.reset_classifier(5, "avg")
+    with pytest.raises(amod.UserError, match=f"{entry}: the head of this model reads all tokens"):
+        model(images)
+    assert model.forward_features(images).shape[2] == 32
+    if router != "none":
+        model.prune_intermediate_layers([3], prune_head=True)
+        assert len(model.forward_intermediates(images, indices=[3], intermediates_only=True)) == 1
+
+
+@pytest.mark.parametrize("router", ["avit", "dynamicvit"])
+def test_no_images_are_no_logits(router):
+    assert amod.convert(vit(), router)(torch.randn(0, 3, 32, 32)).shape == (0, 5)
+
+
 def test_the_weights_and_the_plan_come_back(tmp_path):
     model = amod.convert(vit(), "dynamicvit", keep_rate=0.7)
     amod.save_pretrained(model, tmp_path)

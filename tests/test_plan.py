@@ -126,6 +126,12 @@ def test_entries_that_cannot_stand_together_are_refused(plan, words):
         check_plan(plan, 12)
 
 
+def test_flags_are_true_or_false():
+    for entry, field in ((Prune, "fuse"), (Route, "keep_prefix"), (Merge, "norm")):
+        with pytest.raises(UserError, match=f"{field}='false': must be true or false"):
+            entry(1, **{field: "false"})
+
+
 MIXED = {1: Route(0.5, "linear"), 2: Merge(46), 3: Prune(0.7, fuse=False), 11: ClassOnly()}
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import amod
 import reference
 from amod.errors import UserError
+from amod.exporting import Exported
 from amod.plan import Merge, Route
 from amod.reduce import Match, match, merge, merge_places, moved, prune, prune_places
 
@@ -117,6 +118,29 @@ def test_said_by_arguments_and_found_by_a_budget():
         amod.convert(dense, "merge")
     with pytest.raises(UserError, match=r"rounds=2: router=evit has no rounds"):
         amod.convert(dense, "evit", rounds=2)
+
+
+def test_two_rounds_reach_budgets_that_one_does_not():
+    dense = vit(depth=4)
+    least = amod.count_flops(amod.convert(dense, "merge", r=12, last="class"))  # 8 of 16 patches, then 4 of 8
+    assert least < amod.count_flops(amod.convert(dense, "merge", r=8, last="class"))
+    assert amod.count_flops(amod.convert(dense, "merge", budget=least, last="class")) == least
+    with pytest.raises(UserError, match="reaches"):
+        amod.convert(dense, "merge", budget=least - 1, last="class")
+
+
+def test_an_average_over_patches_counts_a_merged_one_as_all_that_it_stands_for():
+    """Of two kinds of patches that merge among themselves alone, with nothing to tell where one stood."""
+    dense = vit(depth=4, class_token=False, global_pool="avg", pos_embed="none")
+    one, other = torch.randn(2, 3, 1, 4, 1, 4)
+    kinds = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]]).bool()[None, None, :, None, :, None]
+    x = torch.where(kinds, one, other).expand(1, 3, 4, 4, 4, 4).reshape(1, 3, 16, 16)
+    model = amod.convert(dense, plan={0: Merge(6), 1: Merge(3)})
+    tokens = model.forward_features(x)
+    assert tokens.shape[1] == 16 - 6 - 3
+    assert_close(model(x), dense(x), atol=1e-5, rtol=1e-4)
+    assert (model.forward_head(tokens) - dense(x)).abs().max() > 1e-2  # as if each were one patch
+    assert_close(Exported(model).eval()(x)[0], dense(x), atol=1e-5, rtol=1e-4)
 
 
 def test_every_block_loses_r_tokens_and_the_last_ones_at_most_half():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -204,6 +205,8 @@ def test_eager_time_is_measured():
         ({"budget": "half"}, "budget='half'"),
         ({"budget": 0.001}, "no plan of this model"),
         ({"budget": 0.7, "runtime": "cuda"}, "runtime='cuda'"),
+        ({"effort": "a"}, "effort='a'"),
+        ({"effort": math.nan}, "effort=nan"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, words):
@@ -215,6 +218,10 @@ def test_bad_arguments_are_one_line(arguments, words):
 def test_bad_images_models_and_files_are_one_line(tmp_path):
     with pytest.raises(amod.UserError, match="at least 8 prepared images"):
         amod.search(small(), IMAGES[:4], 0.7)
+    with pytest.raises(amod.UserError, match="images: list; at least 8"):
+        amod.search(small(), [*IMAGES], 0.7)
+    with pytest.raises(amod.UserError, match="not finite"):
+        amod.search(small(), IMAGES.log(), 0.7)
     with pytest.raises(amod.UserError, match="cannot be routed"):
         amod.search(torch.nn.Linear(2, 2), IMAGES, 0.7)
     ledger = tmp_path / "judged.jsonl"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line, reachable
-from amod.flops import Size, default_input_size
+from amod.flops import Size, dtype_of, input_size_of
 from amod.gates import is_gated
 from amod.plan import Halt, Merge, Plan, Predict, Prune, Route, as_data
 from amod.routing import Routing
@@ -78,7 +78,7 @@ class Exported(nn.Module):
         if not isinstance(model, RoutedViT):
             return model(images), []
         walk = Walk(model)
-        logits = model.forward_head(walk.forward_features(images))
+        logits = walk.forward_head(walk.forward_features(images))
         return logits, [layer for layer in walk.routing if isinstance(model.plan[layer.layer], Route)]
 
 
@@ -118,11 +118,12 @@ def export(
         )
     path = Path(path)
     form = format_of(path, format)
-    size = input_size or default_input_size(model)
     check(model, path, form, int8, images)
+    size = input_size_of(model, input_size)
+    check_images(images, None if any_size(model, form) else size)
     needed(form, int8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    training, device = model.training, next(model.parameters()).device
+    modes, device = {module: module.training for module in model.modules()}, next(model.parameters()).device
     exported = Exported(model).eval().cpu()
     try:
         generator = torch.Generator().manual_seed(0)
@@ -150,7 +151,9 @@ def export(
             for file in Path(folder).iterdir():  # OpenVINO's are two
                 shutil.move(file, path.parent / file.name)
     finally:
-        model.to(device).train(training)
+        model.to(device)
+        for module, mode in modes.items():
+            module.training = mode
     return agreement
 
 
@@ -188,7 +191,19 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
         raise UserError("int8: torch's .pt2 has no quantiser here; choose format=onnx or openvino")
     if int8 and images is None:
         raise UserError("int8: needs images to calibrate on; give images=")
-    if images is not None and len(images) < sum(CHECKED):
+    if (dtype := dtype_of(model)) != torch.float32:
+        raise UserError(f"export: the weights are {dtype}, and files are of float32; give model.float()")
+
+
+def check_images(images: Any, size: Size | None) -> None:
+    """``size`` None: the file takes any."""
+    if images is None:
+        return
+    given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.dim() != 4 or (size is not None and given[1:] != tuple(size)):
+        of = "C, H, W" if size is None else ", ".join(map(str, size))
+        raise UserError(f"images: {given}; the check needs a tensor (B, {of}) of prepared images")
+    if len(images) < sum(CHECKED):
         raise UserError(f"images: {len(images)} are too few for the check; give at least {sum(CHECKED)}")
 
 

@@ -121,11 +121,16 @@ def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
     if isinstance(input_size, int):
         given = torch.empty(1, input_size, dtype=torch.long, device="meta")
     else:
-        given = torch.empty(1, *input_size, device="meta")
+        given = torch.empty(1, *input_size, device="meta", dtype=dtype_of(model))
     try:
         return _count(model, given)
     except refusals as error:
         raise UserError(f"input_size={input_size}: this model refuses such an input: {one_line(error)}") from None
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of its weights, and so of the images that it takes."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def input_size_of(model: Any, size: Any = None) -> Any:

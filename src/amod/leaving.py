@@ -120,7 +120,7 @@ def _removed(
     image, place = at // tokens, at % tokens
     whole = len(at) == batch * tokens
     if whole:  # nothing has halted yet
-        x = walk.run(i, block, x.reshape(batch, tokens, -1), inputs).flatten(0, 1)
+        x = walk.run(i, block, x.reshape(batch, tokens, x.shape[-1]), inputs).flatten(0, 1)
     elif len(at):
         walk.positions = place.unsqueeze(0)
         x = walk.run(i, block, x, inputs, packed=pack(image))[0]

@@ -46,6 +46,7 @@ class Route:
     def __post_init__(self) -> None:
         _as_python(self)
         _check_one_of("skip", self.skip, SKIPS)
+        _check_bool("keep_prefix", self.keep_prefix)
         if not _is_number(self.capacity) or not 0 < self.capacity <= 1:
             raise UserError(f"capacity={self.capacity!r}: must be a number in (0, 1], e.g. 0.125")
         if self.activation not in ACTIVATIONS:
@@ -106,8 +107,7 @@ class Merge:
         if not counted or not 0 <= self.proportional <= 1:
             raise UserError(f"proportional={self.proportional!r}: must be a number in [0, 1], or true or false")
         object.__setattr__(self, "proportional", float(self.proportional))
-        if not isinstance(self.norm, bool):
-            raise UserError(f"norm={self.norm!r}: must be true or false")
+        _check_bool("norm", self.norm)
 
     def merged(self, tokens: int, prefix: int) -> int:
         """How many of N tokens really merge: r, at most half of those outside the ``prefix`` in each round."""
@@ -140,6 +140,7 @@ class Prune:
         _as_python(self)
         if not _is_number(self.keep) or not 0 < self.keep <= 1:
             raise UserError(f"keep={self.keep!r}: must be a number in (0, 1], the share of patches that stay, e.g. 0.7")
+        _check_bool("fuse", self.fuse)
 
     def kept(self, tokens: int, prefix: int) -> int:
         """How many of the N - ``prefix`` patches stay."""
@@ -274,6 +275,11 @@ def _as_python(entry: Any) -> None:
     for field in fields(entry):
         if _is_number(value := getattr(entry, field.name)):
             object.__setattr__(entry, field.name, int(value) if isinstance(value, Integral) else float(value))
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r}: must be true or false")
 
 
 def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

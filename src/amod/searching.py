@@ -112,8 +112,13 @@ def search(
         raise UserError(f"budget={budget!r}: must be a number above 0; below 1 it is a share of the dense model's cost")
     if runtime not in ("flops", *RUNTIMES):
         raise UserError(f"runtime={runtime!r}: choose one of flops, {', '.join(RUNTIMES)}")
-    if images.dim() != 4 or len(images) < 8:
-        raise UserError(f"images: {tuple(images.shape)}; at least 8 prepared images (B, C, H, W) are needed")
+    if isinstance(effort, bool) or not isinstance(effort, int | float) or not 0 < effort < float("inf"):
+        raise UserError(f"effort={effort!r}: must be a number above 0, passes of the dense model over the images")
+    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 8:
+        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"images: {given}; at least 8 prepared images are needed as a tensor (B, C, H, W)")
+    if not images.isfinite().all():
+        raise UserError("images: some pixels are not finite; prepare them as for the model")
     judge = Judge(vit, images, ledger)
     about = {"measure": judge.measure, "images": len(images), "image_size": [*images.shape[1:]], "seed": seed}
     about |= {"effort": effort, "model": (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")}

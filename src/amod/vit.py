@@ -44,7 +44,7 @@ from amod.plan import (
     read_plan,
 )
 from amod.routers import ROUTERS, GateRouter, Predictor, make_router
-from amod.walk import MASKS, Walk, class_tokens
+from amod.walk import MASKS, READ_CLASS, Walk, class_rows, class_tokens
 
 FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
 """timm's isotropic transformers whose forward loops over blocks of one kind."""
@@ -95,7 +95,7 @@ class RoutedViT(Dressed):
         if not isinstance(return_routing, bool):
             raise UserError("return_routing: is True or False; timm's own arguments are named, as in attn_mask=mask")
         walk = Walk(self, record=return_routing)
-        logits = self.forward_head(walk.forward_features(x, **kwargs))
+        logits = walk.forward_head(walk.forward_features(x, **kwargs))
         return (logits, walk.routing) if return_routing else logits
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,7 +127,7 @@ class RoutedViT(Dressed):
                 kept[i] = entry.kept(tokens, prefix)
                 continue
             if isinstance(entry, ClassOnly):
-                tokens = class_tokens(self)
+                tokens = class_rows(self)
             else:
                 asked = (tokens, prefix, whole) if isinstance(entry, Predict) else (tokens, prefix)
                 tokens = entry.remain(*asked)
@@ -218,12 +218,12 @@ def convert(
     """
     own = {
         "capacity": capacity,
-        "keep_prefix": keep_prefix or None,
+        "keep_prefix": None if keep_prefix is False else keep_prefix,
         "activation": None if activation == "none" else activation,
         "memory": memory or None,
         "r": r,
         "keep_rate": keep_rate,
-        "fuse": None if fuse else fuse,
+        "fuse": None if fuse is True else fuse,
         "by": by,
         "rounds": rounds,
         "norm": norm,
@@ -265,6 +265,7 @@ def convert(
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
         "tuning": gates,
+        "none": (),
     }.get(router, ("capacity", "keep_prefix", "activation", "memory", "skip"))
     if router == "tuning":
         for name, value in (("placement", placement), ("budget", budget)):
@@ -272,11 +273,11 @@ def convert(
                 raise UserError(f"{name}={value!r}: router=tuning has layers= and target= in its place; leave it out")
         placement = layers
     if router == "none":
-        _refuse({"budget": budget}, "router=none is the dense model; leave it out")
+        _refuse({"placement": placement, "budget": budget}, "router=none is the dense model; leave it out")
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
-        if value is not None and budget is not None and name == takes[0]:
+        if value is not None and budget is not None and name == next(iter(takes), None):
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
     options |= {"fuse": fuse, "last": last, "skip": skip}
@@ -384,7 +385,7 @@ def check_blocks(model: Any, plan: Plan) -> None:
                 f"block {i} ({type(model.blocks[i]).__name__}) normalises behind its parts, and a gate reads what is "
                 "normalised before; use another model"
             )
-        if isinstance(entry, ClassOnly | Predict | Halt):
+        if isinstance(entry, READ_CLASS):
             class_tokens(model, type(entry).__name__)
         if isinstance(entry, Halt) and isinstance(model, Beit | VisionTransformerRelPos):
             raise UserError(
@@ -487,7 +488,8 @@ def plan_for_budget(
     tokens = tokens_at(vit, size)
     patches = tokens - vit.num_prefix_tokens
     if router in MERGING:
-        amounts: list[dict[str, Any]] = [{"r": r} for r in range(patches // 2, -1, -1)]
+        most = Merge(patches, rounds=options.get("rounds") or MERGING[router].rounds)
+        amounts: list[dict[str, Any]] = [{"r": r} for r in range(most.merged(patches, 0), -1, -1)]
     elif router == "evit":
         amounts = [{"keep_rate": kept / patches} for kept in range(1, patches + 1)]
     elif router == "dynamicvit":

@@ -29,6 +29,8 @@ from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take,
 
 CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep")
 """The tensors of a ``Walk`` that go from block to block beside the tokens."""
+READ_CLASS = (ClassOnly, Predict, Halt)
+"""Entries for heads that read the class token alone."""
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 """What the families call the tensor that a block hands on to its attention, to be added to the logits."""
 
@@ -103,6 +105,21 @@ class Walk:
             )
         return self.model.undressed.forward_features(self, x, *args, **kwargs)
 
+    def forward_head(self, x: Tensor) -> Tensor:
+        """timm's on the tokens of ``forward_features``. In the average over all patches a merged one counts as each of
+        those that it stands for (ToMe's, of models with such a head)."""
+        entries = [*self.model.plan.values()]
+        for entry in entries:
+            if isinstance(entry, READ_CLASS):  # the head may be another one than at ``convert``
+                class_tokens(self.model, type(entry).__name__)
+        merges = any(isinstance(entry, Merge) for entry in entries)
+        if self.size is not None and merges and self.model.global_pool == "avg":
+            first = 0 if getattr(self.model, "pool_include_prefix", False) else self.model.num_prefix_tokens
+            counted = self.size[:, first:].to(x.dtype)
+            weight = counted / counted.mean(dim=1, keepdim=True)
+            x = torch.cat([x[:, :first], x[:, first:] * weight.unsqueeze(-1)], dim=1)
+        return self.model.forward_head(x)
+
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = self.model.undressed.forward_intermediates(self, x, *args, **kwargs)
         if self.owner is None:
@@ -132,7 +149,7 @@ class Walk:
         if entry is None or isinstance(entry, Predict):
             x = self.run(i, block, x, inputs)
         elif isinstance(entry, Halt):
-            x = leaving.halting(self, i, block, entry, x, inputs, class_tokens(self.model))
+            x = leaving.halting(self, i, block, entry, x, inputs, class_rows(self.model))
         elif isinstance(entry, Route):
             x = self.route(i, block, entry, x, inputs)
         elif isinstance(entry, Gate):
@@ -228,7 +245,7 @@ class Walk:
             return y
 
         if isinstance(entry, ClassOnly):
-            rows = class_tokens(self.model)
+            rows = class_rows(self.model)
             first = torch.arange(rows, device=x.device).expand(x.shape[0], rows)
             done |= {"tokens": x, "size": None, "kept": first}
             x = self.run(i, block, x, inputs, rows=rows)
@@ -402,14 +419,19 @@ def check_readable(i: int, block: nn.Module) -> None:
         )
 
 
+def class_rows(model: Any) -> int:
+    """Class and distillation token."""
+    return 2 if hasattr(model, "head_dist") else 1
+
+
 def class_tokens(model: Any, entry: str = "ClassOnly") -> int:
-    """How many of the first tokens the head reads, if it reads no others, as an entry of the plan needs."""
+    """How many of the first tokens the head reads; UserError if it reads others, too, which this entry leaves out."""
     if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
         raise UserError(
             f"{entry}: the head of this model reads all tokens (global_pool={model.global_pool!r}), not the class "
             "token alone; leave the entry out"
         )
-    return 2 if hasattr(model, "head_dist") else 1
+    return class_rows(model)
 
 
 def additive(mask: Tensor | None) -> Tensor | None:

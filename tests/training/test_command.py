@@ -69,6 +69,22 @@ def test_the_command_takes_them(own, tmp_path, arguments):
 
 
 @pytest.mark.parametrize(
+    ("program", "override", "words"),
+    [
+        ("evaluate.py", "router=attention", "there is no setting router"),
+        ("search.py", "data=pets", "run=some-run decides it"),
+        ("export.py", "router=attention", "run=some-run decides it"),
+        ("export.py", "+model.kwargs.img_size=32", "run=some-run decides it"),
+    ],
+)
+def test_what_the_run_decides_is_refused_beside_it(tmp_path, program, override, words):
+    done, _ = command(program, "run=some-run", override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),

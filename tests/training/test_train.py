@@ -202,6 +202,15 @@ def fit(module: Classifier, data: DataModule, epochs: int, **arguments: Any) -> 
     return trainer
 
 
+def test_in_half_precision_sums_do_not_stop_at_256(tmp_path):
+    one_by_one = ["schedule.eval_batch_size=1", "schedule.epochs=1", "trainer.limit_train_batches=2"]
+    whole = run(tmp_path / "whole", "router=none", *one_by_one)
+    half = run(tmp_path / "half", "router=none", "trainer.precision=bf16-true", *one_by_one)
+    assert half["test_images"] == whole["test_images"] > 256
+    one, other = ([*csv.DictReader((tmp_path / name / "metrics.csv").open())] for name in ("whole", "half"))
+    assert float(other[-1]["val/loss"]) == pytest.approx(float(one[-1]["val/loss"]), rel=0.02)
+
+
 @pytest.mark.parametrize("router", ["none", "attention", "linear"])
 def test_overfits_64_digits(router):
     wider = ["model.kwargs.embed_dim=64", "model.kwargs.depth=2", "schedule.epochs=150", "schedule.lr=3e-3"]

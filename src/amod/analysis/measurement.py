@@ -23,7 +23,7 @@ from amod.analysis.routing_statistics import (
 )
 from amod.attention import Request, explicit, logit_bias, project, request_in
 from amod.errors import UserError
-from amod.plan import ClassOnly, Route
+from amod.plan import ClassOnly, Predict, Route
 from amod.routing import RoutedLayer, Routing, take
 from amod.vit import RoutedViT
 
@@ -172,7 +172,8 @@ def head_scores(model: Any, images: Tensor) -> tuple[int, Tensor]:
     """
     plan = model.plan if isinstance(model, RoutedViT) else {}
     first = min((i for i, entry in plan.items() if not isinstance(entry, Route)), default=len(model.blocks))
-    found = [i for i in range(min(first + 1, len(model.blocks))) if not isinstance(plan.get(i), Route)]
+    seen = first + (not isinstance(plan.get(first), Predict))  # whose tokens are fewer before its block already
+    found = [i for i in range(min(seen, len(model.blocks))) if not isinstance(plan.get(i), Route)]
     found = [i for i in found if is_scorable(model.blocks[i])]
     if not found:
         raise UserError("no block of this model that sees all tokens has an attention map that can be read")

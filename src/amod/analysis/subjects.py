@@ -46,12 +46,12 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
     found = []
     for i in range(max(1, len(runs))):
         config = saved(runs[i]) if runs else cfg
-        if config.router.name == "tuning":
-            raise UserError("router=tuning: explain compares tokens kept by their score, and a gate has no such number")
         source = str(denses[i]) if denses else config.model.checkpoint
+        no_gates(config.router.name)
         model = load(config, runs[i] if runs else None, num_classes)
         vit = dense(model)
         if config.router.name in UNROUTED:
+            no_gates(cfg.router.name)
             routing = {key: getattr(cfg, key) for key in ("router", "placement", "capacity", "budget")}
             config = config.model_copy(update=routing)
             model, origin = variant(vit, config), "the run itself"
@@ -62,6 +62,7 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
             other = saved(mods[i])
             if other.router.name in (*UNROUTED, config.router.name):
                 raise UserError(f"mod={mods[i]}: its router is {other.router.name}; name a run of another router")
+            no_gates(other.router.name)
             models[other.router.name] = load(other, mods[i], num_classes)
         device = "cuda" if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()) else "cpu"
         for module in (vit, *models.values()):
@@ -75,6 +76,11 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
                     f"run={shown(cfg.run)}: the runs differ in {key}; name runs that differ in their seed only"
                 )
     return found
+
+
+def no_gates(router: str) -> None:
+    if router == "tuning":
+        raise UserError("router=tuning: explain compares tokens kept by their score, and a gate has no such number")
 
 
 def load(config: Trained, folder: Path | None, num_classes: int | None) -> Any:

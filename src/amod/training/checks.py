@@ -222,6 +222,8 @@ def check_variant(cfg: Variant) -> None:
             f"budget={cfg.budget}: router=avit decides image by image what it computes; leave budget out, and choose "
             "router.ponder, the weight of the loss that makes tokens halt early"
         )
+    if cfg.budget is not None and cfg.router.name == "merge" and cfg.router.r is not None:
+        raise UserError(f"budget={cfg.budget}: picks r, and router.r={cfg.router.r} says it; leave one of them out")
     if cfg.budget is not None and wanted is not None:
         raise UserError(f"budget={cfg.budget}: router.depth={wanted} says the depth; leave one of them out")
     check_tokens(cfg)

@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,12 +30,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal
 HYDRAS = ("hydra.launcher.", "hydra.sweeper.", "hydra.sweep.", "hydra.searchpath", "hydra.job.env_", "hydra.callbacks")
 
 
-def launch(job: Callable[[Any], Any], config_name: str, check: Callable[[DictConfig], Any]) -> None:
+def launch(
+    job: Callable[[Any], Any],
+    config_name: str,
+    check: Callable[[DictConfig], Any],
+    of_run: Sequence[str] = (),
+) -> None:
     """Run ``job(check(config of the command line))``; what the job returns is for Hydra's sweepers. A `check` that
     returns nothing leaves the config as it is.
 
     A UserError, of `check` or of `job`, becomes ``error: ...`` and exit status 2. Anything else is a fault of ours and
-    keeps its traceback.
+    keeps its traceback. ``of_run``: groups and keys that a finished run says where ``run=`` names one.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     forgive_output()
@@ -67,6 +72,7 @@ def launch(job: Callable[[Any], Any], config_name: str, check: Callable[[DictCon
                 cfg = compose_config(config_name, overrides, own)
                 if args.help or args.cfg:
                     continue
+                check_beside_run(cfg, overrides, of_run)
                 config = check(cfg)
                 if args.multirun:
                     check_job(cfg, folders)
@@ -79,6 +85,13 @@ def launch(job: Callable[[Any], Any], config_name: str, check: Callable[[DictCon
             if args.multirun and jobs and not (args.cfg or chosen(args.overrides, "launcher")):
                 sys.exit(run_jobs(jobs, own))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+def check_beside_run(cfg: DictConfig, overrides: list[str], of_run: Sequence[str]) -> None:
+    """UserError for a setting that the run has already: it would be ignored."""
+    for override in overrides if cfg.get("run") is not None else []:
+        if override.lstrip("+").partition("=")[0].partition(".")[0] in of_run:
+            raise UserError(f"{override}: run={cfg.run} decides it; leave it out, or give the run as model.checkpoint=")
 
 
 def own_configs(args: Any) -> Path | None:

@@ -192,7 +192,7 @@ def _explain_key(config_name: str, overrides: list[str], error: Exception) -> st
     override = next((o for o in overrides if o.lstrip("+~").partition("=")[0].partition("@")[0] == key), "")
     if not override:
         return " ".join(text.split())
-    known = _known_keys(config_name, overrides)
+    known = _known_keys(config_name, [o for o in overrides if o != override])  # it may be a group of other commands
     parent = key.rpartition(".")[0]
     siblings = [k for k in known if parent and k.startswith(f"{parent}.")]
     reason = f"{override}: there is no setting {key}"

@@ -86,7 +86,7 @@ class Router(Group):
     name: Annotated[str, AfterValidator(OneOf(*choices("router")))]
     keep_prefix: bool = False
     activation: Literal["none", "sigmoid"] = "none"
-    memory: Annotated[float, Field(ge=0, le=0.99)] = 0.0  # of the scores by class attention
+    memory: Annotated[float, Field(ge=0, le=0.99)] = 0.0  # of the scores by attention
     depth: Count | None = None  # of isoflop
     r: WholeNumber | None = None  # of tome and merge
     keep_rate: Share | None = None  # of evit and dynamicvit
@@ -95,7 +95,7 @@ class Router(Group):
     rounds: Count = 1
     norm: bool = False
     proportional: Probability = 1.0
-    skip: Literal["attention", "mlp", "block"] | None = None  # of tuning, and what follows
+    skip: Literal["attention", "mlp", "block"] | None = None  # of tuning and what routes; what follows of tuning
     per: Literal["token", "sequence"] = "token"
     layers: list[WholeNumber] | None = None
     target: Probability | None = None

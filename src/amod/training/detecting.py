@@ -264,8 +264,8 @@ def variant(model: Any, cfg: Variant) -> RoutedDetr:
     router = cfg.router.name
     if router == "none":
         return convert(model, "none")
-    if cfg.router.keep_prefix or cfg.router.memory:
-        raise UserError("router: a DETR has neither keep_prefix nor memory; leave them out")
+    if cfg.router.keep_prefix or cfg.router.memory or cfg.router.skip not in (None, "block"):
+        raise UserError("router: a DETR has no keep_prefix, memory or skip; leave them out")
     return convert(model, router, cfg.capacity, placement_of(cfg), activation=cfg.router.activation)
 
 

@@ -55,7 +55,7 @@ class Recipe(nn.Module):
         with scheduled(model, self.router, epoch):
             walk: Any = Walk(model) if isinstance(model, RoutedViT) else model
             features = walk.forward_features(images)
-            logits = model.forward_head(features)
+            logits = walk.forward_head(features)
         added = logits.new_zeros((), dtype=torch.float32)
         if self.teacher is not None:
             with torch.no_grad():

@@ -121,6 +121,16 @@ def check_optimizer(schedule: Schedule, lr: float, device: torch.device) -> None
         ) from error
 
 
+def exact(metrics: nn.Module) -> None:
+    """Sums of the metrics in float32, where ``trainer.precision=bf16-true`` has made them half: they would stop growing
+    at 256."""
+    for metric in metrics.modules():
+        if isinstance(metric, MeanMetric | SumMetric):
+            states: dict[str, Any] = metric.metric_state
+            if any(state.dtype.itemsize < 4 for state in states.values()):
+                metric.set_dtype(torch.float32)
+
+
 class TaskModule(LightningModule):
     """Trains `model` by the settings of ``schedule``.
 
@@ -184,6 +194,9 @@ class TaskModule(LightningModule):
         return self.model if self.ema is None else self.ema.module
 
     # --- training
+
+    def on_train_start(self) -> None:
+        exact(self.train_loss)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._seed(self.current_epoch, batch_idx, self.global_rank)
@@ -302,6 +315,7 @@ class TaskModule(LightningModule):
 
     def _start(self, split: str) -> None:
         self._seed()  # a random router draws the same every time
+        exact(self.metrics[split])
         self.metrics[split].reset()  # type: ignore[operator]
 
     def _evaluate(self, split: str, batch: Batch) -> Any:

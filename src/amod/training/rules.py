@@ -123,6 +123,8 @@ def parse(kind: type[Kind], cfg: Any) -> Kind:
 
 def _line(kind: type[BaseModel], value: Any, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), UserError):  # a line already, of a file that was read
+        return str(own)
     path: list[str] = []
     annotation: Any = kind
     field: FieldInfo | None = None

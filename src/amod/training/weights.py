@@ -139,6 +139,7 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         keep_prefix=router.keep_prefix,
         activation=router.activation,
         memory=router.memory,
+        skip=router.skip,
         r=None if cfg.budget is not None else router.r,
         keep_rate=None if cfg.budget is not None else router.keep_rate,
         fuse=router.fuse,
