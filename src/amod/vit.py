@@ -265,7 +265,6 @@ def convert(
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
         "tuning": gates,
-        "none": (),
     }.get(router, ("capacity", "keep_prefix", "activation", "memory", "skip"))
     if router == "tuning":
         for name, value in (("placement", placement), ("budget", budget)):
@@ -273,11 +272,11 @@ def convert(
                 raise UserError(f"{name}={value!r}: router=tuning has layers= and target= in its place; leave it out")
         placement = layers
     if router == "none":
-        _refuse({"placement": placement, "budget": budget}, "router=none is the dense model; leave it out")
+        _refuse({"budget": budget}, "router=none is the dense model; leave it out")
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
-        if value is not None and budget is not None and name == next(iter(takes), None):
+        if value is not None and budget is not None and name == takes[0]:
             raise UserError(f"{name}={value!r}: budget= picks it; leave one of them out")
     options: dict[str, Any] = {"keep_prefix": keep_prefix, "activation": activation, "memory": memory}
     options |= {"fuse": fuse, "last": last, "skip": skip}
