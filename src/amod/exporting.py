@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line, reachable
-from amod.flops import Size, dtype_of, input_size_of
+from amod.flops import Size, dtype_of, input_size_of, modes_kept
 from amod.gates import is_gated
 from amod.plan import Halt, Merge, Plan, Predict, Prune, Route, as_data
 from amod.routing import Routing
@@ -123,9 +124,11 @@ def export(
     check_images(images, None if any_size(model, form) else size)
     needed(form, int8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    modes, device = {module: module.training for module in model.modules()}, next(model.parameters()).device
-    exported = Exported(model).eval().cpu()
-    try:
+    device = next(model.parameters()).device
+    with ExitStack() as after:
+        after.enter_context(modes_kept(model))
+        after.callback(model.to, device)
+        exported = Exported(model).eval().cpu()
         generator = torch.Generator().manual_seed(0)
         if images is None:
             images = torch.randn(sum(CHECKED), *size, generator=generator)
@@ -150,10 +153,6 @@ def export(
             del session
             for file in Path(folder).iterdir():  # OpenVINO's are two
                 shutil.move(file, path.parent / file.name)
-    finally:
-        model.to(device)
-        for module, mode in modes.items():
-            module.training = mode
     return agreement
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -150,8 +151,19 @@ def input_size_of(model: Any, size: Any = None) -> Any:
     raise UserError(f"input_size={said}: {type(model).__name__} {why}")
 
 
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Behind it each module trains or evaluates as before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _count(model: nn.Module, images: Tensor) -> int:
-    training, norms = {module: module.training for module in model.modules()}, 0
+    norms = 0
 
     def count_norm(
         module: nn.Module, args: Any, out: Any
@@ -170,11 +182,10 @@ def _count(model: nn.Module, images: Tensor) -> int:
             torch.no_grad(),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             Counter() as counter,
+            modes_kept(model),
         ):
             model.eval()(images.clone() if images.is_inference() else images)
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for hook in hooks:
             hook.remove()
     return counter.macs + norms

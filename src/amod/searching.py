@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from amod.errors import UserError, reachable
 from amod.judge import Gene, Judge, Shape, name_of
-from amod.plan import READS_ATTENTION, Plan, as_data
+from amod.plan import MERGING, READS_ATTENTION, Plan, as_data
 from amod.vit import check_model, convert
 
 KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
@@ -34,6 +34,8 @@ KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
 token, Route by class attention."""
 PROPORTIONAL = (0.0, 0.75, 0.9, 1.0)
 """What the merges of a shape may have (:class:`amod.Merge`)."""
+OURS = MERGING["merge"].proportional
+"""Of router=merge, which the search begins with."""
 ELITE = 5
 """Shapes that are changed further."""
 ROUNDING = 1e-3
@@ -190,14 +192,14 @@ def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
 
     yield Shape()  # nothing at all, where that fits
     for kind, proportional, norm in (
-        ("merge_tokens", 0.9, True),
+        ("merge_tokens", OURS, True),
         ("merge_tokens", 0.75, True),
         ("merge", 1.0, False),
     ):
         for merging in ([*range(12)], [2, 5, 8], [1, 4, 7], [0, 2, 4, 6, 8], [1, 2, 3, 4]):  # ToMe, then few merges
             yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*merging)), proportional, norm)
     for weights in ((lambda i: 1 - i / (2 * depth)), (lambda i: (i + 1) / depth)):  # stronger at first, or later
-        yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))), 0.9, True)
+        yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))), OURS, True)
     others: tuple[tuple[str, Sequence[int]], ...]
     others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
               ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip
