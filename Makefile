@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: $(PYTHON) is older than 3.10; install a newer one and say make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --no-compile --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.ready ## train, adapt and compare the variants on handwritten digits; table and picture in demo/

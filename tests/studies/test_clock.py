@@ -1,8 +1,11 @@
-"""Models of a study in turns, with two that are no models: one takes twice as long as the other, on a clock of ours."""
+"""Models of a study in turns, with two that are no models: on a clock of ours the dense one takes twice as long as the
+other, and four times as long to train."""
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,6 +19,9 @@ from amod.studies import clock
 from amod.studies.plan import runs_of
 from amod.studies.report import write_report
 from amod.studies.rows import rows_of
+from amod.training.compose import compose_config
+from amod.training.config import TrainConfig
+from amod.training.rules import parse
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def timed(tmp_path, monkeypatch):
             return range(most)
 
         def stacked(self, positions):
-            return torch.zeros(len(positions), 3, 16, 16), None
+            return torch.zeros(len(positions), 3, 16, 16), torch.zeros(len(positions), dtype=torch.int64)
 
     now = 0.0
 
@@ -46,35 +52,99 @@ def timed(tmp_path, monkeypatch):
             nonlocal now
             now += 0.02 if "none" in folder.name else 0.01
 
+        run.dense = "none" in folder.name
         return run
+
+    class TrainingStep:
+        def __init__(self, model, cfg, data, batch):
+            self.dense = model.dense
+            assert cfg.schedule.train == ("all" if model.dense else "routers")
+
+        def __call__(self):
+            nonlocal now
+            now += 0.4 if self.dense else 0.1
+
+        def mebibytes(self):
+            return 30.0 if self.dense else 20.0
 
     monkeypatch.setattr(timing, "alternate", partial(timing.alternate, clock=lambda: now))
     monkeypatch.setattr("amod.training.finished.load_run", lambda folder: (None, model(folder), Data()))
     monkeypatch.setattr("amod.training.finished.load_model", model)
-    monkeypatch.setattr("amod.training.folder.read_config", lambda file: None)
+
+    def config(file):
+        return parse(TrainConfig, compose_config("train", ["schedule=router_tuning"]))
+
+    monkeypatch.setattr("amod.training.folder.read_config", config)
+    monkeypatch.setattr(clock, "TrainingStep", TrainingStep)
     return study, runs, tmp_path / "runs", tmp_path / "results"
 
 
 def test_models_of_the_first_seed_are_timed_once_against_the_dense_one(timed, monkeypatch):
     _, runs, root, output = timed
     clock.measure(runs, root, output)
-    found = clock.read(output).set_index("run")["speedup"]
+    found = clock.read(output).set_index("run")
     assert len(found) == 3
     assert all("seed0" in name for name in found.index)
-    assert found[[name for name in found.index if "none" in name]].item() == 1
-    assert all(value == pytest.approx(2) for name, value in found.items() if "none" not in name)
+    for column, times in (("speedup", 2), ("training_speedup", 4)):
+        values = {name: float(value) for name, value in found[column].items()}
+        assert values == {name: pytest.approx(1 if "none" in name else times) for name in values}
+    assert set(found["training_mib"]) == {20, 30}
     monkeypatch.setattr("amod.training.finished.load_run", None)
     clock.measure(runs, root, output)
 
 
 def test_a_report_shows_them(timed):
     study, runs, root, output = timed
-    study |= {"metrics": ["speedup", "test_top1"], "with_start": True}
+    study |= {"metrics": ["speedup", "training_speedup", "training_mib", "test_top1"], "with_start": True}
     clock.measure(runs, root, output)
     text = write_report(study, SCALE, *rows_of(runs, root, {}), output).read_text()
     line = next(line for line in text.splitlines() if line.startswith("| 0.5 | A-MoD"))
-    assert float(line.split("|")[5]) == pytest.approx(2)
+    assert [float(cell) for cell in line.split("|")[5:8]] == pytest.approx([2, 4, 20])
     assert (output / "figure.png").stat().st_size > 5000
+
+
+def test_only_a_machine_that_has_the_first_seed_times_it(timed):
+    """Else the first that it has; what was timed elsewhere is not mixed with it."""
+    study, runs, root, output = timed
+    study |= {"metrics": ["speedup", "test_top1"], "with_start": True}
+    clock.measure(runs, root, output)
+    before = rows_of(runs, root, {})[0]
+    before = clock.with_speeds(before, output)
+    for run in runs:
+        if run.settings["seed"] == "0":
+            shutil.rmtree(root / run.name)
+    clock.measure(runs, root, output)
+    assert all("seed1" in name for name in clock.read(output)["run"])
+    after = clock.with_speeds(before, output)
+    assert after["speedup"].notna().tolist() == [row == 1 for row in after["seed"]]
+
+
+@pytest.fixture
+def tuning():
+    """(a tiny model, the config of its training): gates alone are trained."""
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=5
+    )
+    words = ["router=tuning", "router.target=0.5", "schedule=router_tuning"]
+    return amod.convert(vit, "tuning", target=0.5), parse(TrainConfig, compose_config("train", words))
+
+
+def test_a_training_step_is_the_runs_own_and_leaves_the_weights(tuning):
+    model, cfg = tuning
+    batch = torch.randn(4, 3, 16, 16), torch.arange(4), torch.arange(4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step = clock.TrainingStep(model, cfg, SimpleNamespace(num_classes=5, class_names=[]), batch)
+    step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {name.split(".")[0] for name, value in model.named_parameters() if value.grad is not None} == {"routers"}
+    gates = step.mebibytes()
+    cfg.schedule = cfg.schedule.model_copy(update={"train": "all"})
+    model.requires_grad_(True)
+    whole = clock.TrainingStep(model, cfg, SimpleNamespace(num_classes=5, class_names=[]), batch)
+    whole()
+    weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("routers")) / 2**20
+    assert whole.mebibytes() - gates > 2.9 * weights  # a gradient, and the optimiser's two
 
 
 def test_what_halts_is_timed_image_by_image():

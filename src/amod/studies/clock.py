@@ -1,4 +1,4 @@
-"""How fast a study's models are: those of its first seed in turns with their dense model, in this process.
+"""What a study's models and their training cost: those of its first seed in turns with the dense one, in this process.
 
 Written to results/STUDY/SCALE behind the study, because its runs train two at a time, and what they say of their own
 speed is no measurement: speed.csv, a line for each finished run, and halting.csv, a line for each image of a model
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH, ROUNDS = 32, 15
+TRAINING_ROUNDS = 7
 ALONE, ALONE_ROUNDS = 64, 5  # images one by one, of models whose tokens halt
-COLUMNS = {"run": "str", "speedup": "float64", "low": "float64", "high": "float64"}
+SPEEDS = ("speedup", "low", "high", "training_speedup", "training_low", "training_high", "training_mib")
+COLUMNS = {"run": "str", **dict.fromkeys(SPEEDS, "float64")}
 
 
 def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
-    """Time the finished runs of the least seed, unless that is done: medians and quartiles of dense / variant within a
-    round, on ``BATCH`` test images, forward and eager."""
-    first = min(int(run.settings["seed"]) for run in runs)
-    timed = [run for run in runs if int(run.settings["seed"]) == first and finished(run, root)]
+    """Time the finished runs of the least seed that is here, unless that is done: medians and quartiles of dense /
+    variant within a round, of the forward pass of ``BATCH`` test images and of a training step with them, eager."""
+    here = [run for run in runs if finished(run, root)]
+    first = min((int(run.settings["seed"]) for run in here), default=0)
+    timed = [run for run in here if int(run.settings["seed"]) == first]
     dense = next((run for run in timed if run.settings["router"] == "none"), None)
     if dense is None or {run.name for run in timed} <= {*read(output)["run"]}:
         return
@@ -41,23 +44,60 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
     from amod.training.folder import read_config
 
     _, model, data = load_run(root / dense.name)
-    models = {dense.name: model}
-    for folder in (root / run.name for run in timed if run is not dense):  # the data are read once
-        models[folder.name] = load_model(folder, read_config(folder / "config.yaml"), data.num_classes)
+    models, configs = {dense.name: model}, {run.name: read_config(root / run.name / "config.yaml") for run in timed}
+    for name in (run.name for run in timed if run is not dense):  # the data are read once
+        models[name] = load_model(root / name, configs[name], data.num_classes)
+    variant = next((configs[name] for name in models if name != dense.name), configs[dense.name])
+    configs[dense.name].schedule = variant.schedule.model_copy(update={"train": "all", "lora": None})  # as the others
     samples = data.samples("test", train=False)
-    images, _ = samples.stacked(samples.drawn(max(BATCH, ALONE), 0))
-    batch = images[:BATCH]
-    print(f"timing {len(models)} models in turns, {ROUNDS} rounds", flush=True)
+    images, labels = samples.stacked(samples.drawn(max(BATCH, ALONE), 0))
+    batch = images[:BATCH], labels[:BATCH], torch.arange(BATCH)
+    print(f"timing {len(models)} models in turns, {ROUNDS} rounds, and training, {TRAINING_ROUNDS} rounds", flush=True)
     with torch.inference_mode():
-        steps = {name: lambda model=model: model(batch) for name, model in models.items()}
-        seconds, _ = timing.alternate(steps, ROUNDS, fill=0.2)
+        steps = {name: lambda model=model: model(batch[0]) for name, model in models.items()}
+        forward, _ = timing.alternate(steps, ROUNDS, fill=0.2)
         alone = [image_by_image(name, model, models[dense.name], images[:ALONE]) for name, model in halting(models)]
-    found = {name: timing.paired(seconds[dense.name], spent) for name, spent in seconds.items()}
-    rows = [(name, quartiles.median, quartiles.low, quartiles.high) for name, quartiles in found.items()]
+    trained = {name: TrainingStep(model, configs[name], data, batch) for name, model in models.items()}
+    training, _ = timing.alternate(trained, TRAINING_ROUNDS, fill=0.2)
+    rows = []
+    for name, step in trained.items():
+        found = [timing.paired(seconds[dense.name], seconds[name]) for seconds in (forward, training)]
+        rows.append((name, *(v for q in found for v in (q.median, q.low, q.high)), step.mebibytes()))
     output.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows, columns=list(COLUMNS)).round(4).to_csv(output / "speed.csv", index=False, lineterminator="\n")
     if alone:
         pd.concat(alone).round(4).to_csv(output / "halting.csv", index=False, lineterminator="\n")
+
+
+class TrainingStep:
+    """One step of a run's own training, from its finished weights, at a learning rate of 0, which leaves them as they
+    are: with its losses, its teacher and its frozen weights, on images as they are."""
+
+    def __init__(self, model: Any, cfg: Any, data: Any, batch: tuple[Tensor, ...]) -> None:
+        from amod.training.module import freeze
+        from amod.training.tasks import TASKS
+
+        freeze(model, cfg.schedule)
+        self.module = TASKS[cfg.model.task].parts().module(model, cfg, data)
+        self.module.epoch = float(cfg.schedule.epochs)  # its warm-ups are over
+        self.optimizer = self.module.make_optimizer(0.0)
+        self.batch = batch
+
+    def __call__(self) -> None:
+        self.module.train()
+        self.optimizer.zero_grad()
+        self.module.loss(self.batch).backward()
+        self.optimizer.step()
+
+    def mebibytes(self) -> float:
+        """The most bytes of tensors alive during a step, once one has been made: weights, the teacher's and what the
+        optimiser keeps included."""
+        from amod.analysis.throughput.memory import allocated_peak
+
+        self.optimizer.zero_grad()
+        kept = [value for state in self.optimizer.state.values() for value in state.values()]
+        held = sum(tensor.nbytes for tensor in (*self.module.state_dict().values(), *kept) if hasattr(tensor, "nbytes"))
+        return (held + allocated_peak(self)) / 2**20
 
 
 def halting(models: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -101,10 +141,12 @@ def halting_section(rows: pd.DataFrame, folder: Path) -> str:
 def read(folder: Path) -> pd.DataFrame:
     """The rows of a speed.csv; none where there is no such file."""
     file = folder / "speed.csv"
-    return (pd.read_csv(file) if file.exists() else pd.DataFrame(columns=list(COLUMNS))).astype(COLUMNS)
+    found = pd.read_csv(file) if file.exists() else pd.DataFrame()
+    return found.reindex(columns=list(COLUMNS)).astype(COLUMNS)
 
 
 def with_speeds(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """The rows with the ``speedup`` of those that were timed."""
-    found = read(folder).set_index("run")["speedup"]
-    return rows.assign(speedup=rows["run"].map(found).astype("Float64").fillna(rows["speedup"]))
+    """The rows with the speeds and memory of those that were timed: in one process, so of no other day."""
+    found = read(folder).set_index("run")
+    columns = ("speedup", "training_speedup", "training_mib") if len(found) else ()
+    return rows.assign(**{name: rows["run"].map(found[name]).astype("Float64") for name in columns})

@@ -49,6 +49,8 @@ METRICS = {
     "step_seconds": "seconds of a training step",
     "peak_mib": "peak memory of training (MiB)",
     "speedup": "images per second, of dense",
+    "training_speedup": "training steps per second, of dense",
+    "training_mib": "memory of a training step (MiB)",
 }
 AXES = ("data", "model", "variant", "placement", "keep_prefix", "lr", "capacity", "budget", "router", "setting")
 TEXT = ("run", "status", "stage", *(axis for axis in AXES if axis != "capacity"), "git_commit", "git_changed", "note")
