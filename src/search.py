@@ -32,6 +32,8 @@ def check(composed: DictConfig) -> SearchConfig:
     output = output_of(cfg)
     if output.is_dir() or output.suffix not in (".yaml", ".yml"):
         raise UserError(f"output={output}: must be a file that ends in .yaml")
+    if cfg.save is not None and Path(cfg.save).expanduser().is_file():
+        raise UserError(f"save={cfg.save}: is a file; name a folder for the model")
     return cfg
 
 
@@ -61,7 +63,29 @@ def job(cfg: SearchConfig) -> None:
     found.save(output)
     for block, entry in sorted(found.plan.items()):
         print(f"  {block}: {entry}")
-    print(f"{output}: {found}")
+    print(f"{output}: {found}", flush=True)
+    if cfg.save is not None:
+        save(cfg, model, found, images)
+
+
+def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
+    """The model that the plan makes, its head, if it has one, fitted to the dense model's classes."""
+    from amod.hub import from_pretrained, save_pretrained
+    from amod.refit import head_fit, outputs_of, with_head
+    from amod.vit import convert, dense
+
+    named = from_pretrained(cfg.run) if cfg.run is not None else model  # with the names of its classes
+    fast = convert(dense(named), plan=found.plan)
+    learned = {"search": str(found)}
+    if fast.num_classes:
+        try:
+            fit = head_fit(fast, images, outputs_of(model, images))
+            fast, learned["head"] = with_head(fast, fit), f"{fit}, {len(images)} images without labels"
+        except UserError as error:  # two heads
+            learned["head"] = str(error)
+        print(learned["head"])
+    folder = save_pretrained(fast, Path(str(cfg.save)).expanduser(), training=learned)
+    print(f"{folder}: the model, for amod.from_pretrained and src/export.py run={cfg.save}")
 
 
 def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:

@@ -255,6 +255,21 @@ def test_the_command_finds_a_plan_that_others_take(tmp_path, capsys):
     assert summary["gflops"] < 0.8 * json.loads((run / "summary.json").read_text())["gflops"]
 
 
+def test_the_command_saves_the_model_with_its_head_fitted(tmp_path, capsys):
+    run, folder = tmp_path / "run", tmp_path / "fast"
+    tiny.run(run, "router=none", "schedule.epochs=1")
+    wanted = [f"run={run}", "budget=0.6", "effort=3", "images_max=64", f"output={tmp_path / 'plan.yaml'}"]
+    command.job(command.check(compose_config("search", ["model=vit_pico", *wanted, f"save={folder}"])))
+    printed = capsys.readouterr().out
+    fast, dense = amod.from_pretrained(folder), amod.from_pretrained(run)
+    assert fast.plan == read_plan(tmp_path / "plan.yaml")
+    assert fast.pretrained_cfg["label_names"] == dense.pretrained_cfg["label_names"]
+    assert "the head is fitted: mean root of the KL" in printed
+    assert "the head is fitted" in (folder / "README.md").read_text()
+    changed = {name for name, value in dense.state_dict().items() if not torch.equal(fast.state_dict()[name], value)}
+    assert changed == {"head.weight", "head.bias"}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -264,6 +279,7 @@ def test_the_command_finds_a_plan_that_others_take(tmp_path, capsys):
         (["images=nowhere"], "images=nowhere: is no folder"),
         (["data=digits", "output=plan.txt"], "output=plan.txt: must be a file that ends in .yaml"),
         (["model.checkpoint=nowhere.pth"], "no such file"),
+        (["data=digits", f"save={__file__}"], "is a file; name a folder"),
     ],
 )
 def test_the_commands_mistakes_are_one_line(settings, words, tmp_path):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.flops import count_flops, image_flops
     from amod.hub import from_pretrained, push_to_hub, save_pretrained
     from amod.plan import ClassOnly, Gate, Halt, Merge, Predict, Prune, Route, read_plan
+    from amod.refit import fit_head
     from amod.routing import RoutedLayer, Routing
     from amod.searching import Found, search
     from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
@@ -39,6 +40,7 @@ _HOME = {
     "Prune": "plan",
     "Route": "plan",
     "read_plan": "plan",
+    "fit_head": "refit",
     "RoutedLayer": "routing",
     "Routing": "routing",
     "Found": "searching",
@@ -69,6 +71,7 @@ __all__ = [
     "count_flops",
     "dense",
     "export",
+    "fit_head",
     "from_pretrained",
     "image_flops",
     "isoflop_depth",

@@ -264,12 +264,16 @@ class Judge:
         return len(self.images) // 4, len(self.images) - len(self.images) // 4
 
     @torch.inference_mode()
-    def outputs(self, plan: Plan, rows: slice = slice(None)) -> Tensor:
-        """What the plan's model says of those images: (rows, C) logits, or features where there is no head."""
+    def outputs(self, plan: Plan, rows: slice = slice(None), change: Callable[[Any], Any] | None = None) -> Tensor:
+        """What the plan's model says of those images: (rows, C) logits, or features where there is no head.
+
+        ``change``: what is made of the model before it is run (a fitted head).
+        """
         target, start = self.target, self.start_of(plan)
         if not plan:
             return target[rows]
         model: Any = routed(self.vit, plan)
+        model = model if change is None else change(model)
         given = Given()
         for i in range(start):
             model.blocks[i] = given

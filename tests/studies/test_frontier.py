@@ -36,7 +36,10 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     assert dense["method"] == "dense"
     assert dense["disagreement"] == 0
     assert {record["method"] for record in records} >= {"tome", "few_merges", "searched"}
-    within = [record for record in records[1:] if record["method"] not in ("tome_above", "as_tome")]
+    assert {record["method"] for record in records} >= {"tome_fitted", "merge_fitted", "searched_fitted"}
+    plans = {record["method"]: (record["plan"], record["flops"]) for record in records}
+    assert plans["searched_fitted"] == plans["searched"]  # another head, no FLOPs
+    within = [record for record in records[1:] if not record["method"].startswith(("tome_above", "as_tome"))]
     assert all(record["flops"] <= 0.8 * dense["flops"] for record in within)
     assert all(len(record["right"]) == 40 for record in records)
     text = (output / "README.md").read_text()

@@ -11,14 +11,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amod.errors import UserError
 from amod.judge import Gene, Judge, Shape, disagreement
 from amod.plan import MERGING, Merge, Plan, as_data, from_data
+from amod.refit import HeadFit, head_fit, with_head
 from amod.searching import runner, search
-from amod.studies.frontier_report import write_report
+from amod.studies.frontier_report import FITTED, write_report
 from amod.training.config import FrontierConfig
 from amod.training.finished import load_run
 from amod.training.folder import environment, read_config
@@ -33,6 +35,8 @@ FEW: dict[str, tuple[Any, ...]] = {
     "merge": ("merge_tokens", MERGING["merge"].proportional, MERGING["merge"].norm),
 }
 """Three merges: by what, and Merge's ``proportional`` and ``norm``. The last are those of router=merge."""
+REFITTED = ("tome", "tome_above", "merge", "searched")
+"""Methods that are measured with a fitted head too (:func:`amod.fit_head`), on the search's images."""
 CHUNK, COARSE = 256, 0.03
 """Images whose dense features are remembered at once. Where ToMe, a whole number of tokens in every block, leaves more
 than this share of the dense cost unspent, the number below is measured too, above the budget."""
@@ -71,13 +75,21 @@ def frontier(cfg: FrontierConfig) -> None:
         tome = plans.get(("tome_above", share), plans.get(("tome", share)))
         if tome is not None and (near := as_near(judge, tome)) is not None:
             plans["as_tome", share] = near
+    heads: dict[Key, HeadFit] = {}
+    if judge.has_head:
+        for (name, share), plan in [*plans.items()]:
+            if name in REFITTED:
+                key = name + FITTED, share
+                plans[key] = plan
+                heads[key] = head_fit(convert(vit, plan=plan), searched_on, judge.target)
+                print(f"{key[0]}, {share:g}: {heads[key]}", flush=True)
     records = Records(output / "records.jsonl", about)
     times = Records(output / "times.jsonl", about)
 
     def rows_of(images: int) -> list[dict[str, Any]]:
         return [row for key, plan in plans.items() if (row := records.get(key, plan, images)) is not None]
 
-    for seen in measure(judge, plans, Samples(split, data.eval_transform, None, False, False), cfg, records):
+    for seen in measure(judge, plans, heads, Samples(split, data.eval_transform, None, False, False), cfg, records):
         if len(rows := rows_of(seen)) == len(plans):  # else a file of before has them all at once
             write_report(output, {**told, "images": seen}, environment(), rows, times.all())
         print(f"measured {seen} of {about['images']} images", flush=True)
@@ -143,7 +155,12 @@ def as_near(judge: Judge, other: Plan) -> Plan | None:
 
 
 def measure(
-    judge: Judge, plans: Mapping[Key, Plan], samples: Samples, cfg: FrontierConfig, records: Records
+    judge: Judge,
+    plans: Mapping[Key, Plan],
+    heads: Mapping[Key, HeadFit],
+    samples: Samples,
+    cfg: FrontierConfig,
+    records: Records,
 ) -> Iterator[int]:
     """Add to ``records``, for every plan and image, the disagreement with the dense model and whether the class
     was right, where it is not there yet; how many images that is so far."""
@@ -156,7 +173,7 @@ def measure(
         images, labels = samples.stacked(order[at:end])
         judge.show(images)
         for key, plan in todo.items():
-            outputs = judge.outputs(plan)
+            outputs = judge.outputs(plan, change=partial(with_head, fit=heads[key]) if key in heads else None)
             losses = disagreement(judge.target, outputs, judge.has_head)
             right = (outputs.argmax(dim=1) == labels).int().tolist()
             what = {"at": at, "disagreement": losses.mean().item(), "right": "".join(map(str, right))}

@@ -31,6 +31,8 @@ NAMES = {
     "searched": "searched plan",
     "as_tome": "router=merge, as strong as agrees as well as ToMe",
 }
+FITTED = "_fitted"
+"""Ends the name of a method whose head was fitted to the dense model's classes: the same plan and time."""
 LOOKS = {
     "amod": "attention",
     "late": "attention_weighted",
@@ -42,6 +44,10 @@ LOOKS = {
 }
 """Colour and marker where the method has none of its own."""
 RESAMPLES = 2000
+
+
+def name_of(method: str) -> str:
+    return NAMES[method.removesuffix(FITTED)] + (", head fitted" if method.endswith(FITTED) else "")
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -103,8 +109,8 @@ def write_report(
         f"{about['dense_gflops']:.4f} GFLOPs dense; {about['images']} images of {about['split']}, which neither "
         f"training nor the search saw. The searches: {about['search_images']} training images without labels. One "
         "model; 95 % intervals by bootstrap over images, those of the differences paired. Disagreement: mean KL "
-        "divergence of the classes from the dense model's, in nats. Times: one thread, in turns; median and "
-        "quartiles of dense / plan within a round.",
+        "divergence of the classes from the dense model's, in nats. A fitted head (`amod.fit_head`): by least squares "
+        "on the search's images. Times: one thread, in turns; median and quartiles of dense / plan within a round.",
         "",
         "| share | method | GFLOPs | top-1 (%) | points below dense | disagreement | plan |"
         + "".join(f" {c} |" for c in clocks),
@@ -115,7 +121,7 @@ def write_report(
         lost = interval(dense - right(row))
         cells = [
             f"{row['share']:.0%}",
-            NAMES[row["method"]],
+            name_of(row["method"]),
             f"{row['flops'] / 1e9:.4f}",
             f"{mean:.2f} [{low:.2f}, {high:.2f}]",
         ]
@@ -125,7 +131,7 @@ def write_report(
             in_words(from_data(row["plan"])),
         ]
         for found in clocks.values():
-            taken = found.get((row["method"], row["share"]))
+            taken = found.get((row["method"].removesuffix(FITTED), row["share"]))
             cells.append(f"{taken[2]:.2f}x [{taken[1]:.2f}, {taken[3]:.2f}]" if taken else "")
         lines.append("| " + " | ".join(cells) + " |")
     lines += at_equal_agreement(clocks)
@@ -175,7 +181,7 @@ def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, A
         for name in dict.fromkeys(row["method"] for row in rows):
             points = []
             for row in rows:
-                taken = found.get((name, row["share"])) if found is not None else None
+                taken = found.get((name.removesuffix(FITTED), row["share"])) if found is not None else None
                 if row["method"] != name or (found is not None and taken is None):
                     continue
                 at = row["flops"] / 1e9 if taken is None else 1 / taken[2]
@@ -184,8 +190,10 @@ def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, A
             if not points:
                 continue
             x, y, below, above = zip(*sorted(points), strict=True)
-            look = LOOKS.get(name, name)
-            style = {"color": COLOURS[look], "marker": MARKERS[look], "label": NAMES[name], "capsize": 2}
+            base = name.removesuffix(FITTED)
+            look = LOOKS.get(base, base)
+            style = {"color": COLOURS[look], "marker": MARKERS[look], "label": name_of(name), "capsize": 2}
+            style |= {"linestyle": "--", "markerfacecolor": "white"} if name.endswith(FITTED) else {}
             axis.errorbar(x, y, yerr=(below, above) if what == "points" else None, **style)
         axis.set_xlabel(label)
         axis.set_ylabel("points below dense" if what == "points" else "disagreement (KL, nats)")

@@ -310,6 +310,7 @@ class SearchConfig(Group):
     effort: Positive = 60
     seed: Seed = 0
     output: Text | None = None
+    save: Text | None = None
     model: Model
     data: Data
     schedule: Schedule

@@ -1,0 +1,128 @@
+"""``amod.fit_head``: the classifier of a model that a plan made faster, moved to where the plan has moved its features.
+
+An untrained plan moves the features that the classifier reads, and in part alike in all images. What it took from the
+dense model's logits is predicted from the features by ridge regression, and a linear classifier takes the prediction
+in: no label, no gradient, no FLOPs. Axes: B images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amod.errors import UserError
+from amod.flops import modes_kept
+from amod.judge import BATCH, disagreement
+
+RIDGES = [10.0 ** (k / 2) for k in range(-6, 7)]
+"""Tried, in means of the squared features; beside them no slope at all, and the classifier as it is."""
+FOLDS = 4
+"""Each left out once while the others are fitted: every fourth image, so that a folder sorted by class is no harm."""
+
+
+class HeadFit(NamedTuple):
+    """A classifier, and how far its model was from the dense one before and is with it, on images left out of the fit:
+    mean root of the divergence of the classes (nats), by which :func:`amod.search` ranks too."""
+
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        if self.after == self.before:
+            return "the head stays as it is: nothing fitted was nearer on images left out"
+        return f"the head is fitted: mean root of the KL {self.before:.4g} -> {self.after:.4g} on images left out"
+
+
+def fit_head(model: Any, dense: nn.Module, images: Tensor) -> Any:
+    """A copy of ``model`` whose classifier is fitted to say what ``dense`` says; all else is as it was.
+
+    The ridge is the one that does best on images left out; where none is better than no change, nothing changes.
+
+    Args:
+        model: of :func:`amod.convert`, not trained since, with a linear classifier; or any other of timm's.
+        dense: the model that it was made of.
+        images: (B, C, H, W), prepared for the model, at least 8, no labels. A few hundred; more are better.
+
+    Raises:
+        UserError: there is no classifier of one linear layer, or the images or classes are not of this model.
+    """
+    with modes_kept(dense):
+        target = outputs_of(dense.eval(), images)
+    return with_head(model, head_fit(model, images, target))
+
+
+def with_head(model: Any, fit: HeadFit) -> Any:
+    """A copy of the model with that classifier."""
+    fitted = copy.deepcopy(model)
+    head = classifier_of(fitted)
+    with torch.no_grad():
+        head.weight.copy_(fit.weight)
+        head.bias.copy_(fit.bias)
+    return fitted
+
+
+def head_fit(model: Any, images: Tensor, target: Tensor) -> HeadFit:
+    """``target``: (B, C), the dense model's logits."""
+    head = classifier_of(model)
+    if len(images) < 2 * FOLDS:
+        raise UserError(f"images: {len(images)}; at least {2 * FOLDS} are needed to fit a head")
+    if target.shape[1:] != head.weight.shape[:1]:
+        raise UserError(
+            f"dense: has {tuple(target.shape[1:])} classes and the model {head.out_features}; they must agree"
+        )
+    read: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    try:
+        with modes_kept(model):
+            logits = outputs_of(model.eval(), images)
+    finally:
+        hook.remove()
+    features, logits, wanted = (each.double().cpu() for each in (torch.cat(read), logits, target))
+    as_it_is = disagreement(wanted, logits, True).clamp(min=0).sqrt()
+    left_out = torch.stack([as_it_is, *(torch.zeros_like(as_it_is) for _ in range(1 + len(RIDGES)))])
+    for fold in range(FOLDS):
+        out = torch.arange(len(features)) % FOLDS == fold
+        maps = ridge_maps(features[~out], (wanted - logits)[~out])
+        for line, (slope, shift) in zip(left_out[1:], maps, strict=True):
+            moved = logits[out] + features[out] @ slope + shift
+            line[out] = disagreement(wanted[out], moved, True).clamp(min=0).sqrt()
+    means = left_out.mean(dim=1).tolist()
+    best = means.index(min(means))
+    weight, bias = head.weight.detach(), head.bias.detach()
+    if best:
+        slope, shift = ridge_maps(features, wanted - logits)[best - 1]
+        weight, bias = ((old.double().cpu() + new).to(old) for old, new in ((weight, slope.T), (bias, shift)))
+    return HeadFit(weight, bias, means[0], means[best])
+
+
+def ridge_maps(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(slope (D, C), shift (C,)) of x (B, D) -> y (B, C): the mean of y alone, then ridge regression by ``RIDGES``."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    values, vectors = torch.linalg.eigh((x - mean_x).T @ (x - mean_x))
+    seen = vectors.T @ ((x - mean_x).T @ (y - mean_y))
+    slopes = [torch.zeros_like(seen)]
+    for ridge in RIDGES:
+        slopes.append(vectors @ (seen / (values.clamp(min=0) + ridge * values.mean()).unsqueeze(1)))
+    return [(slope, mean_y - mean_x @ slope) for slope in slopes]
+
+
+@torch.inference_mode()
+def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
+    like = next(model.parameters())
+    return torch.cat([model(batch.to(like)) for batch in images.split(BATCH)])
+
+
+def classifier_of(model: Any) -> nn.Linear:
+    """The one linear layer that reads the features."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(found, nn.Linear) or found.bias is None:
+        kind = "two" if isinstance(found, tuple | list) else type(found).__name__ if found is not None else "none"
+        raise UserError(
+            f"{type(model).__name__}: its classifier ({kind}) is no linear layer with a bias, so no head is fitted"
+        )
+    return found
