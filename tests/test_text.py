@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 import amod
+from amod.gates import penalty, share_kept
 from amod.text_walk import KeptCache, cache_bytes
 
 SMALL = {
@@ -165,6 +166,19 @@ def test_the_cache_holds_what_was_kept():
             assert cache_bytes(held) < cache_bytes(own)
 
 
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
+@pytest.mark.parametrize("cache", ["kept", "all"])
+def test_a_window_keeps_no_more_than_itself(kind, cache):
+    """A window of 6 needs 6 columns of layer 0; what is behind it is let go, as the own model does."""
+    own = generated(language_model(kind)).cache
+    held = generated(gated(language_model(kind), layers=(0,), cache=cache)).cache
+    layer = held.layers[0]
+    assert layer.keys.shape[2] == layer.positions.shape[1] <= 6
+    assert int(layer.positions[layer.positions >= 0].min()) > layer.seen - 1 - 6
+    if cache == "kept":
+        assert cache_bytes(held) <= cache_bytes(own)
+
+
 @pytest.mark.parametrize("cache", ["kept", "all"])
 def test_texts_without_an_open_gate_are_not_computed(cache):
     """Neither in a prefill, where whole texts are shut, nor in decoding, where each step is one token of a text."""
@@ -290,8 +304,27 @@ def test_generating_while_training_is_generating(skip):
     assert torch.equal(generated(model.train()).sequences, wanted)
 
 
+def test_padding_is_no_gate_that_is_counted():
+    """The texts of a batch cost as much of the loss as one behind the other."""
+    model = gated(language_model(), target=0.1, scale=2.0)
+    _, routing = model(**prompts(), position_ids=places(prompts()["attention_mask"]), return_routing=True)
+    real = prompts()["attention_mask"].bool()
+    shares = [float(layer.gate[real].mean()) for layer in routing]
+    assert float(penalty(routing, model.plan)) == pytest.approx(sum(2 * max(share - 0.1, 0) for share in shares))
+    assert share_kept([routing])["share_kept_by_block"] == {
+        str(i): pytest.approx(share, abs=1e-4) for i, share in zip((0, 2), shares, strict=True)
+    }
+    assert any(abs(float(layer.gate.mean()) - share) > 0.01 for layer, share in zip(routing, shares, strict=True))
+
+
 def test_what_a_gated_layer_cannot_do_is_refused():
     model = gated(language_model(), target=0.5)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(amod.UserError, match=r"^attn_implementation=flex_attention: its mask .* 'sdpa' or 'eager'"):
+        model.model.layers[0](torch.randn(1, 3, 32), attention_mask=torch.ones(1, 3))
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(amod.UserError, match=r"^count_flops: what a trained gate costs"):
+        amod.count_flops(model, 30)
     with pytest.raises(amod.UserError, match="output_attentions"):
         model(**prompts(), output_attentions=True)
     model.train()

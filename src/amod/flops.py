@@ -125,6 +125,8 @@ def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
         given = torch.empty(1, *input_size, device="meta", dtype=dtype_of(model))
     try:
         return _count(model, given)
+    except UserError:
+        raise
     except refusals as error:
         raise UserError(f"input_size={input_size}: this model refuses such an input: {one_line(error)}") from None
 

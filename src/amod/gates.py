@@ -63,18 +63,29 @@ def is_gated(model: Any) -> bool:
 
 def share_kept(passes: list[list[RoutedLayer]]) -> dict[str, Any]:
     """Over the passes: the share of gates that were open, in all gated layers and in each."""
-    layers = [torch.cat([routing[i].gate.mean(1) for routing in passes]) for i in range(len(passes[0]))]  # type: ignore[union-attr]
-    shares = {str(one.layer): round(float(gate.mean()), 4) for one, gate in zip(passes[0], layers, strict=True)}
+    shares = {}
+    for i, one in enumerate(passes[0]):
+        opened, of = (float(sum(counts)) for counts in zip(*(opened_of(routing[i]) for routing in passes), strict=True))
+        shares[str(one.layer)] = round(opened / max(of, 1), 4)
     return {"share_kept": round(sum(shares.values()) / len(shares), 4), "share_kept_by_block": shares}
 
 
+def opened_of(layer: RoutedLayer) -> tuple[Tensor, Tensor]:
+    """(the sum of the gates, of how many), without those of padding."""
+    gate: Any = layer.gate
+    real = gate.new_ones(gate.shape) if layer.real is None or gate.shape[1] == 1 else layer.real.to(gate.dtype)
+    return (gate * real).sum(), real.sum()
+
+
 def penalty(routing: list[RoutedLayer], plan: Mapping[int, Any]) -> Tensor | float:
-    """What the training's loss has on top: the sum over gated layers of scale relu(mean g - target), and without a
-    target of scale mean g."""
+    """What the loss of a training has on top: the sum over gated layers of scale relu(mean g - target), and without a
+    target of scale mean g; padding is not counted. ``routing`` is that of ``model(..., return_routing=True)``, ``plan``
+    ``model.plan``."""
     total: Tensor | float = 0.0
     for layer in routing:
         entry = plan.get(layer.layer)
         if isinstance(entry, Gate) and entry.scale and layer.gate is not None:
-            share = layer.gate.mean()
+            opened, of = opened_of(layer)
+            share = opened / of.clamp(min=1)
             total = total + entry.scale * (share if entry.target is None else F.relu(share - entry.target))
     return total

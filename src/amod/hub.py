@@ -207,6 +207,10 @@ def _from_run(folder: Path) -> Any:
         from amod.training import detecting
 
         return detecting.load_model(folder, run)
+    if run.model.task == "language":
+        from amod.training import finished, language
+
+        return finished.with_weights(language.build(run, None).model, folder)
     model: Any = load_model(folder, run, classes_in(weights_of(folder)))
     if names := classes_of(folder):
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}

@@ -292,12 +292,15 @@ def gated_blocks(depth: int) -> tuple[int, ...]:
     return tuple(range(max(depth - depth // 2 - 1, 0), depth - 1)) or (0,)
 
 
-def routed_blocks(placement: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Ascending 0-based block indices of a named placement, or of a list of them, in a model of ``depth`` blocks."""
+def routed_blocks(placement: str | Sequence[int], depth: int, argument: str = "placement") -> tuple[int, ...]:
+    """Ascending 0-based block indices of a named placement, or of a list of them, in a model of ``depth`` blocks.
+
+    ``argument`` is its name in errors.
+    """
     if isinstance(placement, str):
         if placement not in PLACEMENTS:
             raise UserError(
-                f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}, or a list of block indices"
+                f"{argument}={placement!r}: choose one of {', '.join(PLACEMENTS)}, or a list of block indices"
             )
         named: dict[str, Sequence[int]] = {"alternate": range(1, depth, 2), "last8": range(max(depth - 8, 0), depth, 2)}
         named |= {
@@ -308,19 +311,20 @@ def routed_blocks(placement: str | Sequence[int], depth: int) -> tuple[int, ...]
     elif isinstance(placement, Iterable):
         blocks = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in placement]
     else:
-        raise UserError(f"placement={placement!r}: must be one of {', '.join(PLACEMENTS)}, or a list of block indices")
+        named = "" if argument == "layers" else f"one of {', '.join(PLACEMENTS)}, or "
+        raise UserError(f"{argument}={placement!r}: must be {named}a list of block indices")
     if not blocks:
-        raise UserError(f"placement={placement!r}: routes none of this model's {depth} blocks; router=none is dense")
+        raise UserError(f"{argument}={placement!r}: routes none of this model's {depth} blocks; router=none is dense")
     for i in blocks:
-        _check_index(i, depth)
+        _check_index(i, depth, argument)
     if len(set(blocks)) != len(blocks):
-        raise UserError(f"placement: a block is listed twice in {list(blocks)}; list each block once")
+        raise UserError(f"{argument}: a block is listed twice in {list(blocks)}; list each block once")
     return tuple(sorted(blocks))
 
 
-def _check_index(i: Any, depth: int) -> None:
+def _check_index(i: Any, depth: int, argument: str = "plan") -> None:
     if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) < depth:
-        raise UserError(f"placement: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")
+        raise UserError(f"{argument}: block {i!r} is not one of 0 to {depth - 1}, the blocks of this model")
 
 
 MERGING = {"tome": Merge(13), "merge": Merge(0, 0.9, "tokens", 2, True)}
@@ -355,7 +359,8 @@ def make_plan(
     """The plan that a method's name and its arguments stand for; :func:`amod.convert` says what they are."""
     if last not in (None, "class"):
         raise UserError(f"last={last!r}: choose class (the class token alone in the last block) or null")
-    blocks = () if placement is None else routed_blocks(placement, depth)
+    argument = "layers" if router == "tuning" else "placement"
+    blocks = () if placement is None else routed_blocks(placement, depth, argument)
     quarters = tuple(depth * part // 4 for part in (1, 2, 3))
     plan: Plan
     if router in MERGING:

@@ -27,7 +27,7 @@ class RoutedLayer(NamedTuple):
 
     Of a trained gate (``gates.py``) ``scores`` are its logits, and ``gate`` (B, N), or (B, 1) per sequence, is 1 for
     what goes through and 0 for what is skipped, with the gradient that training needs; ``indices`` is (B, 0), since
-    how many are kept differs.
+    how many are kept differs. ``real`` (B, N) bool is False for padding, None where there is none.
     """
 
     layer: int
@@ -35,6 +35,7 @@ class RoutedLayer(NamedTuple):
     indices: Tensor
     owner: Tensor | None = None
     gate: Tensor | None = None
+    real: Tensor | None = None
 
     def tokens(self, count: int) -> Tensor:
         """(B, count) bool: which of the ``count`` tokens that entered the model are kept here, or stood for."""

@@ -49,7 +49,9 @@ class KeptCache(DynamicLayer):
     def add(
         self, keys: Tensor, values: Tensor, positions: Tensor, texts: Tensor, batch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys, values and positions, with these (b, H, K, d), (b, K) of ``texts`` (b,) behind what each had."""
+        """All keys, values and positions, with these (b, H, K, d), (b, K) of ``texts`` (b,) behind what each had.
+
+        Kept of them is what a later token can see: of a sliding window, no more than the window."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values = (t.new_zeros(batch, t.shape[1], 0, t.shape[3]) for t in (keys, values))
@@ -64,7 +66,16 @@ class KeptCache(DynamicLayer):
             .transpose(1, 2)
             for old, fresh in ((self.keys, keys), (self.values, values))
         )  # fmt: skip
-        return self.keys, self.values, self.positions
+        found = self.keys, self.values, self.positions
+        if self.window is not None:
+            gone = ((self.positions >= 0) & (self.positions <= self.seen - self.window)).sum(dim=1, keepdim=True)
+            left = int(((self.positions >= 0).sum(dim=1, keepdim=True) - gone).max())
+            if left < self.positions.shape[1]:  # each text's own to the left
+                columns = gone + torch.arange(left, device=gone.device)
+                beyond, columns = columns >= self.positions.shape[1], columns.clamp(max=self.positions.shape[1] - 1)
+                self.positions = self.positions.gather(1, columns).masked_fill(beyond, -1)
+                self.keys, self.values = (take(t.transpose(1, 2), columns).transpose(1, 2) for t in found[:2])
+        return found
 
     def update(self, *_: Any, **__: Any) -> Any:
         raise UserError("this cache is of a gated model; give the dense model a new one")
@@ -129,6 +140,11 @@ class GatedLayer(Dressed):
         if x.is_meta:
             raise UserError("count_flops: what a trained gate costs depends on the text; give token ids (B, N)")
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
+            raise UserError(
+                f"attn_implementation={self.self_attn.config._attn_implementation}: its mask is of its own kind, and a "
+                "gated layer reads masks (B, 1, Q, N); call model.set_attn_implementation with 'sdpa' or 'eager'"
+            )
         if attention_mask is not None:  # its last columns are of these very tokens
             real = padding.real_tokens(attention_mask[..., -x.shape[1] :], len(x))
         store = None if cache is None or learning else self.store(cache)
@@ -143,7 +159,9 @@ class GatedLayer(Dressed):
         if routing is not None:
             scores = logits.detach().expand(x.shape[:2])
             none = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-            routing[self.self_attn.layer_idx] = RoutedLayer(self.self_attn.layer_idx, scores, none, None, gate)
+            routing[self.self_attn.layer_idx] = RoutedLayer(
+                self.self_attn.layer_idx, scores, none, None, gate, None if attention_mask is None else real
+            )
         keep, rows = (gate.detach() > 0) & real, gate.to(x.dtype) if learning else None
         if skip != "mlp":
             seen = keep if entry.cache == "kept" else real

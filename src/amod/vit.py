@@ -209,8 +209,10 @@ def convert(
             alone; of ``tuning`` by default ``attention`` (MindSkip).
         layers: of ``tuning``, 0-based blocks with a gate, by default those of Router-Tuning: 5 to 10 of 12.
         per: of ``tuning``, a gate for each ``token`` (the default) or each ``sequence``.
-        target, scale: of ``tuning``'s training: scale relu(mean gate - target) is added to the loss (:class:`Gate`).
-        cache: of ``tuning`` in a language model (``docs/router-tuning.md``): ``kept`` or ``all``.
+        target, scale: of ``tuning``'s training by ``src/train.py``, which adds scale relu(mean gate - target) to the
+            loss; in a loop of your own add ``amod.gates.penalty(routing, model.plan)`` (:class:`Gate`).
+        cache: of ``tuning`` in a language model (``docs/router-tuning.md``): ``kept`` or ``all``; with ``skip="mlp"``
+            every token has keys and values, and it decides nothing.
         parts, memory_from: of a DETR, as in ``docs/detection.md``; its ``plan`` is a :class:`DetrPlan`.
 
     Raises:

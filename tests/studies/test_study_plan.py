@@ -128,6 +128,11 @@ def test_a_scale_has_settings_for_the_runs_of_a_router():
     assert {run.settings["router"]: run.settings.get("router.halt_shift") for run in runs} == {
         **{"none": None, "attention": None, "avit": "5"}
     }
+    scale |= {"routers": {"avit": {"vit_pico": ["router.halt_shift=7"]}}, "models": ["vit_pico", "deit_tiny"]}
+    runs = runs_of({"stage": "finetune", "runs": [{"router": ["avit"]}]}, scale)
+    assert {
+        run.settings["model"]: run.settings.get("router.halt_shift") for run in runs if run.settings["router"] == "avit"
+    } == {"vit_pico": "7", "deit_tiny": None}
 
 
 def test_a_stage_that_the_scale_does_not_have():

@@ -61,6 +61,18 @@ def test_the_ponder_loss_counts_blocks_and_remainders():
     assert float(added.detach()) == pytest.approx(2 + 0.4, abs=1e-5)  # 0.6 + 0.6 > 0.99 in the second block
 
 
+def test_gates_with_a_teacher_have_both_losses():
+    """All gates are open at first: 3 (1 - 0.25) for each of the two, beside the distance from the teacher."""
+    images = torch.randn(2, 3, 32, 32)
+    router = Router(name="tuning", target=0.25, scale=3.0)
+    model: torch.nn.Module = amod.convert(vit(), "tuning", layers=[1, 2], target=0.25, scale=3.0).train()
+    for weight, teacher in ((0.0, None), (0.5, vit)):
+        recipe = make_recipe(model, router, weight, teacher) or Recipe(model, router)
+        logits, added = recipe.train()(model, images, 0.0)
+        distance = 0.0 if teacher is None else 0.5 * float(divergence(teacher().eval()(images), logits))
+        assert float(added.detach()) == pytest.approx(2 * 3 * 0.75 + distance, abs=1e-5)
+
+
 def test_a_teacher_that_agrees_teaches_nothing():
     logits = torch.randn(4, 5)
     assert float(divergence(logits, logits)) == pytest.approx(0, abs=1e-6)

@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import amod
 import tiny
 from amod.errors import UserError
 from amod.training.callbacks import RunRecorder
@@ -77,6 +78,15 @@ def test_only_the_routers_change(dense, tmp_path, capsys):
     assert found["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-3)
 
 
+@pytest.mark.parametrize("router", ["tuning", "avit"])
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_what_an_image_costs_is_measured_in_the_trainings_precision(dense, tmp_path, router, precision):
+    asked = [f"router={router}", f"model.checkpoint={dense}", f"trainer.precision={precision}", "schedule.epochs=1"]
+    summary = run(tmp_path / "run", *DIGITS, *asked, "trainer.limit_train_batches=2")
+    assert 0 < summary["gflops"] < 1
+    assert (tmp_path / "run/weights.safetensors").is_file()
+
+
 def test_a_probe_trains_the_head_alone(dense, tmp_path, capsys):
     probed = [f"model.checkpoint={dense}", "schedule=probe", "schedule.epochs=2"]
     summary = run(tmp_path / "run", *DIGITS, "router=attention", *probed)
@@ -133,6 +143,12 @@ def test_a_language_model_on_a_folder_of_texts(stories, tmp_path):
     assert summary["test_perplexity"] == pytest.approx(2.718281828 ** summary["test_loss"], rel=1e-3)
     found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
     assert found["test/loss"] == pytest.approx(summary["test_loss"], abs=1e-4)
+    model = amod.from_pretrained(tmp_path / "run")
+    assert {key for key in weights if not torch.equal(model.state_dict()[key], weights[key])} == set()
+    assert not model.training
+    assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, pad_token_id=0).shape == (1, 7)
+    with pytest.raises(UserError, match="gates skip differs"):
+        amod.export(model, tmp_path / "model.onnx")
 
 
 def test_a_model_that_came_in_evaluation_mode_is_trained_in_training_mode(stories, tmp_path, monkeypatch):
@@ -175,7 +191,12 @@ def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path, lora):
     [
         (["router=attention", "schedule=router_tuning"], "schedule.train=routers: router=attention has no weights"),
         (["router=tuning", "router.target=1.5"], r"router.target=1.5: must be a number in \[0, 1\]"),
-        (["router=tuning", "router.layers=[9]"], "router: placement: block 9 is not one of 0 to 3"),
+        (["router=tuning", "router.layers=[9]"], r"^router.layers: block 9 is not one of 0 to 3"),
+        (
+            ["router=tuning", "router.layers=[-1]"],
+            r"router.layers=\[-1\]: must be a list, each a whole number of at le",
+        ),
+        (["router=dynamicvit", "schedule=router_tuning"], "router=dynamicvit has no weights that are trained alone"),
         (["router=tuning", "placement=late"], "placement=late: router=tuning has router.layers in its place"),
         (["router=tuning", "budget=1"], "budget=1.0: router=tuning costs what its gates leave"),
         (["router=tuning", "router.target=0.5", "router.scale=0"], "target=0.5: does nothing with scale=0"),
@@ -202,6 +223,18 @@ def test_bad_settings_are_one_line(overrides, words, tmp_path):
         (["router=tuning", "router.layers=[3]"], "block 3 is not one of 0 to 2"),
         (["router=tuning", "data=digits"], "data=digits: is not for model=stories, whose task is language"),
         (["router=tuning", "model.name=nowhere"], r"model.name=nowhere: no config.json there"),
+        (
+            ["router=tuning", "distil=0.5", "model.pretrained=true"],
+            "model.pretrained=true: model=stories is a language",
+        ),
+        (["router=tuning", "distil=0.5"], "distil=0.5: model=stories is a language model; leave it out"),
+        (["router=tuning", "model.drop_path=0.3"], "model.drop_path=0.3: model=stories is a language model"),
+        (["router=tuning", "placement=late"], "placement=late: router=tuning has router.layers in its place"),
+        (["router=tuning", "placement.last=class"], "placement.last=class: model=stories is a language model"),
+        (
+            ["router=none", "schedule.train=all", "schedule.augment.hflip=0.5"],
+            "hflip=0.5: model=stories is a language model; set schedule.augment.hflip=null",
+        ),
         (["router=tuning", "callbacks=early_stopping"], "callbacks.monitor=val/top1: language measures val/loss"),
     ],
 )

@@ -76,9 +76,9 @@ def at_scale(study: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, An
 def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
     """The runs of a study (of ``at_scale``), each after the run that it starts from, none twice; the last seed last.
 
-    A scale's ``routers`` are settings of the runs with a router of that name. A stage's ``start`` is another stage,
-    whose run of the same seed and variant is run first, or ``weights``: the scale's file of that name, and where it
-    has none the model's own pretrained weights.
+    A scale's ``routers`` are settings of the runs with a router of that name, or by model. A stage's ``start`` is
+    another stage, whose run of the same seed and variant is run first, or ``weights``: the scale's file of that name,
+    and where it has none the model's own pretrained weights.
     """
     stages = scale["stages"]
     if here["stage"] not in stages:
@@ -110,6 +110,7 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
             for values in [] if variant in given.get("not_with", []) else product(*axes.values()):
                 picked = dict(zip(axes, values, strict=True))
                 of_router = scale.get("routers", {}).get(picked.get("router"), [])
+                of_router = of_router.get(model, []) if isinstance(of_router, Mapping) else of_router
                 own = [f"{key}={value}" for key, value in picked.items()]
                 add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *of_router, *own], start)
     return list(ordered.values())

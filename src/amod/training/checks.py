@@ -66,8 +66,8 @@ def check_train(composed: Any) -> TrainConfig:
         )
     if schedule.train == "routers" and schedule.lora is None and cfg.router.name not in ("tuning", "linear", "plan"):
         raise UserError(
-            f"schedule.train=routers: router={cfg.router.name} has no weights, so nothing would be trained; choose "
-            "router=tuning or linear, schedule.lora=8, or schedule.train=all"
+            f"schedule.train=routers: router={cfg.router.name} has no weights that are trained alone, so nothing would "
+            "be trained; choose router=tuning or linear, schedule.lora=8, or schedule.train=all"
         )
     if schedule.min_lr > schedule.lr:
         raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")
@@ -116,17 +116,25 @@ def check_language(cfg: TrainConfig) -> None:
                 f"model.name={name}: no config.json there; name a folder of a causal language model of transformers "
                 "(tools/stories.py makes one)"
             )
-    unused = {"model.checkpoint": cfg.model.checkpoint, "budget": cfg.budget, "placement.blocks": cfg.placement.blocks}
+    unused = {f"model.{key}": getattr(cfg.model, key) for key in ("checkpoint", "pretrained", "drop_path")}
+    unused |= {"budget": cfg.budget, "distil": cfg.distil}
+    unused |= {f"placement.{key}": getattr(cfg.placement, key) for key in ("blocks", "last")}
     unused |= {f"schedule.{key}": getattr(schedule, key) for key in ("mixup", "cutmix", "label_smoothing")}
+    unused |= {f"schedule.augment.{key}": value for key, value in schedule.augment}
     for key, value in unused.items():
         if value:
-            raise UserError(f"{key}={shown(value)}: model={cfg.model.label} is a language model; leave it out")
+            other = f"set {key}=null" if "augment" in key else "leave it out"
+            raise UserError(f"{key}={shown(value)}: model={cfg.model.label} is a language model; {other}")
     if router.name == "tuning":
+        if cfg.placement.name != "own":
+            raise UserError(
+                f"placement={cfg.placement.name}: router=tuning has router.layers in its place; leave it out"
+            )
         try:
             depth = int(json.loads(file.read_text())["num_hidden_layers"])
             make_plan(depth, "tuning", placement=router.layers, **gates_of(router))
         except UserError as error:
-            raise UserError(f"router: {error}") from None
+            raise UserError(f"router.{error}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: says no num_hidden_layers; name a language model of transformers") from None
 
@@ -260,7 +268,7 @@ def check_placement(cfg: Variant) -> None:
         try:
             make_plan(depth_of(cfg.model) or 1000, "tuning", placement=router.layers, **gates_of(router))
         except UserError as error:
-            raise UserError(f"router: {error}") from None
+            raise UserError(f"router.{error}") from None
         return
     if router.name == "isoflop":
         if cfg.placement.last is not None:

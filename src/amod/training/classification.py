@@ -143,7 +143,7 @@ def measured(model: nn.Module, data: ImageData) -> dict[str, Any]:
         return halting_cost(model, data.test_dataloader())
     samples = data.samples("test", train=False)
     images, _ = samples.stacked(samples.drawn(256, 0))
-    images = images.to(next(model.parameters()).device)
+    images = images.to(next(model.parameters()))  # trainer.precision=bf16-true has made it half
     model.eval()
     with torch.no_grad():
         parts = [cast(Any, model)(some, return_routing=True)[1] for some in images.split(64)]

@@ -47,10 +47,10 @@ def halting_cost(model: Any, loader: Any, images: int = 512) -> dict[str, float]
     """
     if not any(isinstance(entry, Halt) for entry in entries_of(model)):
         return {}
-    device = next(model.parameters()).device
+    like = next(model.parameters())  # trainer.precision=bf16-true has made it half
     found: list[torch.Tensor] = []
     for batch in loader:
-        found.append(image_flops(model, batch[0][: images - sum(map(len, found))].to(device)) / 1e9)
+        found.append(image_flops(model, batch[0][: images - sum(map(len, found))].to(like)) / 1e9)
         if sum(map(len, found)) >= images:
             break
     costs = torch.cat(found).double()

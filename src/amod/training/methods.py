@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from amod.gates import is_gated, penalty
 from amod.plan import Halt, Plan, Predict, Prune, entries_of
 from amod.training.config import Router
 from amod.vit import RoutedViT
@@ -64,6 +65,8 @@ class Recipe(nn.Module):
             added = added + self.distil * divergence(classes, logits)
             if self.ratios and self.router.distil_tokens and walk.keep is not None:
                 added = added + self.router.distil_tokens * kept_difference(features, wanted, walk.keep, model)
+        if is_gated(model):
+            added = added + penalty(walk.routing, model.plan)
         if isinstance(walk, Walk) and walk.decisions:
             added = added + self.router.ratio_weight * ratio_loss(walk.decisions, self.ratios)
         if isinstance(walk, Walk) and walk.going is not None:

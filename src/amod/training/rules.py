@@ -164,6 +164,8 @@ def in_words(kind: Any, metadata: Any = ()) -> str:
         words = in_words(arms[0] if len(arms) == 1 else float, metadata) if int in arms or len(arms) == 1 else "text"
         separator = ", " if get_origin(arms[0]) is Literal else " or "
         return words + (f"{separator}null" if len(arms) < len(get_args(kind)) else "")
+    if get_origin(kind) is list:
+        return f"a list, each {in_words(get_args(kind)[0])}"
     if get_origin(kind) is Literal:
         names = [shown(value) for value in get_args(kind)]
         return ("one of " if len(names) > 1 else "") + ", ".join(names)
