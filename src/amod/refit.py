@@ -75,14 +75,24 @@ def head_fit(model: Any, images: Tensor, target: Tensor) -> HeadFit:
         raise UserError(
             f"dense: has {tuple(target.shape[1:])} classes and the model {head.out_features}; they must agree"
         )
+    return fit_to(head, *read_by_head(model, images), target)
+
+
+def read_by_head(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The features (B, D) that the classifier reads, and its logits (B, C)."""
     read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    hook = classifier_of(model).register_forward_pre_hook(lambda module, given: read.append(given[0]))
     try:
         with modes_kept(model):
             logits = outputs_of(model.eval(), images)
     finally:
         hook.remove()
-    features, logits, wanted = (each.double().cpu() for each in (torch.cat(read), logits, target))
+    return torch.cat(read), logits
+
+
+def fit_to(head: nn.Linear, features: Tensor, logits: Tensor, target: Tensor) -> HeadFit:
+    """Ridge regression of what the logits lack, on the features, by the ridge that does best on images left out."""
+    features, logits, wanted = (each.double().cpu() for each in (features, logits, target))
     as_it_is = disagreement(wanted, logits, True).clamp(min=0).sqrt()
     left_out = torch.stack([as_it_is, *(torch.zeros_like(as_it_is) for _ in range(1 + len(RIDGES)))])
     for fold in range(FOLDS):
