@@ -1,5 +1,5 @@
 """What a fitted head is worth, by how many images it was fitted on, and whether the model was trained on them:
-disagreement with the dense model on the second half of the validation images of a finished dense run, unseen by any fit.
+disagreement with the dense model on the second half of the validation images of a finished dense run, which no fit saw.
 
     OMP_NUM_THREADS=1 python tools/fit_head.py RUN_FOLDER --data PHOTOGRAPHS --plan results/frontier/plan-0.5.yaml
 """
