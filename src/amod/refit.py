@@ -46,11 +46,18 @@ def fit_head(model: Any, dense: nn.Module, images: Tensor) -> Any:
     Args:
         model: of :func:`amod.convert`, not trained since, with a linear classifier; or any other of timm's.
         dense: the model that it was made of.
-        images: (B, C, H, W), prepared for the model, at least 8, no labels. A few hundred; more are better.
+        images: (B, C, H, W), prepared for the model, at least 8, no labels. A few hundred; more are better, and those
+            that the model was not trained on.
 
     Raises:
         UserError: there is no classifier of one linear layer, or the images or classes are not of this model.
     """
+    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2 * FOLDS:
+        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"images: {given}; at least {2 * FOLDS} prepared images are needed as a tensor (B, C, H, W)")
+    if not images.isfinite().all():
+        raise UserError("images: some pixels are not finite; prepare them as for the model")
+    classifier_of(model)
     with modes_kept(dense):
         target = outputs_of(dense.eval(), images)
     return with_head(model, head_fit(model, images, target))
@@ -69,8 +76,6 @@ def with_head(model: Any, fit: HeadFit) -> Any:
 def head_fit(model: Any, images: Tensor, target: Tensor) -> HeadFit:
     """``target``: (B, C), the dense model's logits."""
     head = classifier_of(model)
-    if len(images) < 2 * FOLDS:
-        raise UserError(f"images: {len(images)}; at least {2 * FOLDS} are needed to fit a head")
     if target.shape[1:] != head.weight.shape[:1]:
         raise UserError(
             f"dense: has {tuple(target.shape[1:])} classes and the model {head.out_features}; they must agree"
