@@ -46,8 +46,8 @@ def fit_head(model: Any, dense: nn.Module, images: Tensor) -> Any:
     Args:
         model: of :func:`amod.convert`, not trained since, with a linear classifier; or any other of timm's.
         dense: the model that it was made of.
-        images: (B, C, H, W), prepared for the model, at least 8, no labels. A few hundred; more are better, and those
-            that the model was not trained on.
+        images: (B, C, H, W), prepared for the model, at least 8, no labels. A few hundred; ten times as many are a
+            little better.
 
     Raises:
         UserError: there is no classifier of one linear layer, or the images or classes are not of this model.
