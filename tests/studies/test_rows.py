@@ -78,6 +78,21 @@ def test_a_report_is_read_again_without_its_run_folders(tmp_path):
     assert known_in(tmp_path / "results", "small")[0] == {}
 
 
+def test_a_study_keeps_its_own_dense_model(tmp_path):
+    """Another study trained the same run again elsewhere, and found something else."""
+    runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
+    found, curves = rows_of(runs, tmp_path / "runs", {})
+    for study, accuracy, value in (("a", 60.0, 50.0), ("b", 61.0, 51.0), ("c", 62.0, 52.0)):
+        (tmp_path / f"results/{study}/toy").mkdir(parents=True)
+        write(found.assign(test_top1=accuracy), tmp_path / f"results/{study}/toy/runs.csv")
+        write(curves.assign(val_top1=value), tmp_path / f"results/{study}/toy/curves.csv")
+    for study, accuracy, value in (("a", 60.0, 50.0), ("b", 61.0, 51.0), ("c", 62.0, 52.0), ("d", 62.0, 52.0)):
+        rows_again, curves_again = known_in(tmp_path / "results", "toy", study)
+        assert {row["test_top1"] for row in rows_again.values()} == {accuracy}
+        assert set(curves_again["val_top1"]) == {value}
+        assert len(curves_again) == len(curves)
+
+
 def test_what_failed_is_not_measured():
     known = rows(linear=[70, math.nan])
     known.loc[0, "status"] = "failed"

@@ -52,11 +52,11 @@ def reproduce(cfg: DictConfig) -> None:
     from amod.studies import clock  # pandas takes a second
     from amod.studies.rows import known_in, reported
 
-    known = known_in(results, scale["name"])
+    before = {name: known_in(results, scale["name"], name) for name in ["", *plans]}
     if cfg.fresh:
-        known = {}, known[1][:0]
+        before = {name: ({}, curves[:0]) for name, (_, curves) in before.items()}
     runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
-    missing = to_run(runs, root, known[0])
+    missing = to_run(runs, root, before[""][0])
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
         for study in studies:
@@ -68,7 +68,7 @@ def reproduce(cfg: DictConfig) -> None:
         return
 
     if cfg.report_only:
-        found = {name: reported(plan, root, known) for name, plan in plans.items()}
+        found = {name: reported(plan, root, before[name]) for name, plan in plans.items()}
         report([study for study in studies if any_finished(study, scale, found)], scale, found, results)
         return
 
@@ -88,7 +88,7 @@ def reproduce(cfg: DictConfig) -> None:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
-        found = {name: reported(plan, root, known, failed) for name, plan in plans.items()}
+        found = {name: reported(plan, root, before[name], failed) for name, plan in plans.items()}
         report(studies, scale, found, results)
     for study in studies:
         if study["name"] not in plans:

@@ -137,15 +137,19 @@ def setting_of(settings: Mapping[str, str]) -> str:
     return ", ".join(parts)
 
 
-def known_in(results: Path, scale: str) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
-    """What the reports at a scale say of finished runs, whichever study they are of: ({run: row}, their curves)."""
+def known_in(results: Path, scale: str, study: str = "") -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
+    """What the reports at a scale say of finished runs, whichever study they are of: ({run: row}, their curves).
+
+    Of a run that several have, what ``study`` itself says: a dense model trained again on another machine is another
+    one, and not the one that the study's other runs started from.
+    """
     rows: dict[str, dict[str, Any]] = {}
     curves = [curves_of(results / "none")]
-    for file in sorted(results.glob(f"*/{scale}/runs.csv")):
+    for file in sorted(results.glob(f"*/{scale}/runs.csv"), key=lambda file: (file.parts[-3] == study, file)):
         found = read(file)
         rows |= {row["run"]: row for row in _records(found[found["status"] == "finished"])}
         curves.append(curves_of(file.with_name("curves.csv")))
-    return rows, pd.concat(curves, ignore_index=True).drop_duplicates(["run", "epoch"])
+    return rows, pd.concat(curves, ignore_index=True).drop_duplicates(["run", "epoch"], keep="last")
 
 
 def reported(
