@@ -304,7 +304,7 @@ def test_saved_and_loaded(detr, images, tmp_path, router):
         ({"budget": 1e9}, "a DETR does not have it"),
         ({"placement": [0]}, "encoder: placement: block 0 has no block before it"),
         ({"plan": {1: Route(0.5)}}, "of a DETR it has encoder, queries, memory"),
-        ({"plan": DetrPlan(queries={9: Route(0.5)})}, "queries: placement: block 9 is not one of 0 to 3"),
+        ({"plan": DetrPlan(queries={9: Route(0.5)})}, "queries: plan: block 9 is not one of 0 to 3"),
         ({"plan": DetrPlan(), "capacity": 0.5}, "plan= says it already"),
         (
             {"plan": DetrPlan(encoder={1: Route(0.5, skip="mlp")})},
