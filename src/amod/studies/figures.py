@@ -70,8 +70,11 @@ def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], c
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
+    values = found[study["metric"]]
+    room = 0.08 * float(values.max() - values.min()) or 1.0
+    axes[0][0].set_ylim(float(values.min()) - room, float(values.max()) + room)  # two seeds can have bars beyond 100 %
     axes[0][0].set_ylabel(METRICS[study["metric"]])
-    _finish(figure, study, caption + "; bars: 95 % interval", path)
+    _finish(figure, study, caption + "; bars: 95 % interval, cut off at the edge", path)
 
 
 def _lines(rows: pd.DataFrame) -> list[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
