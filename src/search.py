@@ -71,7 +71,7 @@ def job(cfg: SearchConfig) -> None:
 def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
     """The model that the plan makes, its head, if it has one, fitted to the dense model's classes."""
     from amod.hub import from_pretrained, save_pretrained
-    from amod.refit import head_fit, outputs_of, with_head
+    from amod.refit import give_head, head_fit, outputs_of
     from amod.vit import convert, dense
 
     named = from_pretrained(cfg.run) if cfg.run is not None else model  # with the names of its classes
@@ -80,7 +80,8 @@ def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
     if fast.num_classes:
         try:
             fit = head_fit(fast, images, outputs_of(model, images))
-            fast, learned["head"] = with_head(fast, fit), f"{fit}, {len(images)} images without labels"
+            give_head(fast, fit)
+            learned["head"] = f"{fit}, {len(images)} images without labels"
         except UserError as error:  # two heads
             learned["head"] = str(error)
         print(learned["head"])

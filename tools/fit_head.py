@@ -17,7 +17,6 @@ from amod.judge import disagreement
 from amod.refit import classifier_of, fit_to, outputs_of, read_by_head
 from amod.training.finished import load_run
 from amod.training.folder import read_config
-from amod.training.loaders import Samples
 
 COUNTS = (64, 128, 256, 512, 1024, 2048, 4096)
 CHUNK = 256
@@ -40,7 +39,7 @@ def main() -> None:
         models[given.plan.name] = amod.convert(vit, plan=given.plan)
     seen = {}  # of a split: the dense logits, and by model the features and logits
     for split in ("train", "val"):
-        samples = Samples(data.splits[split], data.eval_transform, None, False, False)
+        samples = data.samples(split, train=False)
         order, parts = samples.drawn(max(COUNTS), 0), []
         for at in track(range(0, len(order), CHUNK), f"{split} images", transient=True):
             images, _ = samples.stacked(order[at : at + CHUNK])

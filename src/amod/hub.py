@@ -208,9 +208,9 @@ def _from_run(folder: Path) -> Any:
 
         return detecting.load_model(folder, run)
     if run.model.task == "language":
-        from amod.training import finished, language
+        from amod.training import language
 
-        return finished.with_weights(language.build(run, None).model, folder)
+        return language.load_model(folder, run)
     model: Any = load_model(folder, run, classes_in(weights_of(folder)))
     if names := classes_of(folder):
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}

@@ -365,6 +365,15 @@ class Judge:
                 file.write(json.dumps({"plan": name_of(plan), **found}) + "\n")
 
 
+def check_images(images: Any, least: int) -> None:
+    """UserError unless these are prepared images, at least so many."""
+    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < least:
+        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"images: {given}; at least {least} prepared images are needed as a tensor (B, C, H, W)")
+    if not images.isfinite().all():
+        raise UserError("images: some pixels are not finite; prepare them as for the model")
+
+
 class Given(nn.Module):
     """In the place of blocks whose outcome is known."""
 

@@ -311,8 +311,8 @@ def routed_blocks(placement: str | Sequence[int], depth: int, argument: str = "p
     elif isinstance(placement, Iterable):
         blocks = [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in placement]
     else:
-        named = "" if argument == "layers" else f"one of {', '.join(PLACEMENTS)}, or "
-        raise UserError(f"{argument}={placement!r}: must be {named}a list of block indices")
+        names = "" if argument == "layers" else f"one of {', '.join(PLACEMENTS)}, or "
+        raise UserError(f"{argument}={placement!r}: must be {names}a list of block indices")
     if not blocks:
         raise UserError(f"{argument}={placement!r}: routes none of this model's {depth} blocks; router=none is dense")
     for i in blocks:

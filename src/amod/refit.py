@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from amod.errors import UserError
 from amod.flops import modes_kept
-from amod.judge import BATCH, disagreement
+from amod.judge import BATCH, check_images, disagreement
 
 RIDGES = [10.0 ** (k / 2) for k in range(-6, 7)]
 """Tried, in means of the squared features; beside them no slope at all, and the classifier as it is."""
@@ -52,25 +52,19 @@ def fit_head(model: Any, dense: nn.Module, images: Tensor) -> Any:
     Raises:
         UserError: there is no classifier of one linear layer, or the images or classes are not of this model.
     """
-    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2 * FOLDS:
-        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f"images: {given}; at least {2 * FOLDS} prepared images are needed as a tensor (B, C, H, W)")
-    if not images.isfinite().all():
-        raise UserError("images: some pixels are not finite; prepare them as for the model")
+    check_images(images, 2 * FOLDS)
     classifier_of(model)
-    with modes_kept(dense):
-        target = outputs_of(dense.eval(), images)
-    return with_head(model, head_fit(model, images, target))
+    fit = head_fit(model, images, outputs_of(dense, images))
+    return give_head(copy.deepcopy(model), fit)
 
 
-def with_head(model: Any, fit: HeadFit) -> Any:
-    """A copy of the model with that classifier."""
-    fitted = copy.deepcopy(model)
-    head = classifier_of(fitted)
+def give_head(model: Any, fit: HeadFit) -> Any:
+    """The model, which has that classifier now."""
+    head = classifier_of(model)
     with torch.no_grad():
         head.weight.copy_(fit.weight)
         head.bias.copy_(fit.bias)
-    return fitted
+    return model
 
 
 def head_fit(model: Any, images: Tensor, target: Tensor) -> HeadFit:
@@ -88,8 +82,7 @@ def read_by_head(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     read: list[Tensor] = []
     hook = classifier_of(model).register_forward_pre_hook(lambda module, given: read.append(given[0]))
     try:
-        with modes_kept(model):
-            logits = outputs_of(model.eval(), images)
+        logits = outputs_of(model, images)
     finally:
         hook.remove()
     return torch.cat(read), logits
@@ -128,8 +121,11 @@ def ridge_maps(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, C), in evaluation mode, on the model's device and in its precision."""
     like = next(model.parameters())
-    return torch.cat([model(batch.to(like)) for batch in images.split(BATCH)])
+    with modes_kept(model):
+        model.eval()
+        return torch.cat([model(batch.to(like)) for batch in images.split(BATCH)])
 
 
 def classifier_of(model: Any) -> nn.Linear:

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from amod.errors import UserError, reachable
-from amod.judge import Gene, Judge, Shape, name_of
+from amod.judge import Gene, Judge, Shape, check_images, name_of
 from amod.plan import MERGING, READS_ATTENTION, Plan, as_data
 from amod.vit import check_model, convert
 
@@ -116,11 +116,7 @@ def search(
         raise UserError(f"runtime={runtime!r}: choose one of flops, {', '.join(RUNTIMES)}")
     if isinstance(effort, bool) or not isinstance(effort, int | float) or not 0 < effort < float("inf"):
         raise UserError(f"effort={effort!r}: must be a number above 0, passes of the dense model over the images")
-    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 8:
-        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f"images: {given}; at least 8 prepared images are needed as a tensor (B, C, H, W)")
-    if not images.isfinite().all():
-        raise UserError("images: some pixels are not finite; prepare them as for the model")
+    check_images(images, 8)
     judge = Judge(vit, images, ledger)
     about = {"measure": judge.measure, "images": len(images), "image_size": [*images.shape[1:]], "seed": seed}
     about |= {"effort": effort, "model": (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")}

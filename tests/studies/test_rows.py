@@ -21,6 +21,7 @@ from amod.studies.rows import (
     reported,
     rows_of,
     setting_of,
+    with_own,
     write,
 )
 
@@ -87,7 +88,7 @@ def test_a_study_keeps_its_own_dense_model(tmp_path):
         write(found.assign(test_top1=accuracy), tmp_path / f"results/{study}/toy/runs.csv")
         write(curves.assign(val_top1=value), tmp_path / f"results/{study}/toy/curves.csv")
     for study, accuracy, value in (("a", 60.0, 50.0), ("b", 61.0, 51.0), ("c", 62.0, 52.0), ("d", 62.0, 52.0)):
-        rows_again, curves_again = known_in(tmp_path / "results", "toy", study)
+        rows_again, curves_again = with_own(known_in(tmp_path / "results", "toy"), tmp_path / f"results/{study}/toy")
         assert {row["test_top1"] for row in rows_again.values()} == {accuracy}
         assert set(curves_again["val_top1"]) == {value}
         assert len(curves_again) == len(curves)

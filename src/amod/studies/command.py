@@ -50,13 +50,16 @@ def reproduce(cfg: DictConfig) -> None:
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     from amod.studies import clock  # pandas takes a second
-    from amod.studies.rows import known_in, reported
+    from amod.studies.rows import Known, curves_of, known_in, reported, with_own
 
-    before = {name: known_in(results, scale["name"], name) for name in ["", *plans]}
-    if cfg.fresh:
-        before = {name: ({}, curves[:0]) for name, (_, curves) in before.items()}
+    known: Known = ({}, curves_of(results / "none")) if cfg.fresh else known_in(results, scale["name"])
+
+    def found_in(name: str, failed: Mapping[str, str] | None = None) -> tuple[Any, Any]:
+        before = known if cfg.fresh else with_own(known, results / name / scale["name"])
+        return reported(plans[name], root, before, failed)
+
     runs = list({run.name: run for plan in plans.values() for run in plan}.values())  # those they share once
-    missing = to_run(runs, root, before[""][0])
+    missing = to_run(runs, root, known[0])
     if cfg.dry:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it quietly
         for study in studies:
@@ -68,7 +71,7 @@ def reproduce(cfg: DictConfig) -> None:
         return
 
     if cfg.report_only:
-        found = {name: reported(plan, root, before[name]) for name, plan in plans.items()}
+        found = {name: found_in(name) for name in plans}
         report([study for study in studies if any_finished(study, scale, found)], scale, found, results)
         return
 
@@ -88,7 +91,7 @@ def reproduce(cfg: DictConfig) -> None:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:  # an interrupted study is reported as far as it got
-        found = {name: reported(plan, root, before[name], failed) for name, plan in plans.items()}
+        found = {name: found_in(name, failed) for name in plans}
         report(studies, scale, found, results)
     for study in studies:
         if study["name"] not in plans:

@@ -18,7 +18,7 @@ from typing import Any
 from amod.errors import UserError
 from amod.judge import Gene, Judge, Shape, disagreement
 from amod.plan import MERGING, Merge, Plan, as_data, from_data
-from amod.refit import HeadFit, head_fit, with_head
+from amod.refit import HeadFit, give_head, head_fit
 from amod.searching import runner, search
 from amod.studies.frontier_report import FITTED, write_report
 from amod.training.config import FrontierConfig
@@ -75,16 +75,16 @@ def frontier(cfg: FrontierConfig) -> None:
         tome = plans.get(("tome_above", share), plans.get(("tome", share)))
         if tome is not None and (near := as_near(judge, tome)) is not None:
             plans["as_tome", share] = near
-    heads: dict[Key, HeadFit] = {}
-    if judge.has_head:
-        for (name, share), plan in [*plans.items()]:
-            if name in REFITTED:
-                key = name + FITTED, share
-                plans[key] = plan
-                heads[key] = head_fit(convert(vit, plan=plan), searched_on, judge.target)
-                print(f"{key[0]}, {share:g}: {heads[key]}", flush=True)
     records = Records(output / "records.jsonl", about)
     times = Records(output / "times.jsonl", about)
+    heads: dict[Key, HeadFit] = {}
+    for (name, share), plan in [*plans.items()] if judge.has_head else []:
+        if name in REFITTED:
+            key = name + FITTED, share
+            plans[key] = plan
+            if records.seen(key, plan) < about["images"]:
+                heads[key] = head_fit(convert(vit, plan=plan), searched_on, judge.target)
+                print(f"{key[0]}, {share:g}: {heads[key]}", flush=True)
 
     def rows_of(images: int) -> list[dict[str, Any]]:
         return [row for key, plan in plans.items() if (row := records.get(key, plan, images)) is not None]
@@ -173,7 +173,7 @@ def measure(
         images, labels = samples.stacked(order[at:end])
         judge.show(images)
         for key, plan in todo.items():
-            outputs = judge.outputs(plan, change=partial(with_head, fit=heads[key]) if key in heads else None)
+            outputs = judge.outputs(plan, change=partial(give_head, fit=heads[key]) if key in heads else None)
             losses = disagreement(judge.target, outputs, judge.has_head)
             right = (outputs.argmax(dim=1) == labels).int().tolist()
             what = {"at": at, "disagreement": losses.mean().item(), "right": "".join(map(str, right))}

@@ -137,25 +137,34 @@ def setting_of(settings: Mapping[str, str]) -> str:
     return ", ".join(parts)
 
 
-def known_in(results: Path, scale: str, study: str = "") -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
-    """What the reports at a scale say of finished runs, whichever study they are of: ({run: row}, their curves).
+Known = tuple[dict[str, dict[str, Any]], pd.DataFrame]
+"""What reports say of finished runs: ({run: row}, their curves)."""
 
-    Of a run that several have, what ``study`` itself says: a dense model trained again on another machine is another
-    one, and not the one that the study's other runs started from.
+
+def known_in(results: Path, scale: str) -> Known:
+    """From the reports at a scale, whichever study they are of."""
+    known: Known = {}, curves_of(results / "none")
+    for file in sorted(results.glob(f"*/{scale}/runs.csv")):
+        known = with_own(known, file.parent)
+    return known
+
+
+def with_own(known: Known, folder: Path) -> Known:
+    """What is known, but of a run that the report in this folder has, what that says.
+
+    A dense model that was trained again on another machine is another one, and not the one that the study's other runs
+    started from.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    curves = [curves_of(results / "none")]
-    for file in sorted(results.glob(f"*/{scale}/runs.csv"), key=lambda file: (file.parts[-3] == study, file)):
-        found = read(file)
-        rows |= {row["run"]: row for row in _records(found[found["status"] == "finished"])}
-        curves.append(curves_of(file.with_name("curves.csv")))
-    return rows, pd.concat(curves, ignore_index=True).drop_duplicates(["run", "epoch"], keep="last")
+    found = read(folder / "runs.csv")
+    rows = known[0] | {row["run"]: row for row in _records(found[found["status"] == "finished"])}
+    curves = pd.concat([known[1], curves_of(folder / "curves.csv")], ignore_index=True)
+    return rows, curves.drop_duplicates(["run", "epoch"], keep="last")
 
 
 def reported(
     runs: Sequence[Run],
     root: Path,
-    known: tuple[Mapping[str, Mapping[str, Any]], pd.DataFrame],
+    known: Known,
     failed: Mapping[str, str] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """As ``rows_of``, and what is ``known`` (``known_in``) of runs whose own folders are gone."""

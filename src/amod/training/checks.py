@@ -21,6 +21,7 @@ from amod.training.config import (
     WITHOUT_CAPACITY,
     EvaluateConfig,
     Model,
+    Placement,
     Router,
     TrainConfig,
     TrainerArguments,
@@ -126,17 +127,11 @@ def check_language(cfg: TrainConfig) -> None:
             other = f"set {key}=null" if "augment" in key else "leave it out"
             raise UserError(f"{key}={shown(value)}: model={cfg.model.label} is a language model; {other}")
     if router.name == "tuning":
-        if cfg.placement.name != "own":
-            raise UserError(
-                f"placement={cfg.placement.name}: router=tuning has router.layers in its place; leave it out"
-            )
         try:
             depth = int(json.loads(file.read_text())["num_hidden_layers"])
-            make_plan(depth, "tuning", placement=router.layers, **gates_of(router))
-        except UserError as error:
-            raise UserError(f"router.{error}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: says no num_hidden_layers; name a language model of transformers") from None
+        check_gates(cfg, depth)
 
 
 def check_method(cfg: TrainConfig) -> None:
@@ -251,8 +246,7 @@ def check_model(model: Model) -> None:
 
 
 def check_placement(cfg: Variant) -> None:
-    blocks, router = cfg.placement.blocks, cfg.router
-    said = f"placement={cfg.placement.name}" if blocks is None else f"placement.blocks={shown(blocks)}"
+    blocks, router, said = cfg.placement.blocks, cfg.router, said_of(cfg.placement)
     if blocks is not None and (not isinstance(blocks, list) or not blocks):
         raise UserError(f"{said}: must be a list of 0-based block indices such as [1,4,7], or null for the name's own")
     if router.name == "plan":
@@ -263,12 +257,7 @@ def check_placement(cfg: Variant) -> None:
                 raise UserError(f"placement.{key}={shown(value)}: router=plan says it already; leave it out")
         return
     if router.name == "tuning":
-        if blocks is not None or cfg.placement.name != "own":
-            raise UserError(f"{said}: router=tuning has router.layers in its place; leave it out")
-        try:
-            make_plan(depth_of(cfg.model) or 1000, "tuning", placement=router.layers, **gates_of(router))
-        except UserError as error:
-            raise UserError(f"router.{error}") from None
+        check_gates(cfg, depth_of(cfg.model) or 1000)
         return
     if router.name == "isoflop":
         if cfg.placement.last is not None:
@@ -282,6 +271,21 @@ def check_placement(cfg: Variant) -> None:
         make_plan(depth, router.name, placement=named if blocks is None else blocks, last=cfg.placement.last)
     except UserError as error:
         raise UserError(f"{said}: {str(error).partition(': ')[2]}") from None
+
+
+def said_of(placement: Placement) -> str:
+    """The setting that places."""
+    return f"placement={placement.name}" if placement.blocks is None else f"placement.blocks={shown(placement.blocks)}"
+
+
+def check_gates(cfg: Variant, depth: int) -> None:
+    """Of router=tuning in a model of so many blocks."""
+    if cfg.placement.blocks is not None or cfg.placement.name != "own":
+        raise UserError(f"{said_of(cfg.placement)}: router=tuning has router.layers in its place; leave it out")
+    try:
+        make_plan(depth, "tuning", placement=cfg.router.layers, **gates_of(cfg.router))
+    except UserError as error:
+        raise UserError(f"router.{error}") from None
 
 
 def gates_of(router: Router) -> dict[str, Any]:

@@ -192,4 +192,9 @@ def measured(model: nn.Module, data: TextData) -> dict[str, Any]:
 def load_measured(folder: Path, cfg: TrainConfig, split: str) -> tuple[nn.Module, TextData]:
     data = read(cfg)
     data.splits["test"] = np.concatenate([*data.splits.values()]) if split == "all" else data.splits[split]
-    return with_weights(build(cfg, data).model, folder), data
+    return load_model(folder, cfg), data
+
+
+def load_model(folder: Path, run: TrainConfig) -> nn.Module:
+    """The model of a finished run, with the best epoch's weights, in evaluation mode."""
+    return with_weights(build(run, None).model, folder)
