@@ -63,9 +63,8 @@ def test_mistakes_in_them_are_one_line(own, override, words):
 @pytest.mark.parametrize("arguments", [(), ("-m",)], ids=["one job", "several"])
 def test_the_command_takes_them(own, tmp_path, arguments):
     own.joinpath("experiment/wrong.yaml").write_text("# @package _global_\nseed: -5\n")
-    done, seconds = command("train.py", "--config-dir", "own", *arguments, *DIGITS, "+experiment=wrong", cwd=tmp_path)
+    done = command("train.py", "--config-dir", "own", *arguments, *DIGITS, "+experiment=wrong", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: seed=-5: must be a whole number in [0, 4294967295]\n")
-    assert seconds < 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_the_command_takes_them(own, tmp_path, arguments):
     ],
 )
 def test_what_the_run_decides_is_refused_beside_it(tmp_path, program, override, words):
-    done, _ = command(program, "run=some-run", override, cwd=tmp_path)
+    done = command(program, "run=some-run", override, cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
@@ -93,7 +92,7 @@ def test_what_the_run_decides_is_refused_beside_it(tmp_path, program, override, 
     ],
 )
 def test_what_would_pass_without_effect_is_refused(tmp_path, arguments, words):
-    done, _ = command("train.py", *arguments, cwd=tmp_path)
+    done = command("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
