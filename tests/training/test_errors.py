@@ -139,6 +139,7 @@ TABLE = [
     (["placement.blocks=[0,2]"], ["placement.blocks=[0,2]", "block 0", "router=linear"]),
     (["placement.blocks=[1,12]"], ["placement.blocks=[1,12]", "block 12", "0 to 11"]),
     (["placement.blocks=[-1]"], ["block -1"]),
+    (["placement.blocks=[1,11]", "placement.last=class"], ["placement.blocks=[1,11]", "block 11", "placement.last"]),
     (["placement.blocks=[1,1]"], ["twice"]),
     (["placement.blocks=[]"], ["placement.blocks=[]"]),
     (["placement.blocks=3"], ["placement.blocks=3", "[1,4,7]"]),

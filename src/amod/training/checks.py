@@ -266,6 +266,8 @@ def check_placement(cfg: Variant) -> None:
     if blocks is None and router.name == "none":
         return
     depth = depth_of(cfg.model) or 1000  # an unknown depth is checked when the model is built
+    if cfg.placement.last == "class" and blocks is not None and depth - 1 in blocks:
+        raise UserError(f"{said}: block {depth - 1} is the class token's alone (placement.last=class); leave one out")
     named = None if cfg.placement.name == "own" else cfg.placement.name
     try:
         make_plan(depth, router.name, placement=named if blocks is None else blocks, last=cfg.placement.last)
