@@ -16,7 +16,6 @@ import amod
 from amod.judge import disagreement
 from amod.refit import classifier_of, fit_to, outputs_of, read_by_head
 from amod.training.finished import load_run
-from amod.training.folder import read_config
 
 COUNTS = (64, 128, 256, 512, 1024, 2048, 4096)
 CHUNK = 256
@@ -29,9 +28,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="a plan file beside router=merge and ToMe")
     parser.add_argument("--budget", type=float, default=0.5, help="of those two, a share of the dense FLOPs")
     given = parser.parse_args()
-    config = read_config(given.run / "config.yaml")
-    config.data.root = given.data or config.data.root
-    _, vit, data = load_run(given.run, config)
+    _, vit, data = load_run(given.run, given.data)
     macs = given.budget * amod.count_flops(vit)
     models = {"router=merge": amod.convert(vit, "merge", budget=macs, last="class")}
     models["ToMe"] = amod.convert(vit, "tome", budget=macs)

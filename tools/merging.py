@@ -14,7 +14,6 @@ from rich.progress import track
 from amod.judge import Gene, Judge, Shape
 from amod.studies.frontier import Samples, few_of
 from amod.training.finished import load_run
-from amod.training.folder import read_config
 
 AVERAGES = {
     "as ToMe": (1.0, False),
@@ -30,9 +29,7 @@ def main() -> None:
     parser.add_argument("--data", help="its photographs, where they have moved")
     parser.add_argument("--images", type=int, default=640)
     given = parser.parse_args()
-    config = read_config(given.run / "config.yaml")
-    config.data.root = given.data or config.data.root
-    _, vit, data = load_run(given.run, config)
+    _, vit, data = load_run(given.run, given.data)
     samples = Samples(data.splits["val"], data.eval_transform, None, False, False)
     judge = Judge(vit, samples.stacked(samples.drawn(given.images, 0))[0])
     print(f"{judge.measure}, {len(judge.images)} validation images, {judge.size[1]} pixels\n")

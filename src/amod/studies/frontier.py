@@ -23,7 +23,7 @@ from amod.searching import runner, search
 from amod.studies.frontier_report import FITTED, write_report
 from amod.training.config import FrontierConfig
 from amod.training.finished import load_run
-from amod.training.folder import environment, read_config
+from amod.training.folder import environment
 from amod.training.loaders import Samples
 from amod.vit import convert, plan_for_budget
 
@@ -44,10 +44,7 @@ than this share of the dense cost unspent, the number below is measured too, abo
 
 def frontier(cfg: FrontierConfig) -> None:
     folder, output = Path(cfg.run or ""), Path(cfg.output)
-    run = read_config(folder / "config.yaml")
-    if cfg.data_root is not None:
-        run.data.root = cfg.data_root
-    run, vit, data = load_run(folder, run)
+    run, vit, data = load_run(folder, cfg.data_root)
     if run.router.name != "none":
         raise UserError(f"run={cfg.run}: its router is {run.router.name}; name a run of router=none")
     output.mkdir(parents=True, exist_ok=True)

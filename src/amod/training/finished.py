@@ -16,12 +16,13 @@ from amod.training.record import classes_of
 from amod.training.weights import build, input_config, weightless
 
 
-def load_run(folder: Path, cfg: TrainConfig | None = None) -> tuple[TrainConfig, nn.Module, ImageData]:
+def load_run(folder: Path, data_root: str | None = None) -> tuple[TrainConfig, nn.Module, ImageData]:
     """(config, model, data) of a finished run: the best epoch's weights in evaluation mode, the data unaugmented.
 
-    ``cfg`` replaces the config that the folder holds, to read the data from another place for instance.
+    ``data_root`` is where the data lie now, if they have moved.
     """
-    run = read_config(folder / "config.yaml") if cfg is None else cfg
+    run = read_config(folder / "config.yaml")
+    run.data.root = run.data.root if data_root is None else data_root
     inputs = input_config(run.model)
     sizes = run.schedule.batch_size, run.schedule.eval_batch_size
     data = build_datamodule(run.data, inputs, {}, *sizes, run.seed, classes_of(folder))
