@@ -61,9 +61,10 @@ def test_mistakes_in_them_are_one_line(own, override, words):
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",)], ids=["one job", "several"])
-def test_the_command_takes_them(own, tmp_path, arguments):
+def test_the_command_takes_them(own, tmp_path, arguments, at_once):
     own.joinpath("experiment/wrong.yaml").write_text("# @package _global_\nseed: -5\n")
-    done = command("train.py", "--config-dir", "own", *arguments, *DIGITS, "+experiment=wrong", cwd=tmp_path)
+    given = ("--config-dir", "own", *arguments, *DIGITS, "+experiment=wrong")
+    done = command("train.py", *given, cwd=tmp_path, env=at_once)
     assert (done.returncode, done.stderr) == (2, "error: seed=-5: must be a whole number in [0, 4294967295]\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -140,6 +141,7 @@ TABLE = [
     (["placement.blocks=[1,12]"], ["placement.blocks=[1,12]", "block 12", "0 to 11"]),
     (["placement.blocks=[-1]"], ["block -1"]),
     (["placement.blocks=[1,11]", "placement.last=class"], ["placement.blocks=[1,11]", "block 11", "placement.last"]),
+    (["router=tuning", "router.layers=[5,11]", "placement.last=class"], ["router.layers=[5,11]", "block 11", ".last"]),
     (["placement.blocks=[1,1]"], ["twice"]),
     (["placement.blocks=[]"], ["placement.blocks=[]"]),
     (["placement.blocks=3"], ["placement.blocks=3", "[1,4,7]"]),
@@ -426,33 +428,23 @@ def test_a_workers_error_is_one_line():
     assert message_of(UserError(text)) == "a.jpg: broken"
 
 
-@pytest.fixture
-def at_once(tmp_path_factory) -> dict[str, str]:
-    """The environment of a command that must answer without torch and Lightning, whose import takes seconds."""
-    folder = tmp_path_factory.mktemp("slow_imports")
-    for name in ("torch", "lightning"):
-        (folder / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
 def command(script: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SRC / script, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("train.py", "router=attenton"),
-        ("train.py", *TINY, "capacity=0"),
-        ("train.py", "data=flowers", "data.root=/no/such"),
-        ("train.py", "-m", *TINY, "capacity=0.1,2"),
-        ("train.py", "-m", *TINY, "seed=0,1", "run_dir=x"),
-        ("train.py", "--foo"),
-        ("train.py", "--cfg", "job", "capcity=1"),
-        ("evaluate.py", "run=/no/such"),
-    ],
-    ids=" ".join,
-)
+WRONG = [
+    ("train.py", "router=attenton"),
+    ("train.py", *TINY, "capacity=0"),
+    ("train.py", "data=flowers", "data.root=/no/such"),
+    ("train.py", "-m", *TINY, "capacity=0.1,2"),
+    ("train.py", "-m", *TINY, "seed=0,1", "run_dir=x"),
+    ("train.py", "--foo"),
+    ("train.py", "--cfg", "job", "capcity=1"),
+    ("evaluate.py", "run=/no/such"),
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_commands_answer_at_once(tmp_path, arguments, at_once):
     done = command(*arguments, cwd=tmp_path, env=at_once)
     assert done.returncode == 2
@@ -462,16 +454,25 @@ def test_commands_answer_at_once(tmp_path, arguments, at_once):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (("train.py", "--help"), "router: attention, attention_weighted"),
-        (("train.py", "--cfg", "job", "capacity=0.3"), "capacity: 0.3"),
-        (("evaluate.py", "--help"), "evaluate.py run="),
-    ],
-)
+HELP = {
+    ("train.py", "--help"): "router: attention, attention_weighted",
+    ("train.py", "--cfg", "job", "capacity=0.3"): "capacity: 0.3",
+    ("evaluate.py", "--help"): "evaluate.py run=",
+}
+
+
+@pytest.mark.parametrize(("arguments", "word"), HELP.items())
 def test_help_answers_at_once(tmp_path, arguments, word, at_once):
     done = command(*arguments, cwd=tmp_path, env=at_once)
     assert done.returncode == 0
     assert word in done.stdout
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # the seconds of a machine that does something else say nothing
+@pytest.mark.parametrize("arguments", [*WRONG, *HELP], ids=" ".join)
+def test_an_answer_takes_two_seconds_of_processor_time(tmp_path, arguments):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command(*arguments, cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
