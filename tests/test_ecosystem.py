@@ -460,8 +460,9 @@ def is_served(vit, router, seen):
     return True
 
 
-def test_how_many_of_timms_isotropic_transformers_are_served():
+def test_how_many_of_timms_isotropic_transformers_are_served(monkeypatch):
     """All names of these modules of timm, two blocks deep, on the meta device. The README states the counts."""
+    monkeypatch.setattr(timm.models.VisionTransformer, "init_weights", lambda *_, **__: None)  # half of the time
     names = [name for m in ISOTROPIC for name in timm.list_models(module=m)]
     counts, seen = Counter(), set()
     for name in names:

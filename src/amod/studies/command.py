@@ -172,12 +172,12 @@ def gflops_of(cfg: Any) -> float:
         return detecting.cost(detecting.build_detr(cfg, ["thing"] * 80, range(80)).model, cfg)["gflops"]
     from amod.flops import count_flops
     from amod.gates import is_gated
-    from amod.training.weights import build, input_config
+    from amod.training.weights import build
     from amod.vit import dense
 
     model = build(cfg, cfg.data.num_classes or 2).model
     model = dense(model) if is_gated(model) else model  # its gates open
-    return count_flops(model, input_config(cfg.model)["input_size"]) / 1e9
+    return count_flops(model) / 1e9
 
 
 def throughput(study: Mapping[str, Any], scale: Mapping[str, Any], results: Path) -> list[str]:

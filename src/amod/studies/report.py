@@ -6,6 +6,7 @@ of the same seed. Runs that failed or were not run are listed, and a cell withou
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -198,20 +199,29 @@ def computed_gflops(model: str, router: str, capacity: float, placement: str, da
     """Our count for one of the paper's models, with a head for the classes of `data`; of a DETR, its transformer."""
     if model == "detr":
         return detr_gflops(router, capacity)
-    import timm
-    import torch
-
     import amod
 
     name = paper.ARCHITECTURES[model]
-    with torch.device("meta"):
-        vit = timm.create_model(name, num_classes=compose_config("train", [f"data={data}"]).data.num_classes)
-    assert isinstance(vit, timm.models.VisionTransformer)
+    vit = weightless_vit(name, classes_of(data))
     if router == "isoflop":
         vit = amod.truncate(vit, amod.PAPER_DEPTHS[name][capacity])
     elif router != "none":
         vit = amod.convert(vit, router, capacity, placement)
     return amod.count_flops(vit) / 1e9
+
+
+@functools.cache
+def classes_of(data: str) -> int:
+    return compose_config("train", [f"data={data}"]).data.num_classes
+
+
+@functools.cache
+def weightless_vit(name: str, classes: int) -> Any:
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=classes, weight_init="skip")
 
 
 def detr_gflops(router: str, capacity: float) -> float:
