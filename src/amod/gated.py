@@ -1,6 +1,7 @@
 """A block of timm's under a trained gate: computed whole and multiplied, or only where the gate is open.
 
-Axes: B batch, N tokens, K the most that any sequence of the batch keeps, D width. Both ways give the same numbers.
+Axes: B batch, N tokens, T kept tokens of all sequences, one behind the other, K the most that any sequence keeps, D
+width. All ways give the same numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from amod.blocks import Halves
 from amod.gates import hidden, kept_first, put_kept, straight_through
 from amod.plan import Gate
+from amod.reduce import pack
 from amod.routing import take, weigh_update
 
 
@@ -25,6 +27,7 @@ class GatedStep:
             ``inputs`` (``Walk.asked``).
         inputs: what timm gives the block.
         masked: compute everything and multiply by the gate, as training does.
+        packs: the attention knows tokens of several sequences in a row apart.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class GatedStep:
         asked: Callable[..., dict[str, Any]],
         inputs: Mapping[str, Any],
         masked: bool,
+        packs: bool,
     ) -> None:
-        self.entry, self.router, self.asked, self.inputs, self.masked = entry, router, asked, inputs, masked
+        self.entry, self.router, self.asked, self.inputs = entry, router, asked, inputs
+        self.masked, self.packs = masked, packs
         self.logits = self.gate = torch.empty(0)
 
     def __call__(self, half: Halves, x: Tensor) -> Tensor:
@@ -65,17 +70,30 @@ class GatedStep:
         return weigh_update(x, after, self.gate)
 
     def some_tokens(self, half: Halves, x: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
-        """Only the tokens in ``keep`` (B, N) are computed. An MLP knows no neighbours: it needs no padding."""
+        """Only the tokens in ``keep`` (B, N) are computed, in one row (1, T, D); an MLP knows no neighbours anyway."""
         skip = self.entry.skip
-        if skip != "mlp":
-            indices, among = kept_first(keep)
-            if indices.shape[1]:
-                inputs = self.asked(indices=indices, bias=hidden(among, x))
-                x = put_kept(x, indices, among, half.attention(take(x, indices), take(normed, indices), **inputs))
-        if skip == "attention":
+        if skip != "mlp" and not self.packs:
+            x = self.filled_up(half, x, normed, keep)
+            if skip == "attention":
+                return x
+        sequence, place = keep.nonzero(as_tuple=True)
+        if not len(place):
             return x
-        known = normed[keep].unsqueeze(0) if skip == "mlp" else None
-        return x.index_put((keep,), half.mlp(x[keep].unsqueeze(0), known)[0].to(x.dtype))
+        after, known = x[keep].unsqueeze(0), normed[keep].unsqueeze(0)
+        if skip != "mlp" and self.packs:
+            inputs = self.asked(indices=place.unsqueeze(0), packed=pack(sequence))
+            after = half.attention(after, known, **inputs)
+        if skip != "attention":
+            after = half.mlp(after, known if skip == "mlp" else None)
+        return x.index_put((keep,), after[0].to(x.dtype))
+
+    def filled_up(self, half: Halves, x: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
+        """The attention of the tokens in ``keep``, for blocks that cannot take them in a row: (B, K, D)."""
+        indices, among = kept_first(keep)
+        if not indices.shape[1]:
+            return x
+        inputs = self.asked(indices=indices, bias=hidden(among, x))
+        return put_kept(x, indices, among, half.attention(take(x, indices), take(normed, indices), **inputs))
 
     def some_sequences(self, half: Halves, x: Tensor, normed: Tensor, keep: Tensor) -> Tensor:
         """Only the sequences in ``keep`` (B,) are computed."""

@@ -44,7 +44,7 @@ from amod.plan import (
     read_plan,
 )
 from amod.routers import ROUTERS, GateRouter, Predictor, make_router
-from amod.walk import MASKS, READ_CLASS, Walk, class_rows, class_tokens
+from amod.walk import MASKS, READ_CLASS, RELATIVE, Walk, class_rows, class_tokens
 
 FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
 """timm's isotropic transformers whose forward loops over blocks of one kind."""
@@ -352,10 +352,13 @@ def dense(model: ViT) -> ViT:
 
 
 def readers(model: Any, plan: Plan) -> list[int]:
-    """The blocks whose attention gets a request: it leaves scores or keys, or must know where its tokens stood."""
+    """The blocks whose attention gets a request: it leaves scores or keys, or must know whose its tokens are, or where
+    they stood."""
     cuts = [i for i, entry in plan.items() if not isinstance(entry, LEARNED)]
     found = {i - 1 for i, entry in plan.items() if isinstance(entry, Route) and entry.router in READS_ATTENTION}
     found |= {*cuts}
+    gates = [i for i, entry in plan.items() if isinstance(entry, Gate) and entry.per == "token" and entry.skip != "mlp"]
+    found |= {i for i in gates if type(getattr(model.blocks[i], "attn", None)) in READABLE}
     stages = [i for i, entry in plan.items() if isinstance(entry, Predict)]
     found |= {*range(min(stages), len(model.blocks))} if stages else set()
     if not isinstance(model, VisionTransformer):  # rotary tables or relative positions
@@ -388,7 +391,7 @@ def check_blocks(model: Any, plan: Plan) -> None:
             )
         if isinstance(entry, READ_CLASS):
             class_tokens(model, type(entry).__name__)
-        if isinstance(entry, Halt) and isinstance(model, Beit | VisionTransformerRelPos):
+        if isinstance(entry, Halt) and isinstance(model, RELATIVE):
             raise UserError(
                 f"plan: Halt: {type(model).__name__}'s relative positions are a table of all pairs of tokens, which "
                 "tokens of several images in a row do not have; use another method"
@@ -401,7 +404,7 @@ def check_blocks(model: Any, plan: Plan) -> None:
                 f"block {i} ({type(model.blocks[i]).__name__}) has no place between attention and MLP where tokens "
                 f"could leave it: no {missing[0]}"
             )
-        if isinstance(entry, Prune) and entry.fuse and isinstance(model, Beit | VisionTransformerRelPos):
+        if isinstance(entry, Prune) and entry.fuse and isinstance(model, RELATIVE):
             raise UserError(
                 f"plan: block {i}, {entry}: a fused token has no place in {type(model).__name__}'s relative "
                 "positions; use fuse=False"

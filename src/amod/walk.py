@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
+from timm.models import Beit, VisionTransformer, VisionTransformerRelPos
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +29,8 @@ from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take,
 
 CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep")
 """The tensors of a ``Walk`` that go from block to block beside the tokens."""
+RELATIVE = (Beit, VisionTransformerRelPos)
+"""Models whose positions are a table of all pairs of tokens, which tokens of several images in a row do not have."""
 READ_CLASS = (ClassOnly, Predict, Halt)
 """Entries for heads that read the class token alone."""
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
@@ -217,12 +219,18 @@ class Walk:
             lambda **given: self.asked(i, block, **{"inputs": inputs, **given})[1],
             inputs,
             masked=self.model.training or leaving_torch(),
+            packs=self.packs(block, inputs),
         )
         x = self.in_halves(i, block, x, step)
         self.scores = None
         scores, none = step.logits.detach().expand(x.shape[:2]), x.new_zeros(x.shape[0], 0, dtype=torch.long)
         self.routing.append(RoutedLayer(i, scores, none, self.owner, step.gate))
         return x
+
+    def packs(self, block: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether the block's attention can take tokens of several sequences in a row."""
+        plain = self.size is None and self.keep is None and inputs.get(self.model.mask_name) is None
+        return plain and not isinstance(self.model, RELATIVE) and is_readable(block)
 
     def cut(
         self, i: int, block: nn.Module, entry: Merge | Prune | ClassOnly, x: Tensor, inputs: dict[str, Any]
@@ -409,10 +417,14 @@ class Walk:
         return x
 
 
+def is_readable(block: nn.Module) -> bool:
+    return any(isinstance(module, ReadableAttention) for module in block.modules())
+
+
 def check_readable(i: int, block: nn.Module) -> None:
     """UserError unless somewhere in the block, as it is now, is an attention that answers a request."""
-    attn = getattr(block, "attn", None)
-    if not isinstance(attn, ReadableAttention) and not any(isinstance(m, ReadableAttention) for m in block.modules()):
+    if not is_readable(block):
+        attn = getattr(block, "attn", None)
         raise UserError(
             f"block {i}: {type(attn).__name__} was put there after convert, and its map cannot be read; wrap the "
             "attention that convert left there, or use router=linear or random"
