@@ -26,6 +26,10 @@ from typing import Any
 from amod.errors import UserError
 
 
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
+"""``config.model_type`` of transformers' causal language models whose layers take a :class:`Gate` (``text.py``)."""
+
+
 @dataclass(frozen=True)
 class Route:
     """K = floor(capacity N) tokens go through the block, the others pass it unchanged (MoD, Eq. 2; A-MoD, Eq. 5)."""

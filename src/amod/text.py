@@ -16,12 +16,10 @@ from torch import nn
 from amod.dress import Dressed, dress, undressed
 from amod.errors import UserError
 from amod.huggingface_walk import RoutedModel
-from amod.plan import Gate, Plan, as_data
+from amod.plan import LANGUAGE_MODELS, Gate, Plan, as_data
 from amod.routers import GateRouter
 from amod.text_walk import GatedLayer
 
-SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
-"""``config.model_type`` of the decoders whose layers are served."""
 FORMAT = 1
 
 
@@ -33,7 +31,7 @@ def decoders(model: Any) -> Any:
     """The modules that own a served decoder's layers."""
     for module in model.modules():
         kind = getattr(getattr(module, "config", None), "model_type", None)
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and kind in SERVED:
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and kind in LANGUAGE_MODELS:
             yield module
 
 

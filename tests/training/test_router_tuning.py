@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import amod
@@ -198,6 +198,7 @@ def test_a_text_run_goes_on_where_it_was_killed(stories, tmp_path, lora):
         ),
         (["router=dynamicvit", "schedule=router_tuning"], "router=dynamicvit has no weights that are trained alone"),
         (["router=tuning", "placement=late"], "placement=late: router=tuning has router.layers in its place"),
+        (["router=tuning", "router.cache=all"], "router.cache=all: is of language models; leave it out"),
         (["router=tuning", "budget=1"], "budget=1.0: router=tuning costs what its gates leave"),
         (["router=tuning", "router.target=0.5", "router.scale=0"], "target=0.5: does nothing with scale=0"),
         (
@@ -221,6 +222,7 @@ def test_bad_settings_are_one_line(overrides, words, tmp_path):
     [
         (["router=attention"], "router=attention: model=stories is a language model; choose none or tuning"),
         (["router=tuning", "router.layers=[3]"], "block 3 is not one of 0 to 2"),
+        (["router=tuning", "data.length=4096"], "data.length=4096: this model reads at most 2048 tokens"),
         (["router=tuning", "data=digits"], "data=digits: is not for model=stories, whose task is language"),
         (["router=tuning", "model.name=nowhere"], r"model.name=nowhere: no config.json there"),
         (
@@ -274,6 +276,30 @@ def test_a_tokenizer_without_a_beginning_token(stories, tmp_path):
     with pytest.raises(UserError, match="bos=true: this model's tokenizer has no beginning token"):
         run(tmp_path / "run", *stories, "router=tuning", "data.bos=true", f"model.name={tmp_path / 'model'}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_model_that_is_not_served(stories, tmp_path, kind):
+    """Said by its config.json, before any weights are read; a bidirectional one would see the token it must foretell."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=f"its config.json is of {kind}; choose a causal language model of these: llama"):
+        check_train(compose_config("train", [*stories, "router=none", "schedule.train=all", f"model.name={tmp_path}"]))
+
+
+def test_gates_are_not_trained_on_random_weights(dense, tmp_path):
+    """Nor before a head of other classes, which would stay random."""
+    gates = [*DIGITS, "router=tuning", "schedule=router_tuning"]
+    for settings in (gates, [*gates, f"model.checkpoint={tmp_path / 'other.safetensors'}"]):
+        state = load_file(dense / "weights.safetensors")
+        save_file(state | {f"head.{key}": state[f"head.{key}"][:3] for key in ("weight", "bias")}, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match="the head at least would be random; give model.checkpoint=RUN_FOLDER"):
+            run(tmp_path / "run", *settings)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_is_missed_is_said(stories, tmp_path, capsys):
+    run(tmp_path / "run", *stories, "router=tuning", "router.target=0", "schedule.lr=1e-9", "schedule.min_lr=0")
+    assert "above router.target=0; longer, or with a larger router.scale, comes nearer" in capsys.readouterr().out
 
 
 def test_too_little_text(stories, tmp_path):

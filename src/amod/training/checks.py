@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, reachable, shown
 from amod.files import WEIGHTS
-from amod.plan import make_plan
+from amod.plan import LANGUAGE_MODELS, make_plan
 from amod.training.config import (
     CONF,
     WITHOUT_CAPACITY,
@@ -126,11 +126,20 @@ def check_language(cfg: TrainConfig) -> None:
         if value:
             other = f"set {key}=null" if "augment" in key else "leave it out"
             raise UserError(f"{key}={shown(value)}: model={cfg.model.label} is a language model; {other}")
+    try:
+        said = json.loads(file.read_text())
+        kind, depth = said["model_type"], int(said["num_hidden_layers"])
+        longest = int(said.get("max_position_embeddings") or cfg.data.length)
+    except (ValueError, KeyError, TypeError):
+        kind = depth = longest = None
+    if kind not in LANGUAGE_MODELS or depth is None or longest is None:
+        raise UserError(
+            f"model.name={name}: its config.json is of {kind or 'no model of transformers'}; choose a causal language "
+            f"model of these: {', '.join(LANGUAGE_MODELS)}"
+        )
+    if cfg.data.length > longest:
+        raise UserError(f"data.length={cfg.data.length}: this model reads at most {longest} tokens; choose fewer")
     if router.name == "tuning":
-        try:
-            depth = int(json.loads(file.read_text())["num_hidden_layers"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file}: says no num_hidden_layers; name a language model of transformers") from None
         check_gates(cfg, depth)
 
 
@@ -283,6 +292,8 @@ def check_gates(cfg: Variant, depth: int) -> None:
     """Of router=tuning in a model of so many blocks."""
     if cfg.placement.blocks is not None or cfg.placement.name != "own":
         raise UserError(f"{said_of(cfg.placement)}: router=tuning has router.layers in its place; leave it out")
+    if cfg.router.cache != "kept" and cfg.model.task != "language":
+        raise UserError(f"router.cache={cfg.router.cache}: is of language models; leave it out")
     try:
         make_plan(depth, "tuning", placement=cfg.router.layers, **gates_of(cfg.router))
     except UserError as error:

@@ -130,6 +130,11 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     source = weightless(cfg) if newest else cfg
     built = parts.build(source, data)
     compute = parts.cost(built.model, cfg)
+    if schedule.train == "routers" and not (newest or built.adapted):
+        raise UserError(
+            f"schedule.train=routers: all other weights stay as they are, and of {cfg.model.label} for these data the "
+            "head at least would be random; give model.checkpoint=RUN_FOLDER of a run on the same classes"
+        )
     trainable = freeze(built.model, schedule)
     module = parts.module(built.model, source, data)
     batch = global_batch(trainer, schedule)
@@ -165,6 +170,9 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
     best = task.best
     compute |= parts.measured(module.evaluated, data) or {}
+    target, share = getattr(cfg.router, "target", None), compute.get("share_kept", 0.0)
+    if target is not None and share > target + 0.05:
+        say(f"share kept {share:g}, above router.target={target:g}; longer, or with a larger router.scale, comes nearer")
     if schedule.train != "all":
         compute["params_trained"] = trainable
     summary = {
