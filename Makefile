@@ -6,8 +6,11 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 STUDIES := $(patsubst conf/study/%.yaml,reproduce-%,$(wildcard conf/study/*.yaml))
 SCALE ?= small
+# of tools/stories.py; where they are, reproduce-router-tuning has its language half
+LM ?= models/stories260K
+TEXTS ?= texts/stories
 TWO := -n 2 --dist loadfile  # processes, a file of tests to each
-.PHONY: help setup demo test test-slow test-oldest lint benchmark benchmark-ddp frontier sweep clean $(STUDIES)
+.PHONY: help setup demo test test-slow test-oldest lint benchmark benchmark-ddp frontier router-tuning-text sweep clean $(STUDIES)
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 15
@@ -37,7 +40,12 @@ $(STUDIES): reproduce-%: $(VENV)/.ready
 
 ifeq ($(SCALE)$(filter 1 true yes,$(DRY)),small)
 reproduce-table9: data/clothes
+reproduce-router-tuning: $(if $(wildcard $(LM)/config.json),router-tuning-text)
 endif
+
+router-tuning-text: $(VENV)/.ready ## trained gates in a language model: LM=FOLDER TEXTS=FOLDER (docs/router-tuning.md)
+	OMP_NUM_THREADS=1 $(RUN) tools/router_tuning_text.py --model $(LM) --texts $(TEXTS) --runs runs/router-tuning-text/$(notdir $(LM)) \
+	    --out results/router-tuning-text -- schedule.epochs=3 schedule.batch_size=16
 
 data/clothes: | $(VENV)/.ready
 	$(RUN) tools/make_clothes.py --out $@

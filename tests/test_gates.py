@@ -93,6 +93,19 @@ def test_skipping_equals_the_masked_computation(name, skip, per):
     assert any(0 < share < 1 for share in shares), shares
 
 
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_kept_tokens_are_in_one_row_without_fillers(name, skip):
+    model, seen = gated(vit(name, **({} if name.startswith("vit") else {"mlp_ratio": 2.0})), skip=skip), []
+    for part in ("attn.proj", "mlp"):
+        model.blocks[1].get_submodule(part).register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:2]))
+    _, routing = model(torch.randn(6, 3, 32, 32), return_routing=True)
+    kept = routing[0].gate.sum(dim=1)
+    assert len(kept.unique()) > 1
+    some, whole = (1, int(kept.sum())), (6, 17)
+    assert seen == [some if skip != "mlp" else whole, some if skip != "attention" else whole]
+
+
 @pytest.mark.parametrize("per", ["token", "sequence"])
 @pytest.mark.parametrize("skip", SKIPS)
 def test_what_is_skipped_is_left_as_it_came_and_costs_nothing(skip, per):

@@ -73,9 +73,8 @@ def logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 
 
 def generated(model: nn.Module, count: int = 24, **given):
-    return model.generate(
-        **prompts(), max_new_tokens=count, min_new_tokens=count, return_dict_in_generate=True, do_sample=False, **given
-    )
+    asked = {"do_sample": False, "return_dict_in_generate": True} | given
+    return model.generate(**prompts(), max_new_tokens=count, min_new_tokens=count, **asked)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,6 +137,16 @@ def test_generation_equals_recomputation(kind, cache):
     assert torch.equal(alone[0], out.sequences[0, -count - 3 :])  # as if it were alone
 
 
+@pytest.mark.parametrize("skip", SKIPS)
+def test_sampled_texts_have_the_logits_of_a_recomputation(skip):
+    model = gated(language_model(), skip=skip)
+    out = generated(model, 64, output_logits=True, do_sample=True)
+    mask = torch.cat([prompts()["attention_mask"], torch.ones(4, 64, dtype=torch.long)], dim=1)
+    whole = logits(model, out.sequences, mask)[:, -65:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(whole.argmax(-1), out.sequences[:, -64:])
+
+
 def test_a_sequence_keeps_the_decision_of_its_prompt():
     model = gated(language_model(), per="sequence")
     out = generated(model, 16, output_logits=True)
@@ -166,6 +175,18 @@ def test_the_cache_holds_what_was_kept():
             assert cache_bytes(held) < cache_bytes(own)
 
 
+def test_the_cache_falls_with_the_share_kept():
+    held, own = [], cache_bytes(generated(language_model()).cache)
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        model = gated(language_model())
+        for i in (0, 2):  # open for that share, by a digit of the token's features
+            model.model.layers[i].router.forward = lambda x, _, share=share: share - 1e-9 - (1e3 * x.sum(-1)) % 1
+        held.append(cache_bytes(generated(model).cache) / own)
+    assert held[0] == 0.5  # two of four layers have gates
+    assert held == sorted(set(held))
+    assert 1 < held[-1] < 1.2  # the positions of the tokens
+
+
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
 @pytest.mark.parametrize("cache", ["kept", "all"])
 def test_a_window_keeps_no_more_than_itself(kind, cache):
@@ -176,7 +197,7 @@ def test_a_window_keeps_no_more_than_itself(kind, cache):
     assert layer.keys.shape[2] == layer.positions.shape[1] <= 6
     assert int(layer.positions[layer.positions >= 0].min()) > layer.seen - 1 - 6
     if cache == "kept":
-        assert cache_bytes(held) <= cache_bytes(own)
+        assert cache_bytes(held) <= cache_bytes(own) + layer.positions.numel() * 8
 
 
 @pytest.mark.parametrize("cache", ["kept", "all"])

@@ -25,7 +25,6 @@ from typing import Any
 
 from amod.errors import UserError
 
-
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 """``config.model_type`` of transformers' causal language models whose layers take a :class:`Gate` (``text.py``)."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from amod import padding
@@ -292,6 +292,6 @@ class GatedLayer(Dressed):
 
 
 def cache_bytes(cache: Any) -> int:
-    """What the keys and values of a cache take."""
-    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, nn.Parameter | Tensor)]
-    return sum(t.numel() * t.element_size() for t in held)
+    """What a cache takes: keys, values, and of a gated layer what belongs to them."""
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "positions", "open")]
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))

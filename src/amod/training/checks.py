@@ -131,8 +131,8 @@ def check_language(cfg: TrainConfig) -> None:
         kind, depth = said["model_type"], int(said["num_hidden_layers"])
         longest = int(said.get("max_position_embeddings") or cfg.data.length)
     except (ValueError, KeyError, TypeError):
-        kind = depth = longest = None
-    if kind not in LANGUAGE_MODELS or depth is None or longest is None:
+        kind, depth, longest = None, 0, 0
+    if kind not in LANGUAGE_MODELS:
         raise UserError(
             f"model.name={name}: its config.json is of {kind or 'no model of transformers'}; choose a causal language "
             f"model of these: {', '.join(LANGUAGE_MODELS)}"
