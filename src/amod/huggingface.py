@@ -89,8 +89,8 @@ def routed(model: Any, plan: Plan) -> Any:
     for i, entry in plan.items():
         if not isinstance(entry, Route):
             raise UserError(
-                f"plan: block {i}, {entry}: transformers' encoders are served by Route alone; use a model of timm's, or "
-                "for gates one of its causal language models"
+                f"plan: block {i}, {entry}: transformers' encoders are served by Route alone; use a model of timm's, "
+                "or for gates one of its causal language models"
             )
         if entry.router not in ROUTERS:
             raise UserError(f"plan: block {i} has router={entry.router!r}; choose one of {', '.join(ROUTERS)}")
