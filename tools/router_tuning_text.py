@@ -114,7 +114,8 @@ def main() -> None:
     dense = transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     lines = [HEADER, ["---"] * 2 + ["---:"] * (len(HEADER) - 2)]
     lines += [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row(f, dense, given)] for f in folders]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    here, revision = Path(__file__).parent, ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(revision, cwd=here, capture_output=True, text=True, check=False).stdout
     told = (
         f"`python tools/router_tuning_text.py` on {given.model.name} and {given.texts.name}"
         f"{''.join(f' `{word}`' for word in given.settings)}, commit {commit.strip()}, torch {torch.__version__}, "
