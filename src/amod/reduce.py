@@ -208,9 +208,9 @@ class Packed(NamedTuple):
     back: Tensor
 
 
-GROUP, EVEN = 4, 0.85
+GROUP, EVEN, FEW = 4, 0.85, 40_000
 """Images under each other, sorted by length; all in one group where at least that share of its places is filled
-(``tools/packed_attention.py``)."""
+(``tools/packed_attention.py``), or where filled up they have so few pairs of tokens that more calls cost more."""
 
 
 def pack(image: Tensor) -> Packed:
@@ -219,7 +219,8 @@ def pack(image: Tensor) -> Packed:
     starts = counts.cumsum(0) - counts
     lengths, order = counts.sort()
     longest = lengths.tolist()
-    size = len(longest) if len(image) >= EVEN * len(longest) * longest[-1] else GROUP
+    even = len(image) >= EVEN * len(longest) * longest[-1]
+    size = len(longest) if even or len(longest) * longest[-1] ** 2 <= FEW else GROUP
     groups, first, before = [], torch.empty_like(starts), 0
     for at in range(0, len(longest), size):
         images, wide = order[at : at + size], longest[at : at + size][-1]
