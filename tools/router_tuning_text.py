@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from amod.gates import share_kept
 from amod.text_walk import cache_bytes
 from amod.training.command import one_line_errors
 from amod.training.finished import with_weights
-from amod.training.folder import read_config
+from amod.training.folder import environment, read_config
 from amod.training.language import build, pieces
 
 GATES = [
@@ -70,19 +69,19 @@ def measure(model: Any, ids: torch.Tensor, count: int) -> tuple[float, float, in
     return prefill, (time.perf_counter() - begin) / count, cache_bytes(cache)
 
 
-def held_out(config: Any, given: argparse.Namespace) -> torch.Tensor:
-    """(B, N) of the test texts."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+def held_out(folder: Path, given: argparse.Namespace) -> torch.Tensor:
+    """(B, N) of the test texts, which all runs share."""
+    tokenizer, config = transformers.AutoTokenizer.from_pretrained(given.model), read_config(folder / "config.yaml")
     rows = pieces(config.data.model_copy(update={"length": given.length}), tokenizer)["test"]
     if len(rows) < given.batch:
         raise UserError(f"--batch {given.batch}: the test texts are {len(rows)} pieces of {given.length} tokens")
     return torch.from_numpy(rows[: given.batch])
 
 
-def row(folder: Path, dense: Any, given: argparse.Namespace) -> list[Any]:
+def row(folder: Path, dense: Any, ids: torch.Tensor, given: argparse.Namespace) -> list[Any]:
     """A line of the table."""
     config, summary = read_config(folder / "config.yaml"), json.loads((folder / "summary.json").read_text())
-    model, ids = with_weights(build(config, None).model, folder), held_out(config, given)
+    model = with_weights(build(config, None).model, folder)
     with torch.no_grad():
         kept = share_kept([model(ids, use_cache=False, return_routing=True, logits_to_keep=1)[1]])["share_kept"]
     measure(dense, ids, 4), measure(model, ids, 4)  # warm
@@ -112,14 +111,15 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(given, name)}: no such folder")
     folders = [trained(given, *GATES[i]) for i in given.gates]
     dense = transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    ids = held_out(folders[0], given)
     lines = [HEADER, ["---"] * 2 + ["---:"] * (len(HEADER) - 2)]
-    lines += [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row(f, dense, given)] for f in folders]
-    here, revision = Path(__file__).parent, ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(revision, cwd=here, capture_output=True, text=True, check=False).stdout
+    lines += [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row(f, dense, ids, given)] for f in folders]
+    code = environment()
+    commit = str(code["git_commit"])[:7]
     told = (
         f"`python tools/router_tuning_text.py` on {given.model.name} and {given.texts.name}"
-        f"{''.join(f' `{word}`' for word in given.settings)}, commit {commit.strip()}, torch {torch.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} thread(s). Loss in nats per token of the test texts, which a "
+        f"{''.join(f' `{word}`' for word in given.settings)}, commit {commit}, torch {code['torch']}, "
+        f"{code['system']}, {code['threads']} thread(s). Loss in nats per token of the test texts, which a "
         f"gate per sequence decides on the whole piece. Timed: {given.batch} test texts of {given.length} tokens, "
         f"{given.decode} decoded; one seed, {given.rounds} rounds, dense time / gated time; the cache, with its "
         "positions, as a share of the dense model's."

@@ -170,7 +170,7 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
     best = task.best
     compute |= parts.measured(module.evaluated, data) or {}
-    target, share = getattr(cfg.router, "target", None), compute.get("share_kept", 0.0)
+    target, share = cfg.router.target, compute.get("share_kept", 0.0)
     if target is not None and share > target + 0.05:
         say(f"share kept {share:g}, above router.target={target:g}; longer or with a larger router.scale comes nearer")
     if schedule.train != "all":
