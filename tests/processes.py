@@ -12,10 +12,14 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_train
 from amod.training.command import one_line_errors
 from amod.training.run import train
@@ -100,6 +104,18 @@ def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def hold_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Runs forked from now on stand still after training step ``step``: to be killed there, or anywhere before."""
+    after = RunRecorder.on_train_batch_end
+
+    def held(self: RunRecorder, trainer: Trainer, *arguments: Any) -> None:
+        after(self, trainer, *arguments)
+        while trainer.global_step >= step:
+            time.sleep(1)
+
+    monkeypatch.setattr(RunRecorder, "on_train_batch_end", held)
 
 
 def step_of(folder: Path) -> int:

@@ -27,7 +27,7 @@ from amod.training.evaluation import evaluate
 from amod.training.loaders import build_datamodule
 from amod.training.run import make_trainer, train
 from amod.training.weights import build, create_vit, input_config
-from processes import Forked, finish, free_port, ranks, run_forked, run_ranks, step_of, wait_for
+from processes import Forked, finish, free_port, hold_at, ranks, run_forked, run_ranks, step_of, wait_for
 from tiny import DIGITS, MODEL, config
 
 SRC = Path(__file__).parents[2] / "src"
@@ -117,11 +117,13 @@ def test_two_processes_write_the_predictions_of_all_images(two, tmp_path):
     assert both[1].text == ""
 
 
-def test_killed_inside_an_epoch_both_go_on_exactly(two, tmp_path):
+def test_killed_inside_an_epoch_both_go_on_exactly(two, tmp_path, monkeypatch):
     """The epoch's mean loss too, of which each process holds a part."""
     folder = tmp_path / "run"
     every = [*SAME, *HALF, "checkpoint_every_steps=1"]
-    processes = run_ranks(folder, *every)
+    with monkeypatch.context() as patch:
+        hold_at(patch, 5)
+        processes = run_ranks(folder, *every)
     wait_for(lambda: step_of(folder) >= 3)
     for process in processes:
         process.process.kill()

@@ -22,7 +22,7 @@ from amod.training.compose import compose_config
 from amod.training.config import Augment, Data, TrainConfig
 from amod.training.evaluation import evaluate
 from amod.training.run import train
-from processes import Forked, finish, ranks, step_of, wait_for
+from processes import Forked, finish, hold_at, ranks, step_of, wait_for
 
 MODEL = [
     "model=detr_pico", "model.kwargs.d_model=16", "model.kwargs.encoder_layers=2", "model.kwargs.decoder_layers=2",
@@ -169,12 +169,14 @@ def forked(data: Path, folder: Path, *overrides: str, **env: str) -> Forked:
     return Forked(lambda: train(cfg), Path(f"{folder}.{env.get('LOCAL_RANK', 0)}.txt"), **env)
 
 
-def test_a_killed_run_goes_on_exactly(data, tmp_path):
+def test_a_killed_run_goes_on_exactly(data, tmp_path, monkeypatch):
     def last(folder: Path) -> dict:
         return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
     finish([forked(data, tmp_path / "whole", *STEPS)])
-    killed = forked(data, tmp_path / "killed", *STEPS)
+    with monkeypatch.context() as patch:
+        hold_at(patch, 8)
+        killed = forked(data, tmp_path / "killed", *STEPS)
     wait_for(lambda: step_of(tmp_path / "killed") >= 2)
     killed.process.kill()
     killed.wait()

@@ -34,7 +34,7 @@ from amod.training.config import CONF
 from amod.training.folder import RunLock, start_folder, write_atomically
 from amod.training.module import TaskModule
 from amod.training.run import train
-from processes import Forked, run_forked, step_of, wait_for
+from processes import Forked, hold_at, run_forked, step_of, wait_for
 from tiny import DIGITS, config, run
 
 SRC = Path(__file__).parents[2] / "src"
@@ -136,11 +136,13 @@ def test_a_run_goes_on_without_the_checkpoint_it_started_from(never_killed, tmp_
     assert summary["val_top1_untrained"] is not None
 
 
-def test_sigkill_at_several_steps_changes_nothing(never_killed, tmp_path):
+def test_sigkill_at_several_steps_changes_nothing(never_killed, tmp_path, monkeypatch):
     """Of the process alone, whose loader workers it leaves behind."""
     command = [*STATEFUL, "checkpoint_every_steps=1", "data.num_workers=2"]
     for step in (1, 4):
-        process = run_forked(tmp_path / "run", *command)
+        with monkeypatch.context() as patch:
+            hold_at(patch, step + 1)
+            process = run_forked(tmp_path / "run", *command)
         wait_for(lambda step=step: step_of(tmp_path / "run") >= step)
         process.process.kill()
         assert process.wait() == -9
