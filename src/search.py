@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 from amod.training.checks import check_checkpoint, check_model
 from amod.training.command import launch
 from amod.training.config import SearchConfig
@@ -19,14 +19,19 @@ from amod.training.rules import parse
 def check(composed: DictConfig) -> SearchConfig:
     """Everything that is known without reading weights or images."""
     cfg = parse(SearchConfig, composed)
-    if cfg.run is None:
+    if cfg.texts is not None:
+        check_texts(cfg)
+    elif cfg.run is None:
         check_model(cfg.model)
         if cfg.model.checkpoint is not None:
             check_checkpoint(cfg.model.checkpoint)
         if cfg.images is None:
             check_data(cfg.data)
     elif cfg.images is None and not (Path(cfg.run) / "config.yaml").is_file():
-        raise UserError(f"run={cfg.run}: is no run of src/train.py, whose images could be had; name images=FOLDER")
+        raise UserError(
+            f"run={cfg.run}: is no run of src/train.py, whose images could be had; name images=FOLDER, or for a "
+            "model of text texts=FILE"
+        )
     if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     output = output_of(cfg)
@@ -37,17 +42,21 @@ def check(composed: DictConfig) -> SearchConfig:
     return cfg
 
 
-def job(cfg: SearchConfig) -> None:
-    from amod.deploy import calibration_images
-    from amod.searching import search
-    from amod.training.loaders import Samples
+def check_texts(cfg: SearchConfig) -> None:
+    if cfg.run is None or cfg.images is not None or cfg.runtime != "flops":
+        raise UserError(
+            f"texts={cfg.texts}: goes with run=FOLDER, where transformers saved a model and its tokenizer, without "
+            "images= and runtime="
+        )
+    file = Path(cfg.texts or "").expanduser()
+    if not file.is_file():
+        raise UserError(f"texts={cfg.texts}: is no file; name one with a text in each line")
 
-    model, split, transform = subject(cfg)
-    if cfg.images is not None:
-        images = calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
-    else:
-        samples = Samples(split, transform, None, False, False)
-        images, _ = samples.stacked(samples.drawn(cfg.images_max, cfg.seed))
+
+def job(cfg: SearchConfig) -> None:
+    from amod.searching import search
+
+    model, images = read_texts(cfg) if cfg.texts is not None else read_images(cfg)
     gflops = cfg.runtime == "flops" and cfg.budget >= 1
     output = output_of(cfg)
     found = search(
@@ -65,7 +74,7 @@ def job(cfg: SearchConfig) -> None:
         print(f"  {block}: {entry}")
     print(f"{output}: {found}", flush=True)
     if cfg.save is not None:
-        save(cfg, model, found, images)
+        (save if cfg.texts is None else save_with_words)(cfg, model, found, images)
 
 
 def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
@@ -87,6 +96,61 @@ def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
         print(learned["head"])
     folder = save_pretrained(fast, Path(str(cfg.save)).expanduser(), training=learned)
     print(f"{folder}: the model, for amod.from_pretrained and src/export.py run={cfg.save}")
+
+
+def save_with_words(cfg: SearchConfig, model: Any, found: Any, texts: Any) -> None:
+    """The model that the plan makes, and its tokenizer."""
+    from amod.analysis.words import tokenizer_of
+    from amod.hub import save_pretrained
+    from amod.vit import convert
+
+    folder = save_pretrained(convert(model, plan=found.plan), Path(str(cfg.save)).expanduser())
+    tokenizer_of(Path(str(cfg.run)).expanduser()).save_pretrained(folder)
+    print(f"{folder}: the model and its tokenizer, for amod.from_pretrained")
+
+
+def read_texts(cfg: SearchConfig) -> tuple[Any, Any]:
+    """The model in the folder ``run``, and what its tokenizer gives of lines drawn by the seed."""
+    import random
+
+    from amod.analysis.words import tokenizer_of
+    from amod.hub import from_pretrained
+    from amod.training.terminal import quiet
+    from amod.vit import dense
+
+    quiet()
+    file = Path(str(cfg.texts)).expanduser()
+    try:
+        lines = sorted({line.strip() for line in file.read_text(encoding="utf-8").splitlines()} - {""})
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"texts={cfg.texts}: cannot be read as UTF-8 ({one_line(error)})") from error
+    if len(lines) < 8:
+        raise UserError(f"texts={cfg.texts}: has {len(lines)} different lines; at least 8 are needed, a text in each")
+    tokenizer = tokenizer_of(Path(str(cfg.run)).expanduser())
+    model = from_pretrained(Path(str(cfg.run)).expanduser())
+    if getattr(model, "main_input_name", None) != "input_ids":
+        raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no text; leave texts= out")
+    drawn = random.Random(cfg.seed).sample(lines, min(cfg.images_max, len(lines)))
+    inputs = tokenizer(drawn, padding=True, truncation=True, return_tensors="pt")
+    return dense(model) if hasattr(model, "plan") else model, inputs
+
+
+def read_images(cfg: SearchConfig) -> tuple[Any, Any]:
+    from amod.deploy import calibration_images
+    from amod.dress import of_transformers
+    from amod.training.loaders import Samples
+
+    model, split, transform = subject(cfg)
+    if of_transformers(model):
+        raise UserError(
+            f"run={cfg.run}: is of transformers'; name texts=FILE; of pictures take timm's model, or amod.search "
+            "in Python"
+        )
+    if cfg.images is not None:
+        return model, calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
+    samples = Samples(split, transform, None, False, False)
+    images, _ = samples.stacked(samples.drawn(cfg.images_max, cfg.seed))
+    return model, images
 
 
 def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:

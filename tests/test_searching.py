@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
@@ -22,6 +23,7 @@ from amod.judge import Gene, Judge, Loss, Shape, disagreement
 from amod.plan import entries_of, read_plan
 from amod.searching import by_hand, changed
 from amod.training.compose import compose_config
+from hub_models import build
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -236,6 +238,87 @@ def test_bad_images_models_and_files_are_one_line(tmp_path):
     assert ledger.read_text() == "not\njson\n"
 
 
+# --- transformers' encoders
+
+
+def texts(side="right"):
+    """16 texts of 5 to 20 tokens of a tiny BERT, padded."""
+    lengths = torch.arange(5, 21).unsqueeze(1)
+    at = torch.arange(20).expand(16, -1)
+    mask = (at < lengths if side == "right" else at >= 20 - lengths).long()
+    ids = torch.randint(4, 60, (16, 20), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": ids.where(mask.bool(), 1), "attention_mask": mask}
+
+
+def alone(model, batch):
+    """What the model says of each text by itself, without padding, where it stands: logits, or the last mean."""
+    found = []
+    with torch.no_grad():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            out = model(input_ids=ids[mask].unsqueeze(0), position_ids=torch.arange(20)[mask].unsqueeze(0))
+            found.append(out.logits if "logits" in out else out.last_hidden_state.mean(dim=1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    ("head", "side"), [("ForSequenceClassification", "right"), ("Model", "right"), ("Model", "left")]
+)
+def test_texts_are_judged_as_each_alone(head, side, tmp_path):
+    model, batch = build("Bert", head, **({"num_labels": 5} if head != "Model" else {})), texts(side)
+    if head != "Model":
+        model.bert.pooler.dense.weight.data.mul_(0.3)
+        model.classifier.weight.data.mul_(30)  # so that losses are far above the rounding of logits
+    found = amod.search(model, batch, 0.8, effort=3, ledger=tmp_path / "l.jsonl", progress=False)
+    assert (
+        found.flops == amod.count_flops(amod.convert(model, plan=found.plan), 20) <= 0.8 * amod.count_flops(model, 20)
+    )
+    assert found.about["texts"] == 16
+    assert found.about["tokens"] == 20
+    assert "on 16 texts" in str(found)
+    each = disagreement(alone(model, batch), alone(amod.convert(model, plan=found.plan), batch), head != "Model")
+    assert found.disagreement == pytest.approx(float(each.mean()), rel=1e-3, abs=1e-6)
+    for placement in ("late", "alternate", [1]):
+        by_hand_ = amod.convert(model, "class_attention", None, placement, budget=found.flops, input_size=20)
+        other = disagreement(alone(model, batch), alone(by_hand_, batch), head != "Model")
+        assert each.clamp(min=0).sqrt().mean() <= other.clamp(min=0).sqrt().mean() + 1e-4
+    again = amod.search(model, batch, 0.8, effort=3, ledger=tmp_path / "l.jsonl", progress=False)
+    assert again == found
+    found.save(tmp_path / "plan.yaml")
+    assert amod.convert(model, plan=tmp_path / "plan.yaml").plan == found.plan
+
+
+def test_images_of_transformers_models_are_searched_on():
+    for family, head, more in (("SiglipVision", "Model", {}), ("Dinov2", "ForImageClassification", {"num_labels": 5})):
+        model = build(family, head, **more)
+        found = amod.search(model, {"pixel_values": IMAGES}, 0.8, effort=2, progress=False)
+        assert found.flops == amod.count_flops(amod.convert(model, plan=found.plan)) <= 0.8 * found.dense_flops
+        assert found.about["images"] == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": lambda: build("Bert", "ForMaskedLM")}, "gives no one answer"),
+        ({"model": lambda: build("Bert", is_decoder=True)}, "as a decoder"),
+        ({"batch": torch.ones(16, 4)}, "images: Tensor; BertModel needs what its tokenizer gives"),
+        ({"batch": {"attention_mask": torch.ones(16, 4)}}, "needs what its tokenizer gives"),
+        ({"batch": {"input_ids": torch.ones(4, 4).long()}}, "4 of them; at least 8"),
+        (
+            {"batch": {"input_ids": torch.ones(16, 4).long(), "attention_mask": torch.ones(15, 4)}},
+            "no tensor of 16 rows",
+        ),
+        ({"batch": {"input_ids": torch.ones(16, 4).long(), "attention_mask": torch.zeros(16, 4)}}, "has no token"),
+        ({"runtime": "eager"}, "runtime='eager': of transformers' models the budget is of FLOPs"),
+        ({"budget": 0.01}, "at 20 tokens costs so little"),
+    ],
+)
+def test_texts_that_cannot_be_searched_on_are_one_line(change, words):
+    change = {"model": lambda: build("Bert"), "batch": texts(), "budget": 0.8, "runtime": "flops"} | change
+    with pytest.raises(amod.UserError, match=words) as error:
+        amod.search(change["model"](), change["batch"], change["budget"], change["runtime"], progress=False)
+    assert "\n" not in str(error.value)
+
+
 # --- the command
 
 
@@ -270,9 +353,31 @@ def test_the_command_saves_the_model_with_its_head_fitted(tmp_path, capsys):
     assert changed == {"head.weight", "head.bias"}
 
 
+def test_the_command_searches_on_lines_of_text(tmp_path, capsys):
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *"abcdefgh"]
+    folder, lines, output = tmp_path / "model", tmp_path / "lines.txt", tmp_path / "plan.yaml"
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    build("Bert").save_pretrained(folder)
+    rng = random.Random(0)
+    lines.write_text("\n".join(" ".join(rng.choices(words[4:], k=n)) for n in range(4, 24)))
+    asked = [f"run={folder}", f"texts={lines}", "budget=0.8", "effort=2", "images_max=16", f"output={output}"]
+    command.job(command.check(compose_config("search", [*asked, f"save={tmp_path / 'fast'}"])))
+    assert f"{output}: " in capsys.readouterr().out
+    fast = amod.from_pretrained(tmp_path / "fast")
+    assert fast.plan == read_plan(output) != {}
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "fast")("a b")["input_ids"] == [2, 4, 5, 3]
+    with pytest.raises(amod.UserError, match="name texts=FILE"):
+        command.job(command.check(compose_config("search", [f"run={folder}", f"images={tmp_path}", "budget=0.8"])))
+    lines.write_text("a\nb\n")
+    with pytest.raises(amod.UserError, match="has 2 different lines; at least 8"):
+        command.job(command.check(compose_config("search", asked)))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (["texts=lines.txt"], "texts=lines.txt: goes with run=FOLDER"),
+        (["run=nowhere", "texts=lines.txt"], "texts=lines.txt: is no file"),
         (["budget=0"], "budget=0: must be a number above 0"),
         (["runtime=gpu"], "runtime=gpu: must be one of flops"),
         (["run=nowhere"], "run=nowhere: is no run"),

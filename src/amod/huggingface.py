@@ -103,8 +103,7 @@ def routed(model: Any, plan: Plan) -> Any:
     model = copy.deepcopy(model)
     encoder, layers = find_encoder(model)
     config, device = encoder.config, next(model.parameters()).device
-    classes = SERVED[config.model_type]
-    prefix = classes + getattr(config, "num_register_tokens", 0)
+    classes, prefix = SERVED[config.model_type], prefix_of(config)
     for i, layer in enumerate(layers):
         dress(layer, RoutedLayer)
         if i in routes:
@@ -148,14 +147,8 @@ def plan_for_budget(
     input_size: Any = None,
 ) -> Plan:
     """The plan of the capacity which costs most without exceeding ``budget`` MACs at ``input_size``."""
-    size, (encoder, layers) = input_size_of(model, input_size), find_encoder(model)
-    if isinstance(size, int):
-        tokens, what = size, f"{size} tokens"
-    else:
-        patch, config = encoder.config.patch_size, encoder.config
-        tokens = size[1] // patch * (size[2] // patch) + SERVED[config.model_type]
-        tokens += getattr(config, "num_register_tokens", 0)
-        what = f"{size[1]} x {size[2]} pixels"
+    size, (_, layers) = input_size_of(model, input_size), find_encoder(model)
+    tokens, what = tokens_of(model, size)
 
     def plan_of(kept: int) -> Plan:
         return make_plan(len(layers), router, kept / tokens, placement, **options)
@@ -163,6 +156,20 @@ def plan_for_budget(
     bare, every = on_meta(model), range(1, tokens + 1)
     what = f"router={router} in blocks {[*plan_of(1)]} of this model at {what}"
     return plan_of(within_budget(every, lambda k: count_on_meta(routed(bare, plan_of(k)), size), budget, what, float))
+
+
+def tokens_of(model: Any, size: Any) -> tuple[int, str]:
+    """N of a text of ``size`` tokens or an image of (channels, height, width), and that size in words."""
+    if isinstance(size, int):
+        return size, f"{size} tokens"
+    config = find_encoder(model)[0].config
+    patches = (size[1] // config.patch_size) * (size[2] // config.patch_size)
+    return patches + prefix_of(config), f"{size[1]} x {size[2]} pixels"
+
+
+def prefix_of(config: Any) -> int:
+    """How many class and register tokens are in front."""
+    return SERVED[config.model_type] + (getattr(config, "num_register_tokens", 0) or 0)
 
 
 # --- files --------------------------------------------------------------------------------------------------------

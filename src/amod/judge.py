@@ -37,7 +37,9 @@ from amod.walk import class_tokens
 
 BATCH, CACHE_BYTES = 32, 1 << 30
 """Images at once; features of the dense model that are kept."""
-
+KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
+"""What a block of a shape may do: Merge by tokens in two rounds, and as ToMe does, Prune with and without the fused
+token, Route by class attention."""
 
 MERGES: dict[str, tuple[str, int]] = {"merge": ("keys", 1), "merge_tokens": ("tokens", 2)}
 """Kinds of a gene that merge: by what, in how many rounds."""
@@ -73,26 +75,21 @@ def name_of(plan: Plan) -> str:
 
 
 class Judge:
-    """The dense model on the images, against which plans are judged.
+    """The dense model on the images, against which plans are judged. Of transformers' models: ``huggingface_judge.py``.
 
     Args:
         ledger: a file of losses by plan, read at first, then written line by line.
     """
 
-    def __init__(self, vit: Any, images: Tensor, ledger: str | Path | None = None) -> None:
+    kinds: tuple[str, ...] = KINDS
+    """What its blocks may do."""
+    routed: Callable[[Any, Plan], Any] = staticmethod(routed)
+
+    def __init__(self, vit: Any, images: Any, ledger: str | Path | None = None) -> None:
         self.vit = dense(vit).eval().requires_grad_(False)
-        self.images, self.size = images, (images.shape[1], images.shape[2], images.shape[3])
-        self.depth, self.prefix = len(vit.blocks), vit.num_prefix_tokens
-        self.tokens = tokens_at(vit, self.size)
-        self.bare = on_meta(self.vit)
+        self.images, self.bare = images, on_meta(self.vit)
+        self.describe()
         self.whole = count_on_meta(self.bare, self.size)
-        try:
-            class_tokens(vit)
-            routed(self.bare, {self.depth - 1: ClassOnly()})
-            self.exact = True
-        except UserError:
-            self.exact = False
-        self.has_head = getattr(vit, "num_classes", 0) > 0
         self.measure = "KL of the classes (nats)" if self.has_head else "1 - cosine of the features"
         self.costs: dict[str, int] = {}
         self.known: dict[str, list[Loss | None]] = {}
@@ -104,13 +101,29 @@ class Judge:
         self.seen: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
 
+    def describe(self) -> None:
+        """What is known of the model and of one image."""
+        self.size: Any = tuple(self.images.shape[1:])
+        self.about: dict[str, Any] = {"images": len(self.images), "image_size": [*self.size]}
+        self.about["model"] = (getattr(self.vit, "pretrained_cfg", None) or {}).get("architecture")
+        self.where = f"{self.size[1]} x {self.size[2]} pixels"
+        self.depth, self.prefix = len(self.vit.blocks), self.vit.num_prefix_tokens
+        self.tokens = tokens_at(self.vit, self.size)
+        self.has_head = getattr(self.vit, "num_classes", 0) > 0
+        try:
+            class_tokens(self.vit)
+            routed(self.bare, {self.depth - 1: ClassOnly()})
+            self.exact = True
+        except UserError:
+            self.exact = False
+
     # - cost
 
     def cost(self, plan: Plan) -> int:
         """Multiply-accumulates of one image."""
         key = name_of(plan)
         if key not in self.costs:
-            self.costs[key] = count_on_meta(routed(self.bare, plan), self.size) if plan else self.whole
+            self.costs[key] = count_on_meta(self.routed(self.bare, plan), self.size) if plan else self.whole
             self.write_ledger(plan, flops=self.costs[key])
         return self.costs[key]
 
@@ -272,7 +285,7 @@ class Judge:
         target, start = self.target, self.start_of(plan)
         if not plan:
             return target[rows]
-        model: Any = routed(self.vit, plan)
+        model: Any = self.routed(self.vit, plan)
         model = model if change is None else change(model)
         given = Given()
         for i in range(start):
@@ -281,8 +294,13 @@ class Judge:
         for at in torch.arange(len(self.images))[rows].split(BATCH):
             if start:
                 given.x = self.inputs[start][at]
-            found.append(model(self.images[at]))
+            found.append(self.answer(model, self.images[at]))
         return torch.cat(found)
+
+    def answer(self, model: Any, images: Any) -> Tensor:
+        """(B, C) logits, or features where there is no head."""
+        answer: Tensor = model(images)
+        return answer
 
     def start_of(self, plan: Plan) -> int:
         """The last block up to which nothing changes and whose input is remembered; 0: all must be run."""
@@ -319,7 +337,7 @@ class Judge:
             for i in kept
         ]
         try:
-            self.seen = torch.cat([self.vit(batch) for batch in self.images.split(BATCH)])
+            self.seen = torch.cat([self.answer(self.vit, batch) for batch in self.images.split(BATCH)])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -327,10 +345,14 @@ class Judge:
 
     # - the file
 
+    def read(self) -> list[Tensor]:
+        """What the model is shown."""
+        return [self.images]
+
     def read_ledger(self, file: Path) -> None:
         """What is known already; a last line that was cut off while it was written is dropped."""
         digest = hashlib.blake2b(digest_size=8)
-        for tensor in (self.images, *self.vit.state_dict().values()):
+        for tensor in (*self.read(), *self.vit.state_dict().values()):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         head = {"model and images": digest.hexdigest()}
         lines: list[Any] = []

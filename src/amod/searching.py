@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,12 @@ import yaml
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from amod.dress import of_transformers
 from amod.errors import UserError, reachable
-from amod.judge import Gene, Judge, Shape, check_images, name_of
+from amod.judge import KINDS, Gene, Judge, Shape, check_images, name_of
 from amod.plan import MERGING, READS_ATTENTION, Plan, as_data
 from amod.vit import check_model, convert
 
-KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
-"""What a block of a shape may do: Merge by tokens in two rounds, and as ToMe does, Prune with and without the fused
-token, Route by class attention."""
 PROPORTIONAL = (0.0, 0.75, 0.9, 1.0)
 """What the merges of a shape may have (:class:`amod.Merge`)."""
 OURS = MERGING["merge"].proportional
@@ -57,15 +55,17 @@ class Found:
     """Mean over the images: Kullback-Leibler divergence of the plan's classes from the dense model's, in nats; of a
     model without a head 1 - cosine of its features to the dense model's."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What it was found on: images, their size, seed, ..., and for a measured runtime the milliseconds of one image."""
+    """What it was found on: images or texts, their size, seed, ..., and for a measured runtime the milliseconds of one
+    image."""
 
     def __str__(self) -> str:
         timed = self.about.get("milliseconds")
         clock = f", {timed['plan']:.1f} of {timed['dense']:.1f} ms ({self.about['runtime']})" if timed else ""
         share = self.flops / self.dense_flops
+        seen = "texts" if "texts" in self.about else "images"
         return (
             f"{self.flops / 1e9:.4f} of {self.dense_flops / 1e9:.4f} GFLOPs ({share:.1%}){clock}, "
-            f"{self.about['measure']} {self.disagreement:.4g} on {self.about['images']} images"
+            f"{self.about['measure']} {self.disagreement:.4g} on {self.about[seen]} {seen}"
         )
 
     def save(self, path: str | Path) -> None:
@@ -83,7 +83,7 @@ class Found:
 
 def search(
     vit: nn.Module,
-    images: Tensor,
+    images: Tensor | Mapping[str, Tensor],
     budget: float,
     runtime: str = "flops",
     *,
@@ -96,10 +96,13 @@ def search(
 
     Args:
         vit: as for :func:`amod.convert`, its weights loaded; it is left as it is.
-        images: (B, C, H, W), prepared for the model; no labels. A few hundred; 128 do.
+        images: (B, C, H, W), prepared for the model; no labels. A few hundred; 128 do. Of transformers' encoders a
+            mapping, what its tokenizer gives of so many texts (``padding=True, return_tensors="pt"``), or
+            ``{"pixel_values": images}``; there blocks are routed, nothing merges, and FLOPs are counted for a text of
+            the batch's length.
         budget: below 1 a share of the dense model's cost; from 1 on multiply-accumulates of one image, or for a
             measured runtime milliseconds of one image.
-        runtime: ``flops``, or what is timed on this machine: ``eager``, ``openvino``, ``onnx``.
+        runtime: ``flops``, or of timm's models what is timed on this machine: ``eager``, ``openvino``, ``onnx``.
         seed: of the changes; the same seed, images and effort give the same plan (of ``flops``).
         effort: how long to look, in passes of the dense model over all images.
         ledger: a file of every plan that was judged; a search that was stopped goes on from it, and one of another
@@ -109,17 +112,24 @@ def search(
     Raises:
         UserError: the model, budget or file cannot be served.
     """
-    check_model(vit)
+    if not of_transformers(vit):
+        check_model(vit)
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
         raise UserError(f"budget={budget!r}: must be a number above 0; below 1 it is a share of the dense model's cost")
     if runtime not in ("flops", *RUNTIMES):
         raise UserError(f"runtime={runtime!r}: choose one of flops, {', '.join(RUNTIMES)}")
     if isinstance(effort, bool) or not isinstance(effort, int | float) or not 0 < effort < float("inf"):
         raise UserError(f"effort={effort!r}: must be a number above 0, passes of the dense model over the images")
-    check_images(images, 8)
-    judge = Judge(vit, images, ledger)
-    about = {"measure": judge.measure, "images": len(images), "image_size": [*images.shape[1:]], "seed": seed}
-    about |= {"effort": effort, "model": (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")}
+    if of_transformers(vit):
+        if runtime != "flops":
+            raise UserError(f"runtime={runtime!r}: of transformers' models the budget is of FLOPs; leave runtime out")
+        from amod.huggingface_judge import EncoderJudge, check_inputs
+
+        judge: Judge = EncoderJudge(vit, check_inputs(vit, images, 8), ledger)
+    else:
+        check_images(images, 8)
+        judge = Judge(vit, images, ledger)
+    about = {"measure": judge.measure, **judge.about, "seed": seed, "effort": effort}
     about |= {"runtime": runtime, "budget": budget}
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("search", total=effort)
@@ -172,11 +182,11 @@ def evolve(
     if not ranked:
         raise UserError(
             f"budget of {budget / 1e9:.4g} GFLOPs: no plan of this model ({judge.whole / 1e9:.4g} GFLOPs) at "
-            f"{judge.size[1]} x {judge.size[2]} pixels costs so little; raise it"
+            f"{judge.where} costs so little; raise it"
         )
     while left > 0 and idle < 200 and ranked[0][0] > ROUNDING:
         parent = ranked[min(int(rng.expovariate(1)), min(ELITE, len(ranked)) - 1)][2]
-        judged(changed(parent, judge.depth - judge.exact, rng), screen=True)
+        judged(changed(parent, judge.depth - judge.exact, rng, judge.kinds), screen=True)
     return ranked[0][3]
 
 
@@ -198,19 +208,20 @@ def by_hand(depth: int, exact: bool) -> Iterator[Shape]:
         yield Shape(tuple(Gene(block, "merge_tokens", weights(block)) for block in at(*range(12))), OURS, True)
     others: tuple[tuple[str, Sequence[int]], ...]
     others = (("fuse", (3, 6, 9)), ("prune", (3, 6, 9)), ("class_attention", range(6, 12)),
-              ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)))  # fmt: skip
+              ("class_attention", range(3, 12)), ("attention", (1, 3, 5, 7, 9, 11)),
+              ("attention", (4,)), ("attention", (2, 6)))  # fmt: skip
     for kind, places in others:
         yield Shape(tuple(Gene(block, kind, 1.0) for block in at(*places) if block or kind not in READS_ATTENTION))
     merges = [Gene(block, "merge_tokens", 1.0) for block in at(1, 3, 5)]
     yield Shape((*merges, *(Gene(block, "class_attention", 0.5) for block in at(8, 9, 10))))
 
 
-def changed(shape: Shape, end: int, rng: random.Random) -> Shape:
+def changed(shape: Shape, end: int, rng: random.Random, kinds: Sequence[str] = KINDS) -> Shape:
     """One small change: a place moves, is added, goes, weighs more or less, does something else, or all move."""
     genes = {gene.block: gene for gene in shape.genes}
     free = [block for block in range(end) if block not in genes]
     step = rng.choice(("move", "weigh", "weigh", "weigh", "add", "drop", "kind", "shift", "proportional", "norm"))
-    gene = rng.choice(shape.genes) if shape.genes else Gene(end // 2, KINDS[0], 1.0)
+    gene = rng.choice(shape.genes) if shape.genes else Gene(end // 2, kinds[0], 1.0)
     if step == "move" and (near := [block for block in free if abs(block - gene.block) <= 2]):
         genes.pop(gene.block, None)
         block = rng.choice(near)
@@ -223,7 +234,7 @@ def changed(shape: Shape, end: int, rng: random.Random) -> Shape:
     elif step == "drop" and len(genes) > 1:
         del genes[gene.block]
     elif step == "kind":
-        genes[gene.block] = gene._replace(kind=rng.choice([kind for kind in KINDS if kind != gene.kind]))
+        genes[gene.block] = gene._replace(kind=rng.choice([kind for kind in kinds if kind != gene.kind]))
     elif step == "shift":
         by = rng.choice((-1, 1))
         genes = {g.block + by: g._replace(block=g.block + by) for g in shape.genes if 0 <= g.block + by < end}

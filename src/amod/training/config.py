@@ -306,6 +306,7 @@ class SearchConfig(Group):
     runtime: Literal["flops", "eager", "openvino", "onnx"] = "flops"
     run: Text | None = None
     images: Text | None = None
+    texts: Text | None = None
     images_max: Annotated[int, Field(ge=8)] = 128
     effort: Positive = 60
     seed: Seed = 0
