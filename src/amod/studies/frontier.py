@@ -15,10 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from amod.errors import UserError
-from amod.judge import Gene, Judge, Shape, disagreement
+from amod.judge import Gene, Judge, Shape, disagreement, name_of
 from amod.plan import MERGING, Merge, Plan, as_data, from_data
-from amod.refit import HeadFit, give_head, head_fit
+from amod.refit import HeadFit, classifier_of, head_fit
 from amod.searching import runner, search
 from amod.studies.frontier_report import FITTED, write_report
 from amod.training.config import FrontierConfig
@@ -169,8 +173,14 @@ def measure(
             continue
         images, labels = samples.stacked(order[at:end])
         judge.show(images)
+        found: dict[str, tuple[Tensor, list[Tensor]]] = {}
         for key, plan in todo.items():
-            outputs = judge.outputs(plan, change=partial(give_head, fit=heads[key]) if key in heads else None)
+            if (name := name_of(plan)) not in found:  # else a fitted head reads the same features
+                read: list[Tensor] = []
+                found[name] = judge.outputs(plan, change=partial(heard, into=read)), read
+            outputs, features = found[name]
+            if key in heads:
+                outputs = F.linear(torch.cat(features), heads[key].weight, heads[key].bias)
             losses = disagreement(judge.target, outputs, judge.has_head)
             right = (outputs.argmax(dim=1) == labels).int().tolist()
             what = {"at": at, "disagreement": losses.mean().item(), "right": "".join(map(str, right))}
@@ -178,11 +188,16 @@ def measure(
         yield end
 
 
+def heard(model: Any, into: list[Tensor]) -> Any:
+    """The model, whose classifier leaves what it reads."""
+    if getattr(model, "num_classes", 0):
+        classifier_of(model).register_forward_pre_hook(lambda module, given: into.append(given[0]))
+    return model
+
+
 def clock(judge: Judge, plans: Mapping[Key, Plan], runtime: str, batch: int, rounds: int, kind: str) -> list[Any]:
     """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...], on one thread: two
     wait for each other where another process has a core."""
-    import torch
-
     from amod.analysis.throughput.timing import alternate, paired, quartiles
 
     threads = torch.get_num_threads()
