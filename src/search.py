@@ -54,8 +54,11 @@ def check_texts(cfg: SearchConfig) -> None:
 
 
 def job(cfg: SearchConfig) -> None:
+    from amod.hub import check_place
     from amod.searching import search
 
+    if cfg.save is not None:  # before the minutes of a search
+        check_place(Path(cfg.save).expanduser())
     model, images = read_texts(cfg) if cfg.texts is not None else read_images(cfg)
     gflops = cfg.runtime == "flops" and cfg.budget >= 1
     output = output_of(cfg)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 import yaml
@@ -224,6 +225,9 @@ def test_bad_images_models_and_files_are_one_line(tmp_path):
         amod.search(small(), [*IMAGES], 0.7)
     with pytest.raises(amod.UserError, match="not finite"):
         amod.search(small(), IMAGES.log(), 0.7)
+    with pytest.raises(amod.UserError, match=r"are torch\.uint8; prepare them"):
+        amod.search(small(), (255 * IMAGES.clamp(0, 1)).byte(), 0.7)
+    assert amod.search(small(), IMAGES.double(), 0.7, effort=1, progress=False).plan == find(small(), effort=1).plan
     with pytest.raises(amod.UserError, match="cannot be routed"):
         amod.search(torch.nn.Linear(2, 2), IMAGES, 0.7)
     ledger = tmp_path / "judged.jsonl"
@@ -232,10 +236,11 @@ def test_bad_images_models_and_files_are_one_line(tmp_path):
         find(small(num_classes=4), ledger=ledger)
     with pytest.raises(amod.UserError, match="is a folder"):
         find(small(), ledger=tmp_path)
-    ledger.write_text("not\njson\n")
-    with pytest.raises(amod.UserError, match="no file of a search"):
-        find(small(), ledger=ledger)
-    assert ledger.read_text() == "not\njson\n"
+    for notes in ("not\njson\n", "my own notes, one line\n"):
+        ledger.write_text(notes)
+        with pytest.raises(amod.UserError, match="no file of a search"):
+            find(small(), ledger=ledger)
+        assert ledger.read_text() == notes
 
 
 # --- transformers' encoders
@@ -371,6 +376,16 @@ def test_the_command_searches_on_lines_of_text(tmp_path, capsys):
     lines.write_text("a\nb\n")
     with pytest.raises(amod.UserError, match="has 2 different lines; at least 8"):
         command.job(command.check(compose_config("search", asked)))
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_search(tmp_path):
+    for place in ("/proc/fast", f"{tmp_path}/file/fast"):
+        (tmp_path / "file").touch()
+        cfg = command.check(compose_config("search", [f"images={tmp_path}", "model=vit_pico", f"save={place}"]))
+        with pytest.raises(amod.UserError, match=f"{place}: cannot be written"):
+            command.job(cfg)
+        with pytest.raises(amod.UserError, match=f"{place}: cannot be written"):
+            amod.save_pretrained(timm.create_model("test_vit"), place)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def save_pretrained(
     learned = dict(training or {})
     ours = {"format": FORMAT, "version": _version(), "plan": as_data(plan), "training": learned}
     plain: Any = dense(model) if isinstance(model, RoutedViT) else model
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_place(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".amod-") as made:
         new = Path(made)
         config = {"amod": ours, **({"label_names": names} if names else {})}
@@ -91,6 +91,15 @@ def save_pretrained(
         for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):  # the config makes it whole
             file.replace(folder / file.name)
     return folder
+
+
+def check_place(folder: Path) -> None:
+    """UserError unless a model can be written there."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
 
 
 def from_pretrained(source: str | Path) -> Any:

@@ -364,7 +364,7 @@ class Judge:
                 try:
                     lines.append(json.loads(line))
                 except ValueError:
-                    if line != text.splitlines()[-1]:
+                    if not lines or line != text.splitlines()[-1]:
                         raise UserError(f"{file}: is no file of a search; name another") from None
             if lines and lines[0] != head:
                 raise UserError(f"{file}: is of another model or of other images; name another file, or remove it")
@@ -387,13 +387,18 @@ class Judge:
                 file.write(json.dumps({"plan": name_of(plan), **found}) + "\n")
 
 
-def check_images(images: Any, least: int) -> None:
-    """UserError unless these are prepared images, at least so many."""
+def check_images(images: Any, least: int) -> Tensor:
+    """The images; UserError unless these are prepared images, at least so many."""
     if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < least:
         given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise UserError(f"images: {given}; at least {least} prepared images are needed as a tensor (B, C, H, W)")
+    if not images.is_floating_point():
+        raise UserError(
+            f"images: are {images.dtype}; prepare them as for the model, which takes floating-point numbers"
+        )
     if not images.isfinite().all():
         raise UserError("images: some pixels are not finite; prepare them as for the model")
+    return images
 
 
 class Given(nn.Module):

@@ -274,8 +274,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _as_python(entry: Any) -> None:
-    """Numbers of numpy's become Python's, which YAML and JSON can write."""
+    """Numbers of numpy's become Python's, which YAML and JSON can write; what is a name must be one."""
     for field in fields(entry):
+        if isinstance(field.default, str) and not isinstance(getattr(entry, field.name), str):
+            raise UserError(f"{field.name}={getattr(entry, field.name)!r}: must be a name, e.g. {field.default}")
         if _is_number(value := getattr(entry, field.name)):
             object.__setattr__(entry, field.name, int(value) if isinstance(value, Integral) else float(value))
 
@@ -452,6 +454,11 @@ def from_data(data: Any) -> Plan:
         raise UserError(f"plan: {data!r} is no plan; write a mapping such as 1: {{Route: {{capacity: 0.5}}}}")
     plan: Plan = {}
     for key, value in data.items():
+        block = int(key) if isinstance(key, str) and key.isdecimal() else key  # JSON has no other keys
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise UserError(f"plan: block {key!r} is no whole number; blocks are counted from 0")
+        if block in plan:
+            raise UserError(f"plan: block {block} stands there twice; leave one out")
         entry = {value: {}} if isinstance(value, str) else value
         if not isinstance(entry, Mapping) or len(entry) != 1 or not {*entry} <= {*ENTRIES}:
             raise UserError(f"plan: block {key} has {value!r}; write one of {', '.join(ENTRIES)} with its fields")
@@ -461,10 +468,23 @@ def from_data(data: Any) -> Plan:
         if not isinstance(given, Mapping) or not {*given} <= {*known}:
             raise UserError(f"plan: block {key}, {name}: has {given!r}; its fields are {', '.join(known) or 'none'}")
         try:
-            plan[int(key)] = ENTRIES[name](**given)
+            plan[block] = ENTRIES[name](**given)
         except (TypeError, ValueError) as error:
             raise UserError(f"plan: block {key}, {name}: {error}") from None
     return plan
+
+
+def _once(loader: Any) -> Any:
+    """The YAML loader, which refuses a key that stands twice instead of forgetting the first."""
+
+    class Once(loader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+                raise UserError(f"{self.name}: {twice[0]!r} stands there twice; leave one out")
+            return super().construct_mapping(node, deep)
+
+    return Once
 
 
 def read_plan(file: str | Path) -> Plan:
@@ -473,7 +493,7 @@ def read_plan(file: str | Path) -> Plan:
 
     try:
         with open(file, encoding="utf-8") as text:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _once(yaml.SafeLoader))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; name a plan's YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -127,8 +127,7 @@ def search(
 
         judge: Judge = EncoderJudge(vit, check_inputs(vit, images, 8), ledger)
     else:
-        check_images(images, 8)
-        judge = Judge(vit, images, ledger)
+        judge = Judge(vit, check_images(images, 8).to(next(vit.parameters())), ledger)
     about = {"measure": judge.measure, **judge.about, "seed": seed, "effort": effort}
     about |= {"runtime": runtime, "budget": budget}
     with Progress(disable=not progress, transient=True) as bar:

@@ -58,6 +58,15 @@ def test_kept_patches_of_a_saved_model_are_those_that_it_keeps(kind, tmp_path, p
     assert 0 <= seen["images"].min() < seen["images"].max() <= 1.001  # as they are seen, not as the model takes them
 
 
+def test_how_deep_the_patches_of_a_saved_avit_went(tmp_path, pictures):
+    vit = timm.create_model("vit_tiny_patch16_224", **VIT)
+    amod.save_pretrained(amod.convert(vit, "avit", halt_scale=2.0, halt_shift=1.0), tmp_path / "model")
+    explain.job(
+        check_explain(compose_config("explain", [f"run={tmp_path}/model", f"images={pictures}", f"output={tmp_path}"]))
+    )
+    assert (tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

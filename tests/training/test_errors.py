@@ -439,6 +439,10 @@ WRONG = [
     ("train.py", "-m", *TINY, "capacity=0.1,2"),
     ("train.py", "-m", *TINY, "seed=0,1", "run_dir=x"),
     ("train.py", "--foo"),
+    ("train.py", *TINY, "router=tome", "capacity=0.3"),
+    ("train.py", *TINY, "router=evit", "router.keep_rate=0.3", "budget=70%"),
+    ("train.py", *TINY, "router=attention", "capacity=0.3", "budget=70%"),
+    ("untrained.py", *TINY, "router=tome", "router.r=2", "budget=70%", "model.checkpoint=."),
     ("train.py", "--cfg", "job", "capcity=1"),
     ("evaluate.py", "run=/no/such"),
 ]

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import amod
+from amod.analysis.depths import draw_depths
 from amod.analysis.measurement import grid_of
 from amod.analysis.pictures import draw_kept_patches, draw_scores
 from amod.analysis.style import NAMES
 from amod.deploy import PICTURES, picture, preparation
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
+from amod.plan import Halt, entries_of
 from amod.routing import Routing
 from amod.training.config import ExplainConfig
 from amod.training.terminal import quiet, say
@@ -52,7 +54,11 @@ def explain_saved(cfg: ExplainConfig) -> None:
     draw_kept_patches(shown, {name: routing}, *panels)
     panels = (grid, output / "scores.png", "Scores by which each routed block chose", names, f"{folder.name}{asked}.")
     draw_scores(shown, {name: routing}, *panels)
-    say(f"{output}/kept.png, {output}/scores.png (importance needs a run folder of src/train.py)")
+    written = f"{output}/kept.png, {output}/scores.png"
+    if any(isinstance(entry, Halt) for entry in entries_of(model)):
+        draw_depths(shown, routing, grid, output / "depths.png", names)
+        written += f", {output}/depths.png"
+    say(f"{written} (importance needs a run folder of src/train.py)")
 
 
 def prepare(model: Any, folder: Path) -> tuple[Callable[[Any], Tensor], Any, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from amod.plan import BY_THEMSELVES
 from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
 from amod.studies.clock import halting_section, with_speeds
@@ -85,6 +86,8 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     )
 
 
+OWN_PLACES = ("none", "isoflop", *BY_THEMSELVES)
+"""No placement tells in which blocks these do something."""
 STATUS = ("finished", "failed", "not run")
 
 
@@ -97,7 +100,9 @@ def table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
     """A line for each cell: mean ± half of the 95 % interval over seeds, and the seeds' own values for the last."""
     routed = rows[rows["router"] != "none"]
     always = ["router"] if (routed["budget"] != "").any() else ["capacity", "router"]
-    shown = [axis for axis in AXES if axis in always or routed[axis].nunique() > 1]
+    placed_by_name = routed[~routed["router"].isin(OWN_PLACES)]["placement"].nunique() > 1
+    varies = {axis: placed_by_name if axis == "placement" else routed[axis].nunique() > 1 for axis in AXES}
+    shown = [axis for axis in AXES if axis in always or varies[axis]]
     titles = {"capacity": "C", "router": "configuration", "keep_prefix": "class token kept", "lr": "learning rate"}
     titles |= {"budget": "FLOPs asked"}
     header = [
@@ -115,7 +120,7 @@ def table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
         values = [measured(cell, metric)[metric] for metric in metrics]
         lines.append(
             [
-                *(cell_text(axis, labels[axis]) for axis in shown),
+                *(cell_text(axis, labels) for axis in shown),
                 f"{compute.iloc[0]:.4f}" if len(compute) else "",
                 f"{(cell['status'] == 'finished').sum()}/{len(cell)}",
                 *map(mean_text, values),
@@ -137,11 +142,12 @@ def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
     return (labels["router"] != "none", *values, *amounts, rank, labels["setting"])
 
 
-def cell_text(axis: str, value: Any) -> str:
+def cell_text(axis: str, labels: Mapping[str, Any]) -> str:
+    value = labels[axis]
     if axis == "router":
         return NAMES[value]
     if axis == "placement":
-        return placed(value)
+        return "-" if labels["router"] in OWN_PLACES else placed(value)
     return f"{value:g}" if isinstance(value, float) else str(value or "-")
 
 

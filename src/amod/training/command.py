@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
+from amod.plan import BY_THEMSELVES
 from amod.training.compose import compose_config, expand_paths, explain_syntax, help_text
 from amod.training.config import CONF
 
@@ -73,6 +74,7 @@ def launch(
                 if args.help or args.cfg:
                     continue
                 check_beside_run(cfg, overrides, of_run)
+                check_acts(cfg, overrides)
                 config = check(cfg)
                 if args.multirun:
                     check_job(cfg, folders)
@@ -92,6 +94,18 @@ def check_beside_run(cfg: DictConfig, overrides: list[str], of_run: Sequence[str
     for override in overrides if cfg.get("run") is not None else []:
         if override.lstrip("+").partition("=")[0].partition(".")[0] in of_run:
             raise UserError(f"{override}: run={cfg.run} decides it; leave it out, or give the run as model.checkpoint=")
+
+
+def check_acts(cfg: DictConfig, overrides: list[str]) -> None:
+    """UserError for a capacity that the router does not have, or that a budget picks. (The dense model, and what is as
+    long as one of a capacity, may stand beside others in a sweep.)"""
+    typed = {override.lstrip("+").partition("=")[0]: override for override in overrides}
+    router = OmegaConf.select(cfg, "router.name")
+    for key in ("capacity", "router.r", "router.keep_rate") if isinstance(router, str) else ():
+        if key in typed and key == "capacity" and router in (*BY_THEMSELVES, "plan"):
+            raise UserError(f"{typed[key]}: router={router} has no capacity; leave it out")
+        if key in typed and cfg.get("budget") is not None and router != "none":
+            raise UserError(f"{typed[key]}: budget={cfg.budget} picks it; leave one of them out")
 
 
 def own_configs(args: Any) -> Path | None:
