@@ -40,7 +40,7 @@ BY_HAND: dict[str, tuple[str, Any]] = {
 LOOKS = dict(
     zip(
         ("searched", *BY_HAND, "layers left out"),
-        ("plan", "attention", "class_attention", "merge", "random", "isoflop"),
+        ("plan", "attention", "class_attention", "few_merges", "random", "isoflop"),
         strict=True,
     )
 )
