@@ -39,7 +39,7 @@ def small(**kwargs):
 
 
 def find(vit, budget=0.7, **kwargs):
-    return amod.search(vit, IMAGES, budget, **{"effort": 6, "progress": False, **kwargs})
+    return amod.search(vit, IMAGES, budget, **{"effort": 3, "progress": False, **kwargs})
 
 
 def test_the_plan_fits_and_is_no_worse_than_those_made_by_hand(tmp_path):
@@ -144,11 +144,11 @@ def test_disagreement_by_hand():
 
 
 def test_without_a_head_or_a_class_token():
-    features = find(small(num_classes=0), effort=6)
+    features = find(small(num_classes=0))
     assert "cosine" in features.about["measure"]
-    averaged = find(small(global_pool="avg", class_token=False), effort=6)
+    averaged = find(small(global_pool="avg", class_token=False))
     assert not any(isinstance(entry, ClassOnly) for entry in averaged.plan.values())
-    nothing = find(small(), 0.999, effort=6)
+    nothing = find(small(), 0.999)
     assert nothing.plan == {5: ClassOnly()}  # the same logits, so there is nothing to search for
     assert nothing.disagreement < 1e-6
 
@@ -177,7 +177,7 @@ def test_a_budget_of_time_is_kept(monkeypatch):
     real = amod.searching.evolve
     monkeypatch.setattr("amod.searching.evolve", lambda *args: searches.append(args[1]) or real(*args))
     for budget in (0.8, 8.0):
-        found = find(vit, budget, runtime="eager", effort=16)
+        found = find(vit, budget, runtime="eager", effort=8)
         assert 7.5 <= found.about["milliseconds"]["plan"] <= 8
         assert "ms (eager)" in str(found)
     assert len(searches) <= 4
@@ -195,7 +195,8 @@ def test_time_is_predicted_from_a_few_plans():
     assert judge.cost(judge.within(many, 0.9)) < judge.cost(judge.within(few, 0.9))  # what is left of it for FLOPs
 
 
-def test_eager_time_is_measured():
+def test_eager_time_is_measured(monkeypatch):
+    monkeypatch.setattr("amod.searching.ROUNDS", 3)
     found = find(small(), 1000, runtime="eager", effort=2)  # milliseconds: anything is that fast
     assert set(found.about["milliseconds"]) == {"dense", "plan"}
 
