@@ -59,7 +59,7 @@ def job(cfg: SearchConfig) -> None:
 
     if cfg.save is not None:  # before the minutes of a search
         check_place(Path(cfg.save).expanduser())
-    model, images = read_texts(cfg) if cfg.texts is not None else read_images(cfg)
+    model, images, tokenizer = read_texts(cfg) if cfg.texts is not None else (*read_images(cfg), None)
     gflops = cfg.runtime == "flops" and cfg.budget >= 1
     output = output_of(cfg)
     found = search(
@@ -77,7 +77,10 @@ def job(cfg: SearchConfig) -> None:
         print(f"  {block}: {entry}")
     print(f"{output}: {found}", flush=True)
     if cfg.save is not None:
-        (save if cfg.texts is None else save_with_words)(cfg, model, found, images)
+        if tokenizer is None:
+            save(cfg, model, found, images)
+        else:
+            save_with_words(cfg, model, found, tokenizer)
 
 
 def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
@@ -101,19 +104,18 @@ def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
     print(f"{folder}: the model, for amod.from_pretrained and src/export.py run={cfg.save}")
 
 
-def save_with_words(cfg: SearchConfig, model: Any, found: Any, texts: Any) -> None:
+def save_with_words(cfg: SearchConfig, model: Any, found: Any, tokenizer: Any) -> None:
     """The model that the plan makes, and its tokenizer."""
-    from amod.analysis.words import tokenizer_of
     from amod.hub import save_pretrained
     from amod.vit import convert
 
     folder = save_pretrained(convert(model, plan=found.plan), Path(str(cfg.save)).expanduser())
-    tokenizer_of(Path(str(cfg.run)).expanduser()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     print(f"{folder}: the model and its tokenizer, for amod.from_pretrained")
 
 
-def read_texts(cfg: SearchConfig) -> tuple[Any, Any]:
-    """The model in the folder ``run``, and what its tokenizer gives of lines drawn by the seed."""
+def read_texts(cfg: SearchConfig) -> tuple[Any, Any, Any]:
+    """The model in the folder ``run``, what its tokenizer gives of lines drawn by the seed, and the tokenizer."""
     import random
 
     from amod.analysis.words import tokenizer_of
@@ -129,13 +131,13 @@ def read_texts(cfg: SearchConfig) -> tuple[Any, Any]:
         raise UserError(f"texts={cfg.texts}: cannot be read as UTF-8 ({one_line(error)})") from error
     if len(lines) < 8:
         raise UserError(f"texts={cfg.texts}: has {len(lines)} different lines; at least 8 are needed, a text in each")
-    tokenizer = tokenizer_of(Path(str(cfg.run)).expanduser())
-    model = from_pretrained(Path(str(cfg.run)).expanduser())
+    tokenizer = tokenizer_of(Path(str(cfg.run)))
+    model = from_pretrained(str(cfg.run))
     if getattr(model, "main_input_name", None) != "input_ids":
         raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no text; leave texts= out")
     drawn = random.Random(cfg.seed).sample(lines, min(cfg.images_max, len(lines)))
     inputs = tokenizer(drawn, padding=True, truncation=True, return_tensors="pt")
-    return dense(model) if hasattr(model, "plan") else model, inputs
+    return dense(model) if hasattr(model, "plan") else model, inputs, tokenizer
 
 
 def read_images(cfg: SearchConfig) -> tuple[Any, Any]:

@@ -299,6 +299,10 @@ def test_images_of_transformers_models_are_searched_on():
         found = amod.search(model, {"pixel_values": IMAGES}, 0.8, effort=2, progress=False)
         assert found.flops == amod.count_flops(amod.convert(model, plan=found.plan)) <= 0.8 * found.dense_flops
         assert found.about["images"] == 16
+        again = amod.search(model, {"pixel_values": IMAGES.double()}, 0.8, effort=2, progress=False)
+        assert again.plan == found.plan
+        with pytest.raises(amod.UserError, match=r"are torch\.uint8; prepare them"):
+            amod.search(model, {"pixel_values": IMAGES.byte()}, 0.8)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import hashlib
 import json
 import platform
@@ -52,6 +53,7 @@ LEFT_OUT = ("1", "2", "3", "4", "5", "1,3", "4,5", "1,3,5", "3,4,5")
 """Layers that shorter models lack: one, two, and all of a placement, which is C = 0."""
 
 
+@functools.cache
 def paragraphs() -> list[str]:
     """Paragraphs of prose in the docstrings of the modules above, sorted."""
     root, found = Path(sysconfig.get_paths()["stdlib"]), set()

@@ -24,10 +24,10 @@ import torch
 import transformers
 from minilm import compare, embed, paragraphs, texts_of, times, without
 from rich.progress import track
-from torch import Tensor
 
 import amod
 from amod.analysis.style import COLOURS, MARKERS
+from amod.studies.frontier_report import interval
 
 SHARES = (0.95, 0.9, 5 / 6, 0.75, 2 / 3)
 """Of the dense FLOPs; 5/6 and 2/3 are those of models without one layer and without two."""
@@ -56,12 +56,6 @@ def cells_to_do() -> list[dict[str, Any]]:
         some = combinations(range(1, 6), count)
         cells += [{"method": "layers left out", "share": share, "layers": list(layers)} for layers in some]
     return cells
-
-
-def interval(each: Tensor, draws: int = 2000) -> list[float]:
-    """95 % of the mean of (texts,), by bootstrap."""
-    rows = torch.randint(len(each), (draws, len(each)), generator=torch.Generator().manual_seed(0))
-    return each[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 def main() -> None:
@@ -105,7 +99,7 @@ def main() -> None:
             except amod.UserError:  # this placement cannot cost so little
                 continue
         ours = embed(model, batches)
-        seen = {**compare(ours, expected), "interval": interval((ours * expected).sum(dim=1))}
+        seen = {**compare(ours, expected), "interval": interval((ours * expected).sum(dim=1).numpy())[1:]}
         add({**cell, **about, **seen, "flops": amod.count_flops(model, 64) / full})
     mixed = random.Random(1).sample(texts, 96)
     for share in SHARES if given.time else ():

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amod.dress import DETECTORS, of_transformers
 from amod.errors import UserError, one_line
 from amod.gates import is_gated
-from amod.plan import Halt, entries_of
+from amod.plan import halts
 
 Size = tuple[int, int, int]
 """(channels, height, width) of an image. For a model of text, an int is as much: how many tokens."""
@@ -104,7 +104,7 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
     if isinstance(input_size, Tensor) and not input_size.is_floating_point() and not is_gated(model):
         return count_on_meta(on_meta(model), input_size.shape[1])
     if isinstance(input_size, Tensor):
-        if is_gated(model) or any(isinstance(entry, Halt) for entry in entries_of(model)):
+        if is_gated(model) or halts(model):
             return int(image_flops(model, input_size).double().mean())  # each alone: a batch may pad what it keeps
         return _count(model, input_size) // len(input_size)
     return count_on_meta(on_meta(model), input_size_of(model, input_size))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amod.errors import UserError
 from amod.huggingface import check_model, find_encoder, prefix_of, routed, tokens_of
-from amod.judge import Judge
+from amod.judge import Judge, check_images
 from amod.plan import Plan, Route
 
 IDS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
@@ -45,7 +45,9 @@ class EncoderJudge(Judge):
     routed = staticmethod(routed)
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], ledger: Any = None) -> None:
-        super().__init__(model, Inputs(inputs), ledger)
+        like = next(model.parameters())
+        there = {name: value.to(like if value.is_floating_point() else like.device) for name, value in inputs.items()}
+        super().__init__(model, Inputs(there), ledger)
 
     def describe(self) -> None:
         named, (encoder, layers) = self.images.named, find_encoder(self.vit)
@@ -56,11 +58,15 @@ class EncoderJudge(Judge):
         images = {"images": len(self.images), "image_size": self.size}
         self.about = {**(texts if IDS in named else images), "model": type(self.vit).__name__}
         with torch.inference_mode():
-            self.has_head = hasattr(self.vit(**self.images[:1].named), "logits")
-            self.answer(self.vit, self.images[:1])
+            out = self.vit(**self.images[:1].named)
+        self.has_head = hasattr(out, "logits")
+        self.read_off(out, self.images[:1])  # refuses a model that has no such answer
 
     def answer(self, model: Any, images: Inputs) -> Tensor:
-        out = model(**images.named)
+        return self.read_off(model(**images.named), images)
+
+    def read_off(self, out: Any, images: Inputs) -> Tensor:
+        """The answer in what the model gives."""
         if (logits := getattr(out, "logits", None)) is not None and logits.dim() == 2:
             return logits
         hidden = getattr(out, "last_hidden_state", None)
@@ -95,6 +101,8 @@ def check_inputs(model: Any, inputs: Any, least: int) -> Mapping[str, Tensor]:
     said = "what its tokenizer gives" if name == IDS else f"a mapping with {name}"
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get(name), Tensor):
         raise UserError(f"images: {type(inputs).__name__}; {type(model).__name__} needs {said}, as tensors")
+    if name == PIXELS:
+        check_images(inputs[name], least)
     for key, value in inputs.items():
         if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != len(inputs[name]):
             raise UserError(f"images: {key} is no tensor of {len(inputs[name])} rows; give the model's inputs alone")

@@ -443,6 +443,11 @@ def entries_of(model: Any) -> list[Entry]:
     return [*plan.values()] if isinstance(plan, Mapping) else []
 
 
+def halts(model: Any) -> bool:
+    """Whether its tokens halt, so that its images cost different amounts."""
+    return any(isinstance(entry, Halt) for entry in entries_of(model))
+
+
 def as_data(plan: Mapping[int, Entry]) -> dict[int, dict[str, dict[str, Any]]]:
     """The plan as plain dicts, for YAML and JSON: ``{1: {"Route": {"capacity": 0.5, ...}}}``."""
     return {int(i): {type(entry).__name__: asdict(entry)} for i, entry in sorted(plan.items())}

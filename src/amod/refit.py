@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from amod.errors import UserError
 from amod.flops import modes_kept
@@ -80,12 +81,17 @@ def head_fit(model: Any, images: Tensor, target: Tensor) -> HeadFit:
 def read_by_head(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """The features (B, D) that the classifier reads, and its logits (B, C)."""
     read: list[Tensor] = []
-    hook = classifier_of(model).register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    hook = listen(model, read)
     try:
         logits = outputs_of(model, images)
     finally:
         hook.remove()
     return torch.cat(read), logits
+
+
+def listen(model: Any, into: list[Tensor]) -> RemovableHandle:
+    """From now on what the classifier reads goes into the list, batch by batch."""
+    return classifier_of(model).register_forward_pre_hook(lambda module, given: into.append(given[0]))
 
 
 def fit_to(head: nn.Linear, features: Tensor, logits: Tensor, target: Tensor) -> HeadFit:

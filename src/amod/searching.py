@@ -112,8 +112,6 @@ def search(
     Raises:
         UserError: the model, budget or file cannot be served.
     """
-    if not of_transformers(vit):
-        check_model(vit)
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
         raise UserError(f"budget={budget!r}: must be a number above 0; below 1 it is a share of the dense model's cost")
     if runtime not in ("flops", *RUNTIMES):
@@ -127,6 +125,7 @@ def search(
 
         judge: Judge = EncoderJudge(vit, check_inputs(vit, images, 8), ledger)
     else:
+        check_model(vit)
         judge = Judge(vit, check_images(images, 8).to(next(vit.parameters())), ledger)
     about = {"measure": judge.measure, **judge.about, "seed": seed, "effort": effort}
     about |= {"runtime": runtime, "budget": budget}

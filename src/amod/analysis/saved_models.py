@@ -20,7 +20,7 @@ from amod.analysis.style import NAMES
 from amod.deploy import PICTURES, picture, preparation
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
-from amod.plan import Halt, entries_of
+from amod.plan import halts
 from amod.routing import Routing
 from amod.training.config import ExplainConfig
 from amod.training.terminal import quiet, say
@@ -55,7 +55,7 @@ def explain_saved(cfg: ExplainConfig) -> None:
     panels = (grid, output / "scores.png", "Scores by which each routed block chose", names, f"{folder.name}{asked}.")
     draw_scores(shown, {name: routing}, *panels)
     written = f"{output}/kept.png, {output}/scores.png"
-    if any(isinstance(entry, Halt) for entry in entries_of(model)):
+    if halts(model):
         draw_depths(shown, routing, grid, output / "depths.png", names)
         written += f", {output}/depths.png"
     say(f"{written} (importance needs a run folder of src/train.py)")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from amod.plan import Halt, entries_of
+from amod.plan import halts
 from amod.studies.plan import Run
 from amod.studies.rows import markdown
 from amod.studies.runner import finished
@@ -102,7 +102,7 @@ class TrainingStep:
 
 def halting(models: dict[str, Any]) -> list[tuple[str, Any]]:
     """Those in whose plan tokens halt."""
-    return [(n, m) for n, m in models.items() if any(isinstance(entry, Halt) for entry in entries_of(m))]
+    return [(n, m) for n, m in models.items() if halts(m)]
 
 
 def image_by_image(name: str, model: Any, dense: Any, images: Tensor) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from torch import Tensor
 from amod.errors import UserError
 from amod.judge import Gene, Judge, Shape, disagreement, name_of
 from amod.plan import MERGING, Merge, Plan, as_data, from_data
-from amod.refit import HeadFit, classifier_of, head_fit
+from amod.refit import HeadFit, head_fit, listen
 from amod.searching import runner, search
 from amod.studies.frontier_report import FITTED, write_report
 from amod.training.config import FrontierConfig
@@ -191,7 +191,7 @@ def measure(
 def heard(model: Any, into: list[Tensor]) -> Any:
     """The model, whose classifier leaves what it reads."""
     if getattr(model, "num_classes", 0):
-        classifier_of(model).register_forward_pre_hook(lambda module, given: into.append(given[0]))
+        listen(model, into)
     return model
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from amod.plan import BY_THEMSELVES
 from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
 from amod.studies.clock import halting_section, with_speeds
 from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, placed, read, write
 from amod.training.compose import compose_config
+from amod.training.config import BY_THEMSELVES, UNROUTED
 
 
 def write_report(
@@ -86,7 +86,7 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     )
 
 
-OWN_PLACES = ("none", "isoflop", *BY_THEMSELVES)
+OWN_PLACES = (*UNROUTED, *BY_THEMSELVES)
 """No placement tells in which blocks these do something."""
 STATUS = ("finished", "failed", "not run")
 

@@ -20,9 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
-from amod.plan import BY_THEMSELVES
 from amod.training.compose import compose_config, expand_paths, explain_syntax, help_text
-from amod.training.config import CONF
+from amod.training.config import CONF, UNROUTED, WITHOUT_CAPACITY
 
 # What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
 # the one that submitit asks SLURM for; Ctrl-C, and a terminal that is closed.
@@ -101,10 +100,12 @@ def check_acts(cfg: DictConfig, overrides: list[str]) -> None:
     long as one of a capacity, may stand beside others in a sweep.)"""
     typed = {override.lstrip("+").partition("=")[0]: override for override in overrides}
     router = OmegaConf.select(cfg, "router.name")
-    for key in ("capacity", "router.r", "router.keep_rate") if isinstance(router, str) else ():
-        if key in typed and key == "capacity" and router in (*BY_THEMSELVES, "plan"):
-            raise UserError(f"{typed[key]}: router={router} has no capacity; leave it out")
-        if key in typed and cfg.get("budget") is not None and router != "none":
+    if router is None or router == "none":
+        return
+    if "capacity" in typed and router in WITHOUT_CAPACITY and router not in UNROUTED:
+        raise UserError(f"{typed['capacity']}: router={router} has no capacity; leave it out")
+    for key in ("capacity", "router.r", "router.keep_rate"):
+        if key in typed and cfg.get("budget") is not None:
             raise UserError(f"{typed[key]}: budget={cfg.budget} picks it; leave one of them out")
 
 

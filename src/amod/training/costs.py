@@ -12,7 +12,7 @@ import torch
 from lightning import Callback
 
 from amod.flops import image_flops
-from amod.plan import Halt, entries_of
+from amod.plan import halts
 
 
 class Costs(Callback):
@@ -45,7 +45,7 @@ def halting_cost(model: Any, loader: Any, images: int = 512) -> dict[str, float]
 
     Of any other nothing: its images all cost the same.
     """
-    if not any(isinstance(entry, Halt) for entry in entries_of(model)):
+    if not halts(model):
         return {}
     like = next(model.parameters())  # trainer.precision=bf16-true has made it half
     found: list[torch.Tensor] = []
