@@ -17,6 +17,15 @@ def test_the_table_has_a_line_for_each_cell_and_counts_what_finished():
     assert "| 0.5 | MoD |  | 0/1 |  |  |" in table(unfinished, ["test_top1"])
 
 
+def test_a_placement_is_told_of_routers_that_are_placed_by_it():
+    late = rows(changes={"placement": "late"}, attention=[73])
+    everywhere = rows(tome=[74], isoflop=[60])  # their rows say "alternate", which does nothing to them
+    assert "placement" not in table(pd.concat([late, everywhere]), ["test_top1"])
+    text = table(pd.concat([late, rows(attention=[71]), everywhere]), ["test_top1"])
+    for line in ("placement | C | configuration", "alternate | 0.5 | A-MoD", "late | 0.5 | A-MoD", "- | 0.5 | ToMe"):
+        assert f"| {line} |" in text
+
+
 def test_the_files_of_a_report(tmp_path):
     runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
     failed = {runs[-1].name: "error: no room"}
