@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, did_you_mean
+from amod.files import Ledger
 from amod.training.command import launch
 from amod.training.config import CONF
+from amod.training.folder import git
 from amod.training.rules import Count, NotNegative, Share, Text, allows, in_words, one_of
 
 MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
@@ -223,7 +224,8 @@ def job(cfg: DictConfig) -> None:
     store = output / "cells.jsonl"
     if cfg.fresh:
         store.unlink(missing_ok=True)
-    finished = read(store)
+    ledger = Ledger(store)
+    finished = {identity(record["cell"]): record for record in ledger.lines}
     head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **here}
     missing = machine.no_compiler(device)
     failed: list[dict[str, Any]] = []
@@ -257,8 +259,7 @@ def job(cfg: DictConfig) -> None:
                 continue
             done = {"cell": cell, "commit": head["commit"], "took": round(time.time() - begin, 1), **result}
             finished[identity(cell)] = done
-            with store.open("a") as file:
-                file.write(json.dumps(done) + "\n")
+            ledger.add(done)
             write()  # a run that is stopped leaves the report of what it measured
         print(f"    {figures.summary(done)}", flush=True)
     print(write())
@@ -268,29 +269,10 @@ def identity(cell: dict[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
-def read(store: Path) -> dict[str, dict[str, Any]]:
-    """The finished cells. A line that was cut off while it was written is dropped."""
-    finished = {}
-    if store.exists():
-        for line in store.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            finished[identity(record["cell"])] = record
-        store.write_text("".join(json.dumps(record) + "\n" for record in finished.values()))
-    return finished
-
-
 def commit() -> str | None:
     """The code's version; with a + where files differ from it."""
-    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
-    try:
-        known = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain", "."], **here)  # type: ignore[call-overload]
-    except FileNotFoundError:
-        return None
-    return known.stdout.strip() + ("+" if changed.stdout.strip() else "") if known.returncode == 0 else None
+    known = git("rev-parse", "--short", "HEAD")
+    return known and known + ("+" if git("status", "--porcelain", "--", ".", "../src") else "")
 
 
 if __name__ == "__main__":

@@ -233,13 +233,13 @@ def test_bad_images_models_and_files_are_one_line(tmp_path):
         amod.search(torch.nn.Linear(2, 2), IMAGES, 0.7)
     ledger = tmp_path / "judged.jsonl"
     find(small(), ledger=ledger, effort=1)
-    with pytest.raises(amod.UserError, match="of another model or of other images"):
+    with pytest.raises(amod.UserError, match="is of other model and images"):
         find(small(num_classes=4), ledger=ledger)
     with pytest.raises(amod.UserError, match="is a folder"):
         find(small(), ledger=tmp_path)
     for notes in ("not\njson\n", "my own notes, one line\n"):
         ledger.write_text(notes)
-        with pytest.raises(amod.UserError, match="no file of a search"):
+        with pytest.raises(amod.UserError, match="no file of finished work"):
             find(small(), ledger=ledger)
         assert ledger.read_text() == notes
 

@@ -34,6 +34,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import amod
+from amod.files import Ledger
 
 MODULES = (
     "argparse", "ast", "asyncio", "collections", "concurrent", "contextlib", "csv", "ctypes", "dataclasses",
@@ -155,9 +156,8 @@ def main() -> None:
 
     mixed = random.Random(1).sample(texts, len(texts))
     batches, timed = batched(texts, 25), {1: batched(mixed[:24], 1), 32: batched(mixed[:96], 32)}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "cells.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    ledger = Ledger(arguments.out / "cells.jsonl")
+    done = ledger.lines
     todo = [cell for cell in cells_to_do() if not any(cell.items() <= found.items() for found in done)]
     expected, full = embed(dense, batches), amod.count_flops(dense, 64)
     for cell in track(todo, description="cells"):
@@ -175,9 +175,7 @@ def main() -> None:
             else:
                 found = compare(embed(model, batches), expected)
                 found["flops"] = amod.count_flops(model, 64) / full
-        done.append({**cell, **found})
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(done[-1]) + "\n")
+        ledger.add({**cell, **found})
     real = sum(int(batch["attention_mask"].sum()) for batch in timed[32])
     room = sum(batch["input_ids"].numel() for batch in timed[32])
     between = (expected @ expected.T).fill_diagonal_(0).sum() / (len(texts) * (len(texts) - 1))

@@ -13,7 +13,6 @@ is frontier.png.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from itertools import combinations
 from pathlib import Path
@@ -27,6 +26,7 @@ from rich.progress import track
 
 import amod
 from amod.analysis.style import COLOURS, MARKERS
+from amod.files import Ledger
 from amod.studies.frontier_report import interval
 
 SHARES = (0.95, 0.9, 5 / 6, 0.75, 2 / 3)
@@ -72,15 +72,10 @@ def main() -> None:
     short = [text for text in others if 6 <= len(tokenizer(text)["input_ids"]) <= 128]
     searched_on = tokenizer(random.Random(0).sample(short, 128), padding=True, return_tensors="pt")
     batches = [tokenizer(texts[i : i + 25], padding=True, return_tensors="pt") for i in range(0, len(texts), 25)]
-    file = given.out / "frontier.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    ledger = Ledger(given.out / "frontier.jsonl")
+    done = ledger.lines
     todo = [cell for cell in cells_to_do() if not any(cell.items() <= found.items() for found in done)]
     expected, full = embed(dense, batches), amod.count_flops(dense, 64)
-
-    def add(cell: dict[str, Any]) -> None:
-        done.append(cell)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(cell) + "\n")
 
     for cell in track(todo, description="cells"):
         torch.manual_seed(cell.get("seed", 0))
@@ -100,7 +95,7 @@ def main() -> None:
                 continue
         ours = embed(model, batches)
         seen = {**compare(ours, expected), "interval": interval((ours * expected).sum(dim=1).numpy())[1:]}
-        add({**cell, **about, **seen, "flops": amod.count_flops(model, 64) / full})
+        ledger.add({**cell, **about, **seen, "flops": amod.count_flops(model, 64) / full})
     mixed = random.Random(1).sample(texts, 96)
     for share in SHARES if given.time else ():
         for batch in (1, 32):
@@ -110,7 +105,7 @@ def main() -> None:
                 rows = [some[i : i + batch] for i in range(0, len(some), batch)]
                 timed = [tokenizer(part, padding=True, return_tensors="pt") for part in rows]
                 model = amod.convert(dense, plan=given.out / f"plan-{share:.2f}.yaml")
-                add({**cell, **times(model, dense, timed, given.time)})
+                ledger.add({**cell, **times(model, dense, timed, given.time)})
     print(table(done))
     picture(done, given.out / "frontier.png")
 

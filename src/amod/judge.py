@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amod.errors import UserError, one_line, reachable
+from amod.errors import UserError
+from amod.files import Ledger
 from amod.flops import count_on_meta, on_meta
 from amod.plan import (
     MERGE_BY,
@@ -93,9 +94,7 @@ class Judge:
         self.measure = "KL of the classes (nats)" if self.has_head else "1 - cosine of the features"
         self.costs: dict[str, int] = {}
         self.known: dict[str, list[Loss | None]] = {}
-        self.ledger = None if ledger is None else Path(ledger)
-        if self.ledger is not None:
-            self.read_ledger(self.ledger)
+        self.ledger = None if ledger is None else self.known_from(ledger)
         self.prices = self.price_list()
         self.clock: Any = None
         self.seen: Tensor | None = None
@@ -124,7 +123,7 @@ class Judge:
         key = name_of(plan)
         if key not in self.costs:
             self.costs[key] = count_on_meta(self.routed(self.bare, plan), self.size) if plan else self.whole
-            self.write_ledger(plan, flops=self.costs[key])
+            self.note(plan, flops=self.costs[key])
         return self.costs[key]
 
     def price_list(self) -> Tensor:
@@ -262,7 +261,7 @@ class Judge:
         known = self.known.setdefault(name_of(plan), [None, None])
         if (loss := known[part]) is None:
             loss = known[part] = self.judged(plan, part)
-            self.write_ledger(plan, judged=known)
+            self.note(plan, judged=known)
         return loss
 
     def judged(self, plan: Plan, part: int) -> Loss:
@@ -349,42 +348,24 @@ class Judge:
         """What the model is shown."""
         return [self.images]
 
-    def read_ledger(self, file: Path) -> None:
-        """What is known already; a last line that was cut off while it was written is dropped."""
+    def known_from(self, file: str | Path) -> Ledger:
+        """The file of what was judged, and what it knows already."""
         digest = hashlib.blake2b(digest_size=8)
         for tensor in (*self.read(), *self.vit.state_dict().values()):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        head = {"model and images": digest.hexdigest()}
-        lines: list[Any] = []
-        with reachable(f"{file}"):
-            if file.is_dir():
-                raise UserError(f"{file}: is a folder; name a file for the plans that were judged")
-            text = file.read_text(encoding="utf-8") if file.exists() else ""
-            for line in text.splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    if not lines or line != text.splitlines()[-1]:
-                        raise UserError(f"{file}: is no file of a search; name another") from None
-            if lines and lines[0] != head:
-                raise UserError(f"{file}: is of another model or of other images; name another file, or remove it")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                file.write_text("".join(json.dumps(line) + "\n" for line in lines or [head]), encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"{file}: cannot be written ({one_line(error)})") from error
-        for line in lines[1:]:
+        ledger = Ledger(file, {"model and images": digest.hexdigest()})
+        for line in ledger.lines:
             name = name_of(from_data(json.loads(line["plan"])))  # with fields that are newer than the file
             if "judged" in line:
                 self.known[name] = [loss and Loss(*loss) for loss in line["judged"]]
             if "flops" in line:
                 self.costs[name] = line["flops"]
+        return ledger
 
-    def write_ledger(self, plan: Plan, **found: Any) -> None:
+    def note(self, plan: Plan, **found: Any) -> None:
         """A search that goes on neither judges nor counts again."""
         if self.ledger is not None:
-            with self.ledger.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"plan": name_of(plan), **found}) + "\n")
+            self.ledger.add({"plan": name_of(plan), **found})
 
 
 def check_images(images: Any, least: int) -> Tensor:

@@ -25,13 +25,14 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 
 from amod.errors import UserError
+from amod.files import write_atomically
 from amod.training import command
 from amod.training import run as run_module
 from amod.training.callbacks import RunRecorder, restored_signals
 from amod.training.checkpoints import is_whole
 from amod.training.checks import check_train
 from amod.training.config import CONF
-from amod.training.folder import RunLock, start_folder, write_atomically
+from amod.training.folder import RunLock, start_folder
 from amod.training.module import TaskModule
 from amod.training.run import train
 from processes import Forked, hold_at, run_forked, step_of, wait_for

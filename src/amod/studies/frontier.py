@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amod.errors import UserError
+from amod.files import Ledger
 from amod.judge import Gene, Judge, Shape, disagreement, name_of
 from amod.plan import MERGING, Merge, Plan, as_data, from_data
 from amod.refit import HeadFit, head_fit, listen
@@ -92,7 +93,7 @@ def frontier(cfg: FrontierConfig) -> None:
 
     for seen in measure(judge, plans, heads, Samples(split, data.eval_transform, None, False, False), cfg, records):
         if len(rows := rows_of(seen)) == len(plans):  # else a file of before has them all at once
-            write_report(output, {**told, "images": seen}, environment(), rows, times.all())
+            write_report(output, {**told, "images": seen}, environment(), rows, times.lines)
         print(f"measured {seen} of {about['images']} images", flush=True)
     rows = rows_of(about["images"])
     timed = {key: plan for key, plan in plans.items() if key[0] in ("dense", *cfg.timed)}
@@ -101,10 +102,10 @@ def frontier(cfg: FrontierConfig) -> None:
             key = (f"{runtime}, batch {batch}, {cfg.clock} time", 0.0)
             if not times.of(key, {}):
                 taken = clock(judge, timed, runtime, batch, cfg.rounds, cfg.clock)
-                times.add(key, {}, 0, {"times": taken})
+                times.measured(key, {}, 0, {"times": taken})
             print(f"timed: {key[0]}", flush=True)
-            write_report(output, told, environment(), rows, times.all())
-    write_report(output, told, environment(), rows, times.all())
+            write_report(output, told, environment(), rows, times.lines)
+    write_report(output, told, environment(), rows, times.lines)
     print(f"{output / 'README.md'}")
 
 
@@ -184,7 +185,7 @@ def measure(
             losses = disagreement(judge.target, outputs, judge.has_head)
             right = (outputs.argmax(dim=1) == labels).int().tolist()
             what = {"at": at, "disagreement": losses.mean().item(), "right": "".join(map(str, right))}
-            records.add(key, plan, judge.cost(plan), what)
+            records.measured(key, plan, judge.cost(plan), what)
         yield end
 
 
@@ -218,25 +219,16 @@ def clock(judge: Judge, plans: Mapping[Key, Plan], runtime: str, batch: int, rou
     return table
 
 
-class Records:
-    """A file of what was measured, a line each; the first says of what. One that was cut off is dropped."""
+class Records(Ledger):
+    """What was measured; the first line says of what."""
 
     def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
-        self.file = file
-        lines: list[dict[str, Any]] = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        if lines and lines[0] != json.loads(json.dumps(about)):
-            raise UserError(f"{file}: is of other settings ({lines[0]}); name another output, or remove it")
-        self.found: list[dict[str, Any]] = [as_now(line) for line in lines[1:]]
-        file.write_text("".join(json.dumps(line) + "\n" for line in [about, *self.found]))
+        super().__init__(file, about)
+        self.lines = [as_now(line) for line in self.lines]
 
     def of(self, key: Key, plan: Plan) -> list[dict[str, Any]]:
         wanted = json.loads(json.dumps([*key, as_data(plan)]))
-        return sorted((r for r in self.found if [r["method"], r["share"], r["plan"]] == wanted), key=begin)
+        return sorted((r for r in self.lines if [r["method"], r["share"], r["plan"]] == wanted), key=begin)
 
     def seen(self, key: Key, plan: Plan) -> int:
         """How many images."""
@@ -251,15 +243,8 @@ class Records:
         mean = sum(len(record["right"]) * record["disagreement"] for record in parts) / images
         return {**parts[0], "right": right, "disagreement": mean}
 
-    def all(self) -> list[dict[str, Any]]:
-        return self.found
-
-    def add(self, key: Key, plan: Plan, flops: int, what: Mapping[str, Any]) -> None:
-        record = {"method": key[0], "share": key[1], "plan": as_data(plan), "flops": flops, **what}
-        line = json.dumps(record)
-        self.found.append(json.loads(line))
-        with self.file.open("a") as file:
-            file.write(line + "\n")
+    def measured(self, key: Key, plan: Plan, flops: int, what: Mapping[str, Any]) -> None:
+        self.add({"method": key[0], "share": key[1], "plan": as_data(plan), "flops": flops, **what})
 
 
 def as_now(record: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from amod.analysis.style import COLOURS, MARKERS
+from amod.files import write_atomically
 from amod.plan import ClassOnly, Gate, Halt, Merge, Plan, Predict, Prune, from_data
-from amod.training.folder import write_atomically
 
 NAMES = {
     "dense": "dense",

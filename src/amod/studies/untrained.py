@@ -11,9 +11,10 @@ from lightning import seed_everything
 from omegaconf import OmegaConf
 
 from amod.errors import UserError
+from amod.files import write_atomically
 from amod.training.classification import Classifier, cost
 from amod.training.config import UntrainedConfig
-from amod.training.folder import environment, saved_config, write_atomically
+from amod.training.folder import environment, saved_config
 from amod.training.loaders import DataModule, build_datamodule
 from amod.training.run import make_trainer
 from amod.training.terminal import quiet, say, show

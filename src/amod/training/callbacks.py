@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amod.errors import UserError
+from amod.files import write_atomically
 from amod.training.command import SIGNALS
-from amod.training.folder import write_atomically
 from amod.training.loggers import WandbRows
 from amod.training.tasks import CLASSIFICATION, Task, said
 

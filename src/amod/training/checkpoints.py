@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from amod.errors import UserError
-from amod.training.folder import write_atomically
+from amod.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError
-from amod.training.compose import compose_config, expand_paths, explain_syntax, help_text
+from amod.training.compose import compose_config, expand_paths, explain_syntax, help_text, key_of
 from amod.training.config import CONF, UNROUTED, WITHOUT_CAPACITY
 
 # What asks a run to end: `kill`, a batch system at the time limit, SLURM's earlier warning (--signal=USR1@300), and
@@ -91,14 +91,14 @@ def launch(
 def check_beside_run(cfg: DictConfig, overrides: list[str], of_run: Sequence[str]) -> None:
     """UserError for a setting that the run has already: it would be ignored."""
     for override in overrides if cfg.get("run") is not None else []:
-        if override.lstrip("+").partition("=")[0].partition(".")[0] in of_run:
+        if key_of(override).partition(".")[0] in of_run:
             raise UserError(f"{override}: run={cfg.run} decides it; leave it out, or give the run as model.checkpoint=")
 
 
 def check_acts(cfg: DictConfig, overrides: list[str]) -> None:
     """UserError for a capacity that the router does not have, or that a budget picks. (The dense model, and what is as
     long as one of a capacity, may stand beside others in a sweep.)"""
-    typed = {override.lstrip("+").partition("=")[0]: override for override in overrides}
+    typed = {key_of(override): override for override in overrides}
     router = OmegaConf.select(cfg, "router.name")
     if router is None or router == "none":
         return
@@ -127,7 +127,7 @@ def check_hydra(overrides: list[str], multirun: bool) -> None:
         return  # Lightning starts DDP's other processes, with settings of Hydra's of its own
     plugin = chosen(overrides, "launcher") or chosen(overrides, "sweeper")
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key = key_of(override)
         if key.startswith("hydra.") and not key.startswith(HYDRAS):
             raise UserError(f"{override}: has no effect here; the run folder is run_dir=FOLDER, and -m runs several")
         if key.startswith("hydra.sweep.") and not plugin:

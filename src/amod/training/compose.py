@@ -138,10 +138,15 @@ def keys_of(cfg: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def key_of(override: str) -> str:
+    """What an override sets: ``router`` of ``+router@encoder=linear``."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
 def _check_additions(config_name: str, search: list[str], overrides: list[str], own: Path | None) -> None:
     """A key added with + must be in a group that is passed on to a library: elsewhere it would be ignored silently."""
     for override in overrides:
-        key = override.lstrip("+").partition("=")[0].partition("@")[0]
+        key = key_of(override)
         if not override.startswith("+") or key.startswith(OPEN_GROUPS) or (own and (own / key).is_dir()):
             continue
         if key not in _known_keys(config_name, [*search, *overrides]):
@@ -189,7 +194,7 @@ def _explain_key(config_name: str, overrides: list[str], error: Exception) -> st
         return f"{sweep.group(1)}: several values; -m runs one job for each, [a,b] is a list{QUOTING}"
     match = re.search(r"Could not (?:override|append[^']*) '([^']+)'", text)
     key = match.group(1) if match else ""
-    override = next((o for o in overrides if o.lstrip("+~").partition("=")[0].partition("@")[0] == key), "")
+    override = next((o for o in overrides if key_of(o) == key), "")
     if not override:
         return " ".join(text.split())
     known = _known_keys(config_name, [o for o in overrides if o != override])  # it may be a group of other commands

@@ -16,9 +16,9 @@ from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from amod.errors import UserError
+from amod.files import write_atomically
 from amod.training.checks import evaluation_config
 from amod.training.config import EvaluateConfig
-from amod.training.folder import write_atomically
 from amod.training.run import make_trainer, say_measured
 from amod.training.splits import Split
 from amod.training.tasks import TASKS, said

@@ -23,6 +23,7 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, one_line, reachable, shown
+from amod.files import write_atomically
 from amod.training.compose import FREE_TO_CHANGE, expand_paths
 from amod.training.config import CONF, TrainConfig, UntrainedConfig
 from amod.training.rules import parse
@@ -39,30 +40,6 @@ BEFORE_CONFIG = {
     ".config.yaml.tmp",
 }
 GROUPS = ("model", "router", "placement", "data", "schedule", "trainer", "logger")
-
-
-def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Write to a temporary name in the same folder, then rename: a reader sees the old file or the new, whole.
-
-    The old file becomes ``keep``, which for a moment is the only one of the two. The temporary name is always the same
-    (one process writes in a run folder), so that kills leave no pile of them. Raises UserError.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room or make it writable, and run the same command "
-            "again; what was written before is intact"
-        ) from error
 
 
 # --- the config ---------------------------------------------------------------------------------------------------

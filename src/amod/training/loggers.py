@@ -13,9 +13,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amod.errors import UserError, one_line
+from amod.files import write_atomically
 from amod.training.config import Logger as LoggerConfig
 from amod.training.config import TrainConfig
-from amod.training.folder import saved_config, write_atomically
+from amod.training.folder import saved_config
 
 
 class WandbRows(WandbLogger):

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save
 
 from amod.errors import UserError, one_line, shown
+from amod.files import write_atomically
 from amod.training.callbacks import RunRecorder, restored_signals, rounded
 from amod.training.checkpoints import AtomicCheckpoints, best_checkpoint, newest_checkpoint
 from amod.training.config import Schedule, TrainConfig, TrainerArguments
@@ -37,7 +38,6 @@ from amod.training.folder import (
     saved_config,
     start_folder,
     unfinished_twin,
-    write_atomically,
 )
 from amod.training.loaders import DataModule
 from amod.training.loggers import check_logger, loggers
