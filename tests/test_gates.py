@@ -16,6 +16,7 @@ from amod.plan import Gate, gated_blocks, make_plan
 from amod.routing import RoutedLayer
 
 SKIPS = ("attention", "mlp", "block")
+FAMILIES = ("vit_tiny_patch16", "eva02_tiny_patch14", "beit_base_patch16", "vit_relpos_small_patch16")
 
 
 def vit(name: str = "vit_tiny_patch16_224", **given) -> nn.Module:
@@ -80,7 +81,7 @@ def test_where_the_gates_are():
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
 @pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", [f"{name}_224" for name in FAMILIES])
 def test_skipping_equals_the_masked_computation(name, skip, per):
     extra = {} if name.startswith("vit") else {"mlp_ratio": 2.0}
     model = gated(vit(name, **extra), skip=skip, per=per)

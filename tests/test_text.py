@@ -270,6 +270,9 @@ def test_a_model_that_is_not_served():
     config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)
     with pytest.raises(amod.UserError, match="GPT2LMHeadModel cannot be routed"):
         amod.convert(transformers.GPT2LMHeadModel(config), router="tuning")
+    both_ways = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, is_causal=False))
+    with pytest.raises(amod.UserError, match="its attention is not plain and causal"):
+        amod.convert(both_ways, router="tuning")
     static = transformers.StaticCache(config=language_model().config, max_cache_len=8)
     with pytest.raises(amod.UserError, match="needs an empty DynamicCache"):
         gated(language_model())(prompts()["input_ids"][:, :4], cache=static)
@@ -289,6 +292,36 @@ def test_packed_texts_do_not_see_each_other(kind, given):
         packed = model(ids, position_ids=at, use_cache=False).logits
         alone = [model(part, use_cache=False).logits for part in (ids[:, :7], ids[:, 7:])]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["kept", "all"])
+def test_tokens_of_an_image_see_those_behind_them(cache):
+    torch.manual_seed(0)
+    seen = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**SMALL, **KINDS["Gemma3"]}, vision_config={**seen, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4, image_token_index=59, boi_token_index=57, eoi_token_index=58,
+    )  # fmt: skip
+    own = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for name, parameter in own.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.25)
+    given = prompts()
+    given["input_ids"][:, -3:], given["input_ids"][1, 2:6] = 5, 59
+    given |= {"token_type_ids": (given["input_ids"] == 59).long(), "pixel_values": torch.randn(1, 3, 16, 16)}
+    given["attention_mask"][1] = 1
+    real = given["attention_mask"].bool()
+    with torch.no_grad():
+        dense = own(**given).logits
+        torch.testing.assert_close(
+            amod.convert(own, router="tuning", layers=[0, 2], cache=cache)(**given).logits[real],
+            dense[real], rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+        model = gated(own, cache=cache)
+        skipping = model(**given, use_cache=False).logits[real]
+        masked = model.train()(**given, use_cache=False).logits[real]
+    assert not torch.allclose(skipping, dense[real], atol=1e-2)
+    torch.testing.assert_close(skipping, masked, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("as_float", [False, True])

@@ -39,7 +39,8 @@ def check_model(model: Any) -> None:
     if any(isinstance(module, Dressed) for module in model.modules()):
         raise UserError("the model is routed already: convert the model it was made from, or amod.dense(model)")
     config = next(decoders(model)).config
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", False):
+    both_ways = getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False
+    if both_ways or getattr(config, "attn_logit_softcapping", None):
         raise UserError(
             f"transformers' {type(model).__name__}: its attention is not plain and causal; use another model"
         )

@@ -219,20 +219,23 @@ class GatedLayer(Dressed):
         asking, among = kept_first(ask[askers])
         query = self.rotated(attn.q_proj(take(normed[askers], asking)), rotary, askers, asking, "q_norm")
         column, row = positions[:, None, :], (asking + first)[:, :, None]
-        visible = (column >= 0) & (column <= row)
-        if gate is not None:  # a skipped token sees itself too: its gate learns from an update that means something
-            visible &= take(seen, shown)[:, None, :] | (column == row)
+        causal = column <= row
         window = getattr(attn, "sliding_window", getattr(attn.config, "sliding_window", None))
         if window is not None:
-            visible &= column > row - window
-        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
-        if mask is not None:  # of texts packed behind each other, or the caller's own
+            causal &= column > row - window
+        bias = torch.zeros(causal.shape, dtype=x.dtype, device=x.device)
+        if mask is None:
+            visible = causal
+        else:  # it says who is seen: by image tokens those behind them, too; of texts packed in a row one's own
             columns = column - (first + x.shape[1] - mask.shape[-1])
             said = mask[:, 0].expand(len(x), -1, -1)[askers[:, None, None], asking[:, :, None], columns.clamp(min=0)]
             if said.dtype == torch.bool:
-                visible &= said | (columns < 0)
+                visible = torch.where(columns < 0, causal, said)
             else:
-                bias = torch.where(columns < 0, bias, said.to(bias))
+                visible, bias = (columns >= 0) | causal, torch.where(columns < 0, bias, said.to(bias))
+        visible = visible & (column >= 0)
+        if gate is not None:  # a skipped token sees itself too: its gate learns from an update that means something
+            visible &= take(seen, shown)[:, None, :] | (column == row)
         bias = bias.masked_fill(~visible, torch.finfo(x.dtype).min).unsqueeze(1)  # finite: no row becomes nan
         groups = query.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (keys, values))

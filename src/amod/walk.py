@@ -365,7 +365,8 @@ class Walk:
         request = None
         if self.keep is not None:
             asked["keep"] = self.keep
-        if want or asked or read or (self.placed and positions is not None):
+        unread = bias is not None and isinstance(model, RELATIVE)  # a block with positions of its own reads no mask
+        if want or asked or read or unread or (self.placed and positions is not None):
             check_readable(i, block)
             differentiable = model.routers[str(i + 1)].differentiable if read else "reduce" in asked
             request = Request(

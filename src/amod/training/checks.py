@@ -275,7 +275,6 @@ def check_placement(cfg: Variant) -> None:
     if blocks is None and router.name == "none":
         return
     depth = depth_of(cfg.model) or 1000  # an unknown depth is checked when the model is built
-    check_last(cfg, blocks, said, depth)
     named = None if cfg.placement.name == "own" else cfg.placement.name
     try:
         make_plan(depth, router.name, placement=named if blocks is None else blocks, last=cfg.placement.last)
@@ -295,16 +294,9 @@ def check_gates(cfg: Variant, depth: int) -> None:
     if cfg.router.cache != "kept" and cfg.model.task != "language":
         raise UserError(f"router.cache={cfg.router.cache}: is of language models; leave it out")
     try:
-        make_plan(depth, "tuning", placement=cfg.router.layers, **gates_of(cfg.router))
+        make_plan(depth, "tuning", placement=cfg.router.layers, last=cfg.placement.last, **gates_of(cfg.router))
     except UserError as error:
         raise UserError(f"router.{error}") from None
-    check_last(cfg, cfg.router.layers, f"router.layers={shown(cfg.router.layers)}", depth)
-
-
-def check_last(cfg: Variant, listed: list[Any] | None, said: str, depth: int) -> None:
-    """A last block that is listed by ``said`` cannot be the class token's alone as well."""
-    if cfg.placement.last == "class" and listed is not None and depth - 1 in listed:
-        raise UserError(f"{said}: block {depth - 1} is the class token's alone (placement.last=class); leave one out")
 
 
 def gates_of(router: Router) -> dict[str, Any]:

@@ -130,12 +130,13 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
     if router.name == "none":
         return convert(vit, router="none", last=last)
     if router.name == "tuning":
-        return convert(vit, router="tuning", layers=router.layers, last=last, **gates_of(router))
+        layers = beside_last(router.layers, vit, last)
+        return convert(vit, router="tuning", layers=layers, last=last, **gates_of(router))
     return convert(
         vit,
         router=router.name,
         capacity=None if router.name in WITHOUT_CAPACITY or cfg.budget is not None else cfg.capacity,
-        placement=placement_of(cfg),
+        placement=beside_last(placement_of(cfg), vit, last),
         keep_prefix=router.keep_prefix,
         activation=router.activation,
         memory=router.memory,
@@ -152,6 +153,11 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
         last=last,
         budget=budget_of(vit, cfg),
     )
+
+
+def beside_last(blocks: Any, vit: VisionTransformer, last: str | None) -> Any:
+    """Of a run of before, which could list the class token's block and have it do nothing else."""
+    return [i for i in blocks if i != len(vit.blocks) - 1] if last and isinstance(blocks, list) else blocks
 
 
 def teacher_of(cfg: Variant, num_classes: int, classes: Sequence[str] | None) -> nn.Module:
