@@ -215,7 +215,10 @@ def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
             else:
                 value.data.copy_(saved[i, key])
     if missing:
-        raise UserError(f"{source}: has no weights of {', '.join(missing)} that its plan needs; save the model again")
+        raise UserError(
+            f"{source}: has no weights of {', '.join(missing)} that its plan needs; save the routed model again, or, "
+            "if this was saved from the dense one, take amod out of its config.json"
+        )
     return model.eval()
 
 

@@ -22,7 +22,7 @@ def test_a_placement_is_told_of_routers_that_are_placed_by_it():
     everywhere = rows(tome=[74], isoflop=[60])  # their rows say "alternate", which does nothing to them
     assert "placement" not in table(pd.concat([late, everywhere]), ["test_top1"])
     text = table(pd.concat([late, rows(attention=[71]), everywhere]), ["test_top1"])
-    for line in ("placement | C | configuration", "alternate | 0.5 | A-MoD", "late | 0.5 | A-MoD", "- | 0.5 | ToMe"):
+    for line in ("placement | C | configuration", "alternate | 0.5 | A-MoD", "late | 0.5 | A-MoD", "- | - | ToMe"):
         assert f"| {line} |" in text
 
 
@@ -47,10 +47,12 @@ def test_what_was_not_run_is_counted_by_seed(tmp_path):
     runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
     for run in runs[-2:]:
         (tmp_path / "runs" / run.name / "summary.json").unlink()
+    (tmp_path / "runs" / f"{runs[-1].name}.log").write_text(f"seed 1\nstopped; run_dir={tmp_path}/runs/mine goes on\n")
     found = rows_of(runs, tmp_path / "runs", {})
     text = write_report(STUDY, {**SCALE, "weights": "/a/vit.pth"}, *found, tmp_path / "results").read_text()
     assert "2 runs finished, 2 runs not run; seeds 0." in text
-    assert "Not run: 2 runs of seed 1." in text
+    assert "| stopped; run_dir=mine goes on |" in text
+    assert "Not run: " in text
     assert "study=toy scale=toy scale.weights=vit.pth`" in text
 
 

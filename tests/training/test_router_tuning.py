@@ -300,6 +300,10 @@ def test_gates_are_not_trained_on_random_weights(dense, tmp_path):
 def test_a_target_that_is_missed_is_said(stories, tmp_path, capsys):
     run(tmp_path / "run", *stories, "router=tuning", "router.target=0", "schedule.lr=1e-9", "schedule.min_lr=0")
     assert "above router.target=0; longer or with a larger router.scale comes nearer" in capsys.readouterr().out
+    summary = run(tmp_path / "shut", *stories, "router=tuning", "router.target=1", "schedule.lr=1")
+    said = capsys.readouterr().out
+    assert "below router.target=1; a target shuts gates and opens none; a smaller router.scale or schedule.lr" in said
+    assert summary["blocks_routed"] == [int(layer) for layer in summary["share_kept_by_block"]]
 
 
 def test_too_little_text(stories, tmp_path):

@@ -25,29 +25,42 @@ def look(router: str) -> dict[str, Any]:
 
 
 def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
-    """Each metric's cells as a mean with its 95 % interval, the seeds as small points."""
+    """Each metric's cells as a mean with its 95 % interval, the seeds as small points; hollow: one seed."""
     asked = study.get("metrics") or [study["metric"]]
     metrics = [metric for metric in asked if len(measured(rows, metric))] or asked[-1:]  # no panel without a point
-    groups = sorted(set(rows[rows["status"] == "finished"].apply(_group, axis=1)))
+    rows = rows[rows["status"] == "finished"]
+    rows = rows.assign(group=rows.apply(_group, axis=1, all_data=rows["data"].nunique() > 1))
+    groups = sorted(rows["group"].unique())
+    beside = {group: router_order(rows[rows["group"] == group]) for group in groups}
     margin = max(2.2, 0.085 * max(map(len, groups)))
     size = (margin + 3.6 * len(metrics), 1.4 + 0.62 * len(groups))
     figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
+    alone = ""
     for axis, metric in zip(axes[0], metrics, strict=True):
         found = measured(rows, metric)
-        routers = router_order(found)
-        for place, router in enumerate(routers):
+        for router in router_order(found):
             style, mine = look(router) | {"linestyle": "none"}, found[found["router"] == router]
-            for group, cell in mine.groupby(mine.apply(_group, axis=1)):
-                at = groups.index(str(group)) + 0.13 * (place - (len(routers) - 1) / 2)
+            axis.plot([], [], **style)  # for the legend
+            style.pop("label")
+            for group, cell in mine.groupby("group"):
+                routers = beside[str(group)]
+                at = groups.index(group) + 0.13 * (routers.index(router) - (len(routers) - 1) / 2)
                 values = [float(value) for value in cell[metric]]
                 mean, half = interval(values)
-                axis.scatter(values, [at] * len(values), s=6, color=style["color"], alpha=0.5)
-                axis.errorbar(mean, at, xerr=half, capsize=2, **style)
+                filled: Any = "full" if len(values) > 1 else "none"
+                if len(values) > 1:
+                    axis.scatter(values, [at] * len(values), s=6, color=style["color"], alpha=0.5)
+                else:
+                    alone = "; hollow: one seed"
+                axis.errorbar(mean, at, xerr=half, capsize=2, markersize=5, fillstyle=filled, **style)
         axis.set_xlabel(METRICS[metric])
-        axis.set_yticks(range(len(groups)), groups if axis is axes[0][0] else [""] * len(groups))
+        axis.set_yticks(range(len(groups)), [group or "dense" for group in groups] if axis is axes[0][0] else [])
         axis.set_ylim(len(groups) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-    _finish(figure, study, caption + "; bars: 95 % interval", path)
+        axis.tick_params(axis="y", length=0)
+        for at in range(len(groups)):
+            axis.axhline(at, color="0.9", zorder=0)
+    _finish(figure, study, f"{caption}; bars: 95 % interval{alone}", path)
 
 
 def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
@@ -74,7 +87,7 @@ def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], c
     room = 0.08 * float(values.max() - values.min()) or 1.0
     axes[0][0].set_ylim(float(values.min()) - room, float(values.max()) + room)  # two seeds can have bars beyond 100 %
     axes[0][0].set_ylabel(METRICS[study["metric"]])
-    _finish(figure, study, caption + "; bars: 95 % interval, cut off at the edge", path)
+    _finish(figure, study, caption + "; bars: 95 % interval, cut off at the edge, none of one seed", path)
 
 
 def _lines(rows: pd.DataFrame) -> list[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
@@ -106,7 +119,7 @@ def training_curves(
             reached = int((by_epoch["mean"] >= 0.99 * by_epoch["mean"].max()).argmax())
             axis.plot(by_epoch.index, by_epoch["mean"], markevery=[reached], **style)
             axis.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=style["color"], alpha=0.12)
-        axis.set_title(group)
+        axis.set_title(group if here.groupby("router")["run"].nunique().max() > 1 else f"{group}, one seed")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("epochs of the recipe (0: untrained)")
         axis.set_ylabel(METRICS["val_top1"])
@@ -123,11 +136,11 @@ def stability(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any]
     draw_stability(points.to_dict("records"), path, study["title"], caption)  # type: ignore[arg-type]
 
 
-def _group(row: Any) -> str:
+def _group(row: Any, all_data: bool = True) -> str:
     """What the cells of all routers that stand side by side have in common."""
     capacity = {} if row["router"] == "none" else {"capacity": row["capacity"]}
     kept = {key: row[key] for key in ("placement", "variant", "keep_prefix", "budget", "setting")}
-    return describe({"data": row["data"], **kept, **capacity})
+    return describe({**({"data": row["data"]} if all_data else {}), **kept, **capacity})
 
 
 def _finish(figure: Any, study: Mapping[str, Any], caption: str, path: Path) -> None:

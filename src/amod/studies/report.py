@@ -146,6 +146,8 @@ def cell_text(axis: str, labels: Mapping[str, Any]) -> str:
     value = labels[axis]
     if axis == "router":
         return NAMES[value]
+    if axis == "capacity" and labels["router"] in BY_THEMSELVES:
+        return "-"
     if axis == "placement":
         return "-" if labels["router"] in OWN_PLACES else placed(value)
     return f"{value:g}" if isinstance(value, float) else str(value or "-")

@@ -227,7 +227,7 @@ def describe(labels: Mapping[str, Any]) -> str:
     parts += [labels["variant"]] if labels.get("variant") else []
     parts += ["class token kept"] if labels.get("keep_prefix", "false") != "false" else []
     parts += [f"lr {labels['lr']}"] if labels.get("lr") else []
-    parts += [f"C = {labels['capacity']:g}"] if "capacity" in labels and not labels.get("budget") else []
+    parts += [f"C = {labels['capacity']:g}"] if labels.get("capacity", 1) < 1 and not labels.get("budget") else []
     parts += [f"{labels['budget'].rstrip('%')} % of dense"] if labels.get("budget", "").endswith("%") else []
     parts += [NAMES[labels["router"]]] if "router" in labels else []
     parts += [labels["setting"]] if labels.get("setting") else []

@@ -94,10 +94,10 @@ def log_of(run: Run, root: Path) -> Path:
 
 
 def last_line(run: Run, root: Path) -> str:
-    """The last line that a run printed: of a failed one, what went wrong."""
+    """The last line that a run printed: of a failed one, what went wrong; without where the runs are."""
     log = log_of(run, root)
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1].strip() if lines else ""
+    return lines[-1].strip().replace(f"{root}/", "") if lines else ""
 
 
 def execute(runs: Sequence[Run], root: Path, jobs: int, how: Sequence[str], failed: dict[str, str]) -> None:

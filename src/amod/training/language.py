@@ -168,7 +168,7 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
     return {
         "router": cfg.router.name,
         "tokens": cfg.data.length,
-        "blocks_routed": [],
+        "blocks_routed": [*getattr(model, "blocks_routed", ())],
         "depth": lm.config.num_hidden_layers,
         "gflops": count_flops(lm, cfg.data.length) / 1e9,
         "params": sum(p.numel() for p in model.parameters()),

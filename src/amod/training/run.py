@@ -171,8 +171,12 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     best = task.best
     compute |= parts.measured(module.evaluated, data) or {}
     target, share = cfg.router.target, compute.get("share_kept", 0.0)
-    if target is not None and share > target + 0.05:
-        say(f"share kept {share:g}, above router.target={target:g}; longer or with a larger router.scale comes nearer")
+    if target is not None and abs(share - target) > 0.05:
+        advice = "longer or with a larger router.scale comes nearer"
+        if share < target:
+            advice = "a target shuts gates and opens none; a smaller router.scale or schedule.lr shuts fewer"
+        where = "above" if share > target else "below"
+        say(f"share kept {share:g}, {where} router.target={target:g}; {advice}")
     if schedule.train != "all":
         compute["params_trained"] = trainable
     summary = {
@@ -232,18 +236,17 @@ def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], bat
     say(f"{cfg.data.name}: {data.sizes['train']} train, {data.sizes['val']} val, {data.sizes['test']} test {data.unit}")
     costs = f"{compute['gflops']:.4f} GFLOPs, {compute['params']:,} parameters"
     say(f"{cfg.model.label}, router {cfg.router.name}: {costs}")
-    if blocks := compute["blocks_routed"]:
+    if counts := compute.get("tokens_kept"):
         own = OWN.get(cfg.router.name)
         asked = f"router.{own}={getattr(cfg.router, own)}" if own else f"capacity={cfg.capacity:g}"
         if cfg.budget is not None:
             asked = f"budget={cfg.budget}" if isinstance(cfg.budget, str) else f"budget={cfg.budget:g} GFLOPs"
-        kept: dict[int, list[int]] = {}
-        for block in blocks:
-            kept.setdefault(compute["tokens_kept"][str(block)], []).append(block)
+        kept: dict[int, list[str]] = {}
+        for block, count in counts.items():
+            kept.setdefault(count, []).append(block)
         share = f" ({compute['capacity_granted']:.4f})" if len(kept) == 1 else ""
         found = [
-            f"{count} of {compute['tokens']} tokens{share} in blocks {', '.join(map(str, at))}"
-            for count, at in kept.items()
+            f"{count} of {compute['tokens']} tokens{share} in blocks {', '.join(at)}" for count, at in kept.items()
         ]
         say(f"{asked} asked: {'; '.join(found)}")
     reference = cfg.schedule.lr_reference_batch
