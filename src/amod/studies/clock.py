@@ -30,7 +30,8 @@ COLUMNS = {"run": "str", **dict.fromkeys(SPEEDS, "float64")}
 
 def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
     """Time the finished runs of the least seed that is here, unless that is done: medians and quartiles of dense /
-    variant within a round, of the forward pass of ``BATCH`` test images and of a training step with them, eager."""
+    variant within a round, of the forward pass of ``BATCH`` test images and of a training step with them, eager, one
+    thread."""
     here = [run for run in runs if finished(run, root)]
     first = min((int(run.settings["seed"]) for run in here), default=0)
     timed = [run for run in here if int(run.settings["seed"]) == first]
@@ -52,6 +53,8 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
     samples = data.samples("test", train=False)
     images, labels = samples.stacked(samples.drawn(max(BATCH, ALONE), 0))
     batch = images[:BATCH], labels[:BATCH], torch.arange(BATCH)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     print(f"timing {len(models)} models in turns, {ROUNDS} rounds, and training, {TRAINING_ROUNDS} rounds", flush=True)
     with torch.inference_mode():
         steps = {name: lambda model=model: model(batch[0]) for name, model in models.items()}
@@ -59,6 +62,7 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
         alone = [image_by_image(name, model, models[dense.name], images[:ALONE]) for name, model in halting(models)]
     trained = {name: TrainingStep(model, configs[name], data, batch) for name, model in models.items()}
     training, _ = timing.alternate(trained, TRAINING_ROUNDS, fill=0.2)
+    torch.set_num_threads(threads)
     rows = []
     for name, step in trained.items():
         found = [timing.paired(seconds[dense.name], seconds[name]) for seconds in (forward, training)]
