@@ -121,7 +121,7 @@ def table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
         lines.append(
             [
                 *(cell_text(axis, labels) for axis in shown),
-                f"{compute.iloc[0]:.4f}" if len(compute) else "",
+                f"{compute.mean():.4f}" if len(compute) else "",
                 f"{(cell['status'] == 'finished').sum()}/{len(cell)}",
                 *map(mean_text, values),
                 " ".join(f"{value:.4g}" for value in values[-1]),
