@@ -15,11 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import amod
 import tiny
+from amod.analysis.explain_checks import check_explain
 from amod.errors import UserError
 from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_evaluate, check_train
 from amod.training.compose import compose_config
 from amod.training.evaluation import evaluate
+from amod.training.finished import load_run
 from amod.training.language import LanguageModel, cut, read
 from amod.training.run import train
 
@@ -304,6 +306,13 @@ def test_a_target_that_is_missed_is_said(stories, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "below router.target=1; a target shuts gates and opens none; a smaller router.scale or schedule.lr" in said
     assert summary["blocks_routed"] == [int(layer) for layer in summary["share_kept_by_block"]]
+
+
+def test_commands_of_images_refuse_a_run_of_texts(stories, tmp_path):
+    run(tmp_path / "run", *stories, "router=none", "schedule.train=all", "schedule.epochs=1")
+    for command in (load_run, lambda folder: check_explain(compose_config("explain", [f"run={folder}"]))):
+        with pytest.raises(UserError, match="/run: is a run of language; this command is for image classifiers"):
+            command(tmp_path / "run")
 
 
 def test_too_little_text(stories, tmp_path):

@@ -13,7 +13,7 @@ from amod.training.checks import check_checkpoint, check_variant
 from amod.training.compose import compose_config
 from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig
 from amod.training.data import check_data
-from amod.training.folder import flat, read_config
+from amod.training.folder import check_classifier, flat, read_config
 from amod.training.rules import parse
 
 ROUTED = (*READS_ATTENTION, "random")
@@ -29,6 +29,8 @@ def check_explain(composed: Any) -> ExplainConfig:
     runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
     if is_detection(cfg):
         return check_detection(cfg, runs)
+    for folder in runs:
+        check_classifier(saved(folder), folder)
     for key, others in (("mod", mods), ("dense", denses)):
         if others and len(others) != max(1, len(runs)):
             given = shown(getattr(cfg, key))
