@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from amod.errors import UserError, did_you_mean
 from amod.files import Ledger
 from amod.training.command import launch
-from amod.training.config import CONF
+from amod.training.config import choices, model_file
 from amod.training.folder import git
 from amod.training.rules import Count, NotNegative, Share, Text, allows, in_words, one_of
 
-MODELS = tuple(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
+MODELS = tuple(n for n in choices("model") if model_file(n).get("task", "classification") == "classification")
 VARIANTS = (
     "dense", "isoflop", "linear", "attention", "attention_weighted", "class_attention", "random", "tome", "few_merges",
 )  # fmt: skip
@@ -187,8 +187,7 @@ def _source(model: str, image_size: int | None, tokens: int) -> dict[str, Any]:
         if hasattr(config, "image_size") or hasattr(config, "vision_config"):
             return {"timm_name": model, "kwargs": {"img_size": image_size} if image_size else {}}
         return {"timm_name": model, "kwargs": {"tokens": tokens}}
-    file: Any = OmegaConf.load(CONF / "model" / f"{model}.yaml")
-    settings = file.get("model", file)
+    settings = model_file(model)
     kwargs = _plain(settings.kwargs)
     return {"timm_name": settings.name, "kwargs": {**kwargs, "img_size": image_size} if image_size else kwargs}
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from amod.errors import UserError, one_line
 from amod.training.checks import check_checkpoint, check_model
 from amod.training.command import launch
-from amod.training.config import SearchConfig
+from amod.training.config import SearchConfig, check_classifier
 from amod.training.data import check_data
 from amod.training.rules import parse
 
@@ -22,6 +22,7 @@ def check(composed: DictConfig) -> SearchConfig:
     if cfg.texts is not None:
         check_texts(cfg)
     elif cfg.run is None:
+        check_classifier(cfg.model, f"model={cfg.model.label}")
         check_model(cfg.model)
         if cfg.model.checkpoint is not None:
             check_checkpoint(cfg.model.checkpoint)

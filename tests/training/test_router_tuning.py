@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import amod
+import benchmark
+import search
 import tiny
 from amod.analysis.explain_checks import check_explain
 from amod.errors import UserError
@@ -311,8 +313,18 @@ def test_a_target_that_is_missed_is_said(stories, tmp_path, capsys):
 def test_commands_of_images_refuse_a_run_of_texts(stories, tmp_path):
     run(tmp_path / "run", *stories, "router=none", "schedule.train=all", "schedule.epochs=1")
     for command in (load_run, lambda folder: check_explain(compose_config("explain", [f"run={folder}"]))):
-        with pytest.raises(UserError, match="/run: is a run of language; this command is for image classifiers"):
+        with pytest.raises(UserError, match="/run: is a model of language; this command is for image classifiers"):
             command(tmp_path / "run")
+
+
+def test_commands_of_images_refuse_models_of_texts():
+    with pytest.raises(UserError, match="model=stories: is a model of language"):
+        check_explain(compose_config("explain", ["model=stories"]))
+    with pytest.raises(UserError, match="model=stories: is a model of language"):
+        search.check(compose_config("search", ["model=stories", "images=tests", "budget=0.5"]))
+    for model in ("stories", "detr_pico"):
+        with pytest.raises(UserError, match=f"{model} must be one of deit_small"):
+            benchmark.check(compose_config("benchmark", [f"models=[{model}]"]))
 
 
 def test_too_little_text(stories, tmp_path):

@@ -11,9 +11,9 @@ from amod.errors import UserError, shown
 from amod.plan import READS_ATTENTION
 from amod.training.checks import check_checkpoint, check_variant
 from amod.training.compose import compose_config
-from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig
+from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig, check_classifier
 from amod.training.data import check_data
-from amod.training.folder import check_classifier, flat, read_config
+from amod.training.folder import flat, read_config
 from amod.training.rules import parse
 
 ROUTED = (*READS_ATTENTION, "random")
@@ -30,7 +30,8 @@ def check_explain(composed: Any) -> ExplainConfig:
     if is_detection(cfg):
         return check_detection(cfg, runs)
     for folder in runs:
-        check_classifier(saved(folder), folder)
+        check_classifier(saved(folder).model, f"run={folder}")
+    check_classifier(cfg.model, f"model={cfg.model.label}")
     for key, others in (("mod", mods), ("dense", denses)):
         if others and len(others) != max(1, len(runs)):
             given = shown(getattr(cfg, key))

@@ -28,6 +28,7 @@ from amod.training.config import (
     UntrainedConfig,
     Variant,
     choices,
+    model_file,
 )
 from amod.training.data import check_data
 from amod.training.folder import check_run_dir, read_config
@@ -246,7 +247,7 @@ def check_model(model: Model) -> None:
     if channels != 3:
         raise UserError(f"model.kwargs.in_chans={shown(channels)}: must be 3; grey images are repeated to RGB")
     known = model.label in choices("model")
-    meant = OmegaConf.load(CONF / "model" / f"{model.label}.yaml").model.name if known else model.name
+    meant = model_file(model.label).name if known else model.name
     if model.name != meant:
         raise UserError(
             f"model.name={model.name}: the model.kwargs of model={model.label} would overrule it; leave model.name at "

@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from amod.errors import UserError
 from amod.plan import BY_THEMSELVES, MERGE_BY, PLACEMENTS, as_data, read_plan
 from amod.training.rules import (
     Ascending,
@@ -74,6 +76,18 @@ class Model(Group):
     drop_path: Probability = 0.0
     image_size: Annotated[list[Count], AfterValidator(Ascending())] | None = None  # of detection
     kwargs: TimmArguments = TimmArguments()
+
+
+def model_file(name: str) -> Any:
+    """The settings of conf/model/NAME.yaml."""
+    file: Any = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    return file.get("model", file)
+
+
+def check_classifier(model: Model, said: str) -> None:
+    """UserError unless it is a model of images, for commands that serve no others."""
+    if model.task != "classification":
+        raise UserError(f"{said}: is a model of {model.task}; this command is for image classifiers")
 
 
 UNROUTED = ("none", "isoflop")

@@ -9,8 +9,8 @@ from timm.models import load_state_dict
 from torch import nn
 
 from amod.errors import UserError, one_line
-from amod.training.config import TrainConfig
-from amod.training.folder import check_classifier, read_config
+from amod.training.config import TrainConfig, check_classifier
+from amod.training.folder import read_config
 from amod.training.loaders import ImageData, build_datamodule
 from amod.training.record import classes_of
 from amod.training.weights import build, input_config, weightless
@@ -22,7 +22,7 @@ def load_run(folder: Path, data_root: str | None = None) -> tuple[TrainConfig, n
     ``data_root`` is where the data lie now, if they have moved.
     """
     run = read_config(folder / "config.yaml")
-    check_classifier(run, folder)
+    check_classifier(run.model, f"run={folder}")
     run.data.root = run.data.root if data_root is None else data_root
     inputs = input_config(run.model)
     sizes = run.schedule.batch_size, run.schedule.eval_batch_size

@@ -209,12 +209,6 @@ def start_folder(cfg: TrainConfig, folder: Path, lock: RunLock, newest: Path | N
         raise UserError(f"run_dir={folder}: cannot be written ({one_line(error)}); choose another folder") from error
 
 
-def check_classifier(run: TrainConfig, folder: Path | str) -> None:
-    """UserError unless the run is of an image classifier."""
-    if run.model.task != "classification":
-        raise UserError(f"run={folder}: is a run of {run.model.task}; this command is for image classifiers")
-
-
 # --- what it was made with ----------------------------------------------------------------------------------------
 
 
