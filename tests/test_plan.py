@@ -111,7 +111,7 @@ def test_the_methods_as_plans():
 def test_a_listed_block_is_not_the_class_tokens_alone_as_well():
     assert make_plan(4, "attention", 0.5, "late", last="class") == {2: Route(0.5), 3: ClassOnly()}
     for router, argument in (("attention", "placement"), ("tuning", "layers"), ("tome", "placement")):
-        with pytest.raises(UserError, match=rf"{argument}=\[1, 3\]: block 3 has the class token alone"):
+        with pytest.raises(UserError, match=rf"{argument}=\[1,3\]: block 3 has the class token alone"):
             make_plan(4, router, placement=[3, 1], last="class")
 
 

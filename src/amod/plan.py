@@ -23,7 +23,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from amod.errors import UserError
+from amod.errors import UserError, shown
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 """``config.model_type`` of transformers' causal language models whose layers take a :class:`Gate` (``text.py``)."""
@@ -367,7 +367,7 @@ def make_plan(
     argument = "layers" if router == "tuning" else "placement"
     blocks = () if placement is None else routed_blocks(placement, depth, argument)
     if last and depth - 1 in blocks and not isinstance(placement, str):
-        raise UserError(f"{argument}={[*blocks]}: block {depth - 1} has the class token alone (last=class); drop one")
+        raise UserError(f"{argument}={shown([*blocks])}: block {depth - 1} has the class token alone (last=class); drop one")
     quarters = tuple(depth * part // 4 for part in (1, 2, 3))
     plan: Plan
     if router in MERGING:

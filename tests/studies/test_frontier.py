@@ -69,6 +69,7 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     (output / "records.jsonl").write_text(before.replace(', "norm": false', ""))  # of before that field
     command.job(asked(*wanted))
     assert "measured" not in capsys.readouterr().out
+    assert (output / "records.jsonl").read_text() == before.replace(', "norm": false', "")
     with pytest.raises(amod.UserError, match="is of other images; name another file"):
         command.job(asked(*wanted[:4], "images=41", *wanted[5:]))
 

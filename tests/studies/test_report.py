@@ -52,7 +52,7 @@ def test_what_was_not_run_is_counted_by_seed(tmp_path):
     text = write_report(STUDY, {**SCALE, "weights": "/a/vit.pth"}, *found, tmp_path / "results").read_text()
     assert "2 runs finished, 2 runs not run; seeds 0." in text
     assert "| stopped; run_dir=mine goes on |" in text
-    assert "Not run: " in text
+    assert "Not run: 1 runs of seed 1." in text
     assert "study=toy scale=toy scale.weights=vit.pth`" in text
 
 

@@ -280,7 +280,7 @@ def check_placement(cfg: Variant) -> None:
     try:
         make_plan(depth, router.name, placement=named if blocks is None else blocks, last=cfg.placement.last)
     except UserError as error:
-        raise UserError(f"{said}: {str(error).partition(': ')[2]}") from None
+        raise UserError(f"{said}: {in_settings(error).partition(': ')[2]}") from None
 
 
 def said_of(placement: Placement) -> str:
@@ -297,7 +297,12 @@ def check_gates(cfg: Variant, depth: int) -> None:
     try:
         make_plan(depth, "tuning", placement=cfg.router.layers, last=cfg.placement.last, **gates_of(cfg.router))
     except UserError as error:
-        raise UserError(f"router.{error}") from None
+        raise UserError(f"router.{in_settings(error)}") from None
+
+
+def in_settings(error: UserError) -> str:
+    """A plan's error, with ``last`` as the command has it."""
+    return str(error).replace("(last=", "(placement.last=")
 
 
 def gates_of(router: Router) -> dict[str, Any]:
