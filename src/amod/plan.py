@@ -367,7 +367,8 @@ def make_plan(
     argument = "layers" if router == "tuning" else "placement"
     blocks = () if placement is None else routed_blocks(placement, depth, argument)
     if last and depth - 1 in blocks and not isinstance(placement, str):
-        raise UserError(f"{argument}={shown([*blocks])}: block {depth - 1} has the class token alone (last=class); drop one")
+        listed = f"{argument}={shown([*blocks])}"
+        raise UserError(f"{listed}: block {depth - 1} has the class token alone (last=class); drop one")
     quarters = tuple(depth * part // 4 for part in (1, 2, 3))
     plan: Plan
     if router in MERGING:

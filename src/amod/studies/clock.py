@@ -53,16 +53,14 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
     samples = data.samples("test", train=False)
     images, labels = samples.stacked(samples.drawn(max(BATCH, ALONE), 0))
     batch = images[:BATCH], labels[:BATCH], torch.arange(BATCH)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     print(f"timing {len(models)} models in turns, {ROUNDS} rounds, and training, {TRAINING_ROUNDS} rounds", flush=True)
-    with torch.inference_mode():
+    with timing.one_thread(), torch.inference_mode():
         steps = {name: lambda model=model: model(batch[0]) for name, model in models.items()}
         forward, _ = timing.alternate(steps, ROUNDS, fill=0.2)
         alone = [image_by_image(name, model, models[dense.name], images[:ALONE]) for name, model in halting(models)]
     trained = {name: TrainingStep(model, configs[name], data, batch) for name, model in models.items()}
-    training, _ = timing.alternate(trained, TRAINING_ROUNDS, fill=0.2)
-    torch.set_num_threads(threads)
+    with timing.one_thread():
+        training, _ = timing.alternate(trained, TRAINING_ROUNDS, fill=0.2)
     rows = []
     for name, step in trained.items():
         found = [timing.paired(seconds[dense.name], seconds[name]) for seconds in (forward, training)]

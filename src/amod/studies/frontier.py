@@ -197,21 +197,17 @@ def heard(model: Any, into: list[Tensor]) -> Any:
 
 
 def clock(judge: Judge, plans: Mapping[Key, Plan], runtime: str, batch: int, rounds: int, kind: str) -> list[Any]:
-    """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...], on one thread: two
-    wait for each other where another process has a core."""
-    from amod.analysis.throughput.timing import alternate, paired, quartiles
+    """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...], on one thread."""
+    from amod.analysis.throughput.timing import alternate, one_thread, paired, quartiles
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     images = judge.images[: max(batch, 4)]
     timer = time.process_time if kind == "processor" else time.perf_counter
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, one_thread():
         steps = {
             key: runner(convert(judge.vit, plan=plan), images, runtime, Path(folder) / str(i), batch)
             for i, (key, plan) in enumerate(plans.items())
         }
         seconds, _ = alternate({json.dumps(key): step for key, step in steps.items()}, rounds, fill=0.1, clock=timer)
-    torch.set_num_threads(threads)
     dense = seconds[json.dumps(["dense", 1.0])]
     table: list[Any] = []
     for name, taken in seconds.items():

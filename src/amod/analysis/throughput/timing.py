@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 Step = Callable[[], Any]
@@ -14,6 +15,19 @@ class Quartiles(NamedTuple):
     low: float
     median: float
     high: float
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: two wait for each other where another process has a core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
