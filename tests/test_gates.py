@@ -84,9 +84,16 @@ def test_where_the_gates_are():
 @pytest.mark.parametrize("name", [f"{name}_224" for name in FAMILIES])
 def test_skipping_equals_the_masked_computation(name, skip, per):
     extra = {} if name.startswith("vit") else {"mlp_ratio": 2.0}
-    if "relpos" in name:
-        extra["init_values"] = None  # its layer scale would make nothing of what a block does
-    model = gated(vit(name, **extra), skip=skip, per=per)
+    dense = vit(name, **extra)
+    for key, weight in dense.blocks.named_parameters():  # so that what is skipped, and who is seen, matters
+        if key.endswith("gamma"):
+            nn.init.ones_(weight)
+        elif "norm" not in key and weight.dim() > 1:
+            nn.init.normal_(weight, std=0.25)
+    for module in dense.modules():
+        if isinstance(module, nn.Dropout):  # of relative positions
+            module.p = 0.0
+    model = gated(dense, skip=skip, per=per)
     images = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         skipping, routing = model(images, return_routing=True)
