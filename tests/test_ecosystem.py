@@ -21,8 +21,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.testing import assert_close
 
 import amod
+from amod.families import check_blocks, check_model
 from amod.plan import make_plan
-from amod.vit import check_blocks, check_model
 from families import build
 from test_vit import IMAGES, small
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 
 import amod
 import reference
-from amod.vit import default_tokens
+from amod.families import default_tokens
 from families import FAMILIES, build
 
 

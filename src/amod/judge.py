@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from amod.errors import UserError
+from amod.families import tokens_at
 from amod.files import Ledger
 from amod.flops import count_on_meta, on_meta
 from amod.plan import (
@@ -33,7 +34,7 @@ from amod.plan import (
     check_plan,
     from_data,
 )
-from amod.vit import dense, routed, tokens_at
+from amod.vit import dense, routed
 from amod.walk import class_tokens
 
 BATCH, CACHE_BYTES = 32, 1 << 30

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from amod.dress import of_transformers
 from amod.errors import UserError, reachable
+from amod.families import check_model
 from amod.judge import KINDS, Gene, Judge, Shape, check_images, name_of
 from amod.plan import MERGING, READS_ATTENTION, Plan, as_data
-from amod.vit import check_model, convert
+from amod.vit import convert
 
 PROPORTIONAL = (0.0, 0.75, 0.9, 1.0)
 """What the merges of a shape may have (:class:`amod.Merge`)."""

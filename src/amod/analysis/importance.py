@@ -26,8 +26,9 @@ from torch import Tensor
 
 from amod.attention import READABLE, ReadableAttention
 from amod.errors import UserError
+from amod.families import FAMILIES
 from amod.plan import Route
-from amod.vit import FAMILIES, convert
+from amod.vit import convert
 
 CHUNK_ELEMENTS = 1 << 20
 """Shortened sequences run together up to so many values of their tokens (4 MiB; with the MLP's and attention's

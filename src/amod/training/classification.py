@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from amod.errors import UserError
+from amod.families import default_tokens
 from amod.flops import count_flops
 from amod.gates import is_gated, penalty, share_kept
 from amod.plan import Route
@@ -31,7 +32,7 @@ from amod.training.tasks import CLASSIFICATION
 from amod.training.terminal import say
 from amod.training.weights import Built, input_config, teacher_of
 from amod.training.weights import build as build_vit
-from amod.vit import RoutedViT, default_tokens, dense
+from amod.vit import RoutedViT, dense
 
 
 class Classifier(TaskModule):

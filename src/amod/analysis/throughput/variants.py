@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from amod.analysis.throughput.timing import Step
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
+from amod.families import check_model, default_tokens
 from amod.flops import Size, count_flops, default_input_size
 from amod.routers import ROUTERS
-from amod.vit import PAPER_DEPTHS, check_model, convert, default_tokens, isoflop_depth, truncate
+from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
 
 class Variant(NamedTuple):
