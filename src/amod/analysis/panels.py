@@ -66,20 +66,23 @@ def text_lines(*parts: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def span(scores: Tensor) -> str:
-    return f"{float(scores.min()):.3g} to {float(scores.max()):.3g}"
-
-
 def patch_pixels(values: Tensor, grid: tuple[int, int], size: Sequence[int]) -> np.ndarray:
     """The values of the patches, the last of ``values``, as pixels (H, W)."""
     field = values[len(values) - grid[0] * grid[1] :].view(1, 1, *grid).float().cpu()
     return torch.nn.functional.interpolate(field, size=tuple(size), mode="nearest")[0, 0].numpy()
 
 
-def heat(axis: Any, scores: Tensor, grid: tuple[int, int], size: Sequence[int]) -> None:
-    low, high = float(scores.min()), float(scores.max())
+def heat(axis: Any, scores: Tensor, grid: tuple[int, int], size: Sequence[int], name: str) -> None:
+    """The scores of patches from dark to bright, and squares for the tokens before them.
+
+    The scale is that of the patches, and stands behind ``name``: on a class token's, often ten times as high, all of
+    them would be dark.
+    """
+    prefix = len(scores) - grid[0] * grid[1]
+    low, high = float(scores[prefix:].min()), float(scores[prefix:].max())
     mesh = axis.imshow(patch_pixels(scores, grid, size), cmap="cividis", vmin=low, vmax=max(high, low + 1e-12))
-    squares(axis, [mesh.cmap(mesh.norm(float(score))) for score in scores[: len(scores) - grid[0] * grid[1]]])
+    squares(axis, [mesh.cmap(mesh.norm(float(score))) for score in scores[:prefix]])
+    axis.set_title(f"{name}: {low:.3g} to {high:.3g}", fontsize=6)
 
 
 def squares(axis: Any, colours: Sequence[Any]) -> None:

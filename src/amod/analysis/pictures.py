@@ -27,7 +27,6 @@ from amod.analysis.panels import (
     patch_pixels,
     pyplot_agg,
     save_figure,
-    span,
     squares,
     text_lines,
 )
@@ -36,6 +35,10 @@ from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES
 from amod.routing import Routing
 
 SQUARES = "Squares below: tokens without a patch"
+SCALE = (
+    "each panel has its own scale, from the first to the second number, which are the least and the greatest of its "
+    f"patches. {SQUARES}, which may lie beyond."
+)
 
 
 def draw_kept_patches(
@@ -85,11 +88,9 @@ def draw_scores(
     def panel(axis: Any, row: int, layer: Seen) -> None:
         if layer.scores is None:
             return
-        scores = layer.scores[row].cpu()
-        heat(axis, scores, grid, shown.shape[1:3])
-        axis.set_title(f"{axis.get_title()}: {span(scores)}", fontsize=6)
+        heat(axis, layer.scores[row].cpu(), grid, shown.shape[1:3], axis.get_title())
 
-    foot = f"Bright: high score; each panel has its own scale, from the first to the second number. {SQUARES}."
+    foot = f"Bright: high score; {SCALE}"
     _draw_blocks(shown, routings, panel, path, title, names, text_lines(caption, foot))
 
 
@@ -114,13 +115,8 @@ def draw_heads(
         block, scores = heads[model]
         first_panel(axes[row, 0], shown[image], names[image] if names else "image", f"{model}, block {block}")
         for head, score in enumerate(scores[image].cpu()):
-            axis = axes[row, 1 + head]
-            heat(axis, score, grid, shown.shape[1:3])
-            axis.set_title(f"head {head}: {span(score)}", fontsize=6)
-    foot = (
-        "Share of the attention that each token receives, as a mean over all tokens that look; each panel has its own "
-        f"scale, from the first to the second number. {SQUARES}."
-    )
+            heat(axes[row, 1 + head], score, grid, shown.shape[1:3], f"head {head}")
+    foot = f"Share of the attention that each token receives, as a mean over all tokens that look; {SCALE}"
     save_figure(figure, axes, path, text_lines(caption, foot))
 
 

@@ -111,8 +111,14 @@ def dense_model(config: Trained, source: str | None, own: VisionTransformer) -> 
         plain = from_weights(config, source).model_copy(update={"router": Router(name="none"), "budget": None})
         built = build(plain, own.num_classes)
         if built.adapted:
-            return dense(built.model), f"{source or config.model.name}"  # type: ignore[return-value]
+            return dense(built.model), short_name(source) if source else config.model.name  # type: ignore[return-value]
     return own, "the routed run's own weights with all tokens in every block"
+
+
+def short_name(source: str) -> str:
+    """A run folder's name, or a file's with its folder's: reports are read where other paths hold."""
+    path = Path(source).absolute()
+    return path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
 
 
 @dataclass
