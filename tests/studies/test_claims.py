@@ -149,6 +149,7 @@ def test_the_front_page(tmp_path):
     assert "| claim | the paper | toy | big | verdict |" in page
     assert "*toy*: a toy; *big*: a big one" in page
     assert "huge" not in page
+    assert "\n\n3 claims are the papers': 2 not tested, 1 not the same in all cells.\n\n" in page
     (line,) = [line for line in page.splitlines() if "[toy](toy/big/report.md)" in line]
     assert "| 78.66 / 77.43 | C = 0.5: +2.05 ± 0.64 (n = 2), held<br>[toy](toy/toy/report.md), test top-1 (%) |" in line
     assert line.endswith("| **held in 1, contradicted in 1 of 2 cells** |")

@@ -5,6 +5,7 @@ It is made of the reports that lie in the folder (their runs.csv), whenever they
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from amod.studies.claims import HOW, Finding, examine, verdict_of
 from amod.studies.plan import at_scale
 from amod.studies.rows import METRICS, markdown, ours_of, read
 
+VERDICTS = ("held", "contradicted", "undecided", "one seed", "not tested")
+MIXED = "not the same in all cells"
 Study = Mapping[str, Any]
 Scale = Mapping[str, Any]
 
@@ -43,11 +46,23 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
     about = "; ".join(f"*{scale['name']}*: {scale['about']}" for scale in shown)
     path.write_text(
         "# What held\n\nEvery claim of the paper, and ours where it says so, with the differences that were seen "
-        f"(points of top-1 accuracy, or epochs) at the scales that were run. {about}.\n\n{HOW} The verdict in the last "
-        "column is about all cells of a line; *one seed* says that nothing has a spread yet.\n\n"
+        f"(points of top-1 accuracy, or epochs) at the scales that were run. {about}.\n\n{summary(lines[2:])}\n\n"
+        f"{HOW} The verdict in the last column is about all cells of a line; *one seed* "
+        "says that nothing has a spread yet.\n\n"
         f"{markdown(lines)}\n"
     )
     return path
+
+
+def summary(lines: Sequence[Sequence[str]]) -> str:
+    """How many claims have which verdict, the papers' and ours."""
+    said = []
+    for whose, ours in (("the papers'", False), ("ours", True)):
+        verdicts = [line[-1].strip("*") for line in lines if line[0].startswith("ours: ") == ours]
+        counted = Counter(word if word in VERDICTS else MIXED for word in verdicts)
+        told = ", ".join(f"{counted[word]} {word}" for word in (*VERDICTS, MIXED) if counted[word])
+        said += [f"{len(verdicts)} claims are {whose}: {told}."] if verdicts else []
+    return " ".join(said)
 
 
 def finding(study: Study, number: int, scale: Scale, output: Path) -> Finding:
