@@ -34,7 +34,7 @@ def test_the_interval_is_students():
         ([70, 71, 72], [68, 69, 70.1], "contradicted"),  # -2, -2, -1.9
         ([70, 71, 72], [72, 69, 73], "undecided"),  # 2, -2, 1
         ([70], [72], "one seed"),  # says nothing about the spread
-        ([70, 71], [72, 73], "not tested"),  # 2 and 2: no spread is no evidence
+        ([70, 71], [72, 73], "undecided"),  # 2 and 2: tested, and no spread is no evidence
     ],
 )
 def test_three_kinds_of_verdict(linear, attention, verdict):
@@ -99,6 +99,9 @@ def test_cells_are_counted_and_untested_ones_are_not():
     assert verdict_of([held, against, open_, held]) == "held in 2, contradicted in 1, undecided in 1 of 4 cells"
     assert verdict_of([against, Cell("", (3.0,)), Cell("", ())]) == "contradicted"
     assert verdict_of([]) == "not tested"
+    assert (
+        verdict_of([Cell("", (0.0, 0.0)), Cell("", (1.0,))]) == "undecided"
+    )  # it was tested, and no spread says nothing
 
 
 def test_cells_are_told_apart_by_what_varies():

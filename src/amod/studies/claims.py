@@ -93,11 +93,15 @@ class Finding:
 
 
 def verdict_of(cells: Sequence[Cell]) -> str:
-    """One word where all tested cells agree, else how many say what; untested cells do not count."""
+    """One word where all tested cells agree, else how many say what; untested cells do not count.
+
+    Where no cell has a spread, such as epochs that are the same in every seed, nothing is decided.
+    """
     counted = Counter(cell.verdict for cell in cells)
     tested = {word: counted[word] for word in ("held", "contradicted", "undecided") if counted[word]}
     if not tested:
-        return "one seed" if counted["one seed"] else "not tested"
+        alone = "one seed" if counted["one seed"] else "not tested"
+        return "undecided" if counted["no spread"] else alone
     if len(tested) == 1:
         return next(iter(tested))
     return ", ".join(f"{word} in {number}" for word, number in tested.items()) + f" of {sum(tested.values())} cells"
