@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -225,7 +226,12 @@ def job(cfg: DictConfig) -> None:
         store.unlink(missing_ok=True)
     ledger = Ledger(store)
     finished = {identity(record["cell"]): record for record in ledger.lines}
-    head = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "preset": cfg.preset, **here}
+    head = {
+        "command": f"python src/benchmark.py {shlex.join(sys.argv[1:])}",
+        "commit": commit(),
+        "preset": cfg.preset,
+        **here,
+    }
     missing = machine.no_compiler(device)
     failed: list[dict[str, Any]] = []
 

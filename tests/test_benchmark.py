@@ -178,6 +178,12 @@ def test_the_goals_preset_holds_every_goal():
     assert not by_goal["A-MoD / ToMe at equal GFLOPs, forward, eager"].reached  # 1.0 < 1.1
     assert by_goal["speed-up, batch 1, forward, eager"].measured.median == 2.0
     assert by_goal["peak memory at 4097 tokens, forward, / dense"].measured.median == 1.0
+    head = dict.fromkeys(("command", "kind", "threads", "system", "python", "torch", "timm"), "")
+    written = [*report.report(head, records, [], rows, [])]
+    assert len([line for line in written if line.startswith("| ") and ("| yes |" in line or "| no |" in line)]) == len(
+        rows
+    )
+    assert written.index("## Goals") < written.index("## Speed")
 
 
 def test_goals_that_were_not_run_say_so():
@@ -313,8 +319,10 @@ def test_quick_writes_tables_data_and_pictures(quick):
     results = json.loads((folder / "results.json").read_text())
     assert "[4/4]" in printed
     assert str(folder / "report.md") in printed
-    for word in ("A-MoD, C = 0.5", "ToMe, r = 2", "## Peak memory", "Where the time", "not run"):
+    for word in ("A-MoD, C = 0.5", "ToMe, r = 2", "## Peak memory", "Where the time"):
         assert word in written
+    assert "## Goals" not in written  # none is about this model
+    assert written.splitlines()[2].startswith("`python src/benchmark.py ")
     assert {"command", "commit", "kind", "threads", "torch", "cells", "goals"} <= results.keys()
     for record in results["cells"]:
         for variant in record.get("seconds", []):

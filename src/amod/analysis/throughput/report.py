@@ -31,12 +31,12 @@ from amod.analysis.throughput.timing import Quartiles
 def write(folder: Path, head: Mapping[str, Any], records: Sequence[Record], failed: Sequence[Record]) -> str:
     """Write everything into ``folder``; returns what the command prints."""
     rows = goals(records)
+    told = rows if any(row.reached is not None for row in rows) else []
     everything = {**head, "goals": [asdict(row) for row in rows], "cells": list(records), "not_run": list(failed)}
     (folder / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     pictures = draw(folder, records)
-    (folder / "report.md").write_text("\n".join(report(head, records, failed, rows, pictures)) + "\n")
-    goal_lines = "\n".join(goal_table(rows)) if any(row.reached is not None for row in rows) else ""
-    return f"{goal_lines}\n\n{folder / 'report.md'}"
+    (folder / "report.md").write_text("\n".join(report(head, records, failed, told, pictures)) + "\n")
+    return "\n".join([*goal_table(told), "", str(folder / "report.md")])
 
 
 def report(
@@ -60,13 +60,11 @@ def report(
     yield "ratios within a round. Speed-up is against dense timm with its fused attention; FLOPs ratio is dense /"
     yield "variant; **efficiency = speed-up / FLOPs ratio**. Weights are random, which does not change the time."
     yield ""
-    yield "## Goals"
-    yield ""
-    yield from goal_table(rows)
+    if table := [*goal_table(rows)]:
+        yield from ("## Goals", "", *table, "")
     for name in pictures:
-        yield ""
         yield f"![{name}]({name})"
-    yield ""
+        yield ""
     yield "## Speed"
     settings = list(dict.fromkeys((setting(r["cell"]), r["cell"]["batch"]) for r in records if "seconds" in r))
     for shown, batch in settings:
@@ -92,6 +90,8 @@ def report(
 
 
 def goal_table(rows: Sequence[Row]) -> Iterator[str]:
+    if not rows:
+        return
     yield "| goal | | where | measured | reached |"
     yield "|---|---|---|---:|---|"
     for row in rows:
