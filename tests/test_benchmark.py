@@ -180,9 +180,7 @@ def test_the_goals_preset_holds_every_goal():
     assert by_goal["peak memory at 4097 tokens, forward, / dense"].measured.median == 1.0
     head = dict.fromkeys(("command", "kind", "threads", "system", "python", "torch", "timm"), "")
     written = [*report.report(head, records, [], rows, [])]
-    assert len([line for line in written if line.startswith("| ") and ("| yes |" in line or "| no |" in line)]) == len(
-        rows
-    )
+    assert sum("| yes |" in line or "| no |" in line for line in written) == len(rows)
     assert written.index("## Goals") < written.index("## Speed")
 
 

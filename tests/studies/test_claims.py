@@ -99,9 +99,8 @@ def test_cells_are_counted_and_untested_ones_are_not():
     assert verdict_of([held, against, open_, held]) == "held in 2, contradicted in 1, undecided in 1 of 4 cells"
     assert verdict_of([against, Cell("", (3.0,)), Cell("", ())]) == "contradicted"
     assert verdict_of([]) == "not tested"
-    assert (
-        verdict_of([Cell("", (0.0, 0.0)), Cell("", (1.0,))]) == "undecided"
-    )  # it was tested, and no spread says nothing
+    same = Cell("", (0.0, 0.0))  # it was tested, and no spread says nothing
+    assert verdict_of([same, Cell("", (1.0,))]) == "undecided"
 
 
 def test_cells_are_told_apart_by_what_varies():

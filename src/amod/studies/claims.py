@@ -100,8 +100,9 @@ def verdict_of(cells: Sequence[Cell]) -> str:
     counted = Counter(cell.verdict for cell in cells)
     tested = {word: counted[word] for word in ("held", "contradicted", "undecided") if counted[word]}
     if not tested:
-        alone = "one seed" if counted["one seed"] else "not tested"
-        return "undecided" if counted["no spread"] else alone
+        if counted["no spread"]:
+            return "undecided"
+        return "one seed" if counted["one seed"] else "not tested"
     if len(tested) == 1:
         return next(iter(tested))
     return ", ".join(f"{word} in {number}" for word, number in tested.items()) + f" of {sum(tested.values())} cells"

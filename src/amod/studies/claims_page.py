@@ -28,6 +28,7 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
     reports = {path.parent.parent.name + "/" + path.parent.name for path in output.glob("*/*/runs.csv")}
     shown = [scale for scale in scales if any(f"{study['name']}/{scale['name']}" in reports for study in studies)]
     lines = [["claim", "the paper", *(scale["name"] for scale in shown), "verdict"], ["---"] * (3 + len(shown))]
+    verdicts = []
     for study in studies:
         for number, claim in enumerate(study.get("claims", [])):
             here = [f"{study['name']}/{scale['name']}" in reports for scale in shown]
@@ -36,9 +37,11 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
                 for scale, there in zip(shown, here, strict=True)
             ]
             told = [tell(study, scale, one) for scale, one in zip(shown, found, strict=True)]
-            cells = [cell for one in found if one for cell in one.cells]
-            lines.append([claim["text"], str(claim.get("paper", "-")), *told, f"**{verdict_of(cells)}**"])
+            verdict = verdict_of([cell for one in found if one for cell in one.cells])
+            verdicts.append((claim["text"], verdict))
+            lines.append([claim["text"], str(claim.get("paper", "-")), *told, f"**{verdict}**"])
     for claim in untested:
+        verdicts.append((claim["text"], "not tested"))
         rest = [claim["why"], *[""] * (len(shown) - 1)] if shown else []
         lines.append([claim["text"], str(claim.get("paper", "-")), *rest, "**not tested**"])
     output.mkdir(parents=True, exist_ok=True)
@@ -46,22 +49,22 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
     about = "; ".join(f"*{scale['name']}*: {scale['about']}" for scale in shown)
     path.write_text(
         "# What held\n\nEvery claim of the paper, and ours where it says so, with the differences that were seen "
-        f"(points of top-1 accuracy, or epochs) at the scales that were run. {about}.\n\n{summary(lines[2:])}\n\n"
-        f"{HOW} The verdict in the last column is about all cells of a line; *one seed* "
-        "says that nothing has a spread yet.\n\n"
+        f"(points of top-1 accuracy, or epochs) at the scales that were run. {about}.\n\n{summary(verdicts)}\n\n"
+        f"{HOW} The verdict in the last column is about all cells of a line; *one seed* says that nothing has a spread "
+        "yet.\n\n"
         f"{markdown(lines)}\n"
     )
     return path
 
 
-def summary(lines: Sequence[Sequence[str]]) -> str:
-    """How many claims have which verdict, the papers' and ours."""
+def summary(verdicts: Sequence[tuple[str, str]]) -> str:
+    """How many claims have which verdict, the papers' and ours, from (claim, verdict)."""
     said = []
     for whose, ours in (("the papers'", False), ("ours", True)):
-        verdicts = [line[-1].strip("*") for line in lines if line[0].startswith("ours: ") == ours]
-        counted = Counter(word if word in VERDICTS else MIXED for word in verdicts)
+        words = [word for claim, word in verdicts if claim.startswith("ours: ") == ours]
+        counted = Counter(word if word in VERDICTS else MIXED for word in words)
         told = ", ".join(f"{counted[word]} {word}" for word in (*VERDICTS, MIXED) if counted[word])
-        said += [f"{len(verdicts)} claims are {whose}: {told}."] if verdicts else []
+        said += [f"{len(words)} claims are {whose}: {told}."] if words else []
     return " ".join(said)
 
 

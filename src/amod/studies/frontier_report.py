@@ -136,9 +136,8 @@ def write_report(
         lines.append("| " + " | ".join(cells) + " |")
     lines += at_equal_agreement(clocks)
     picture(output / "frontier.png", rows, clocks)
-    command = shlex.join(
-        ["python", *(part for part in sys.argv if not part.startswith(("run=", "data_root=", "output=")))]
-    )
+    typed = [part for part in sys.argv[1:] if not part.startswith(("run=", "data_root=", "output="))]
+    command = shlex.join(["python", "src/frontier.py", *typed])
     lines += [
         "",
         "![agreement and accuracy against compute and time](frontier.png)",
