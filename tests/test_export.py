@@ -18,7 +18,7 @@ from PIL import Image
 import amod
 import export
 from amod import ClassOnly, Merge, Prune, Route, exporting, routing
-from amod.deploy import predict
+from amod.deploy import calibration_images, picture, predict
 from amod.exporting import Agreement, Exported, compare
 from amod.reduce import match, merge
 from amod.routing import RoutedLayer
@@ -300,6 +300,28 @@ def test_the_command_exports_times_and_reads_a_picture(tmp_path, capsys):
     names = [name for name, _ in predict(open_session(saved / "model.pt2"), photo)]
     assert [line.split()[-1] for line in printed.splitlines()[-5:]] == names
     assert set(names) <= set("abcdefg")
+
+
+def test_pictures_are_read_as_in_training_and_from_all_of_a_folder(tmp_path):
+    for i in range(12):
+        folder = tmp_path / "abc"[i // 4]
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(folder / f"{i:02}.png")
+    (tmp_path / "a" / "._00.png").write_bytes(b"of a Mac")
+    every = calibration_images(model({}), tmp_path, 100)
+    assert len(every) == 12
+    assert torch.equal(calibration_images(model({}), tmp_path, 9), every[[0, 1, 2, 4, 5, 6, 8, 9, 10]])
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=turned)
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert picture(tmp_path / "turned.jpg", lambda image: image.size) == (20, 40)
+    assert picture(tmp_path / "clear.png", lambda image: image.getpixel((0, 0))) == (255, 255, 255)
+
+
+def test_a_model_that_pools_nothing_is_exported(tmp_path):
+    found = amod.export(model({1: Merge(2)}, num_classes=0, global_pool=""), tmp_path / "tokens.pt2")
+    assert found.difference < 1e-3
 
 
 def test_a_text_as_example_is_refused_before_anything_is_written(tmp_path):

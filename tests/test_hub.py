@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import amod
 import tiny
 from amod import ClassOnly, Merge, Prune, Route
+from amod.exporting import metadata
+from amod.hub import class_names_of
 from amod.training.finished import load_run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -115,7 +117,7 @@ def test_pushing_sends_the_folder(monkeypatch):
 
 
 def test_a_finished_run(tmp_path):
-    tiny.run(tmp_path / "run", "router=attention", "capacity=0.5", "schedule.epochs=1")
+    tiny.run(tmp_path / "run", "router=attention", "capacity=0.5", "schedule.epochs=1", "data.crop_pct=0.5")
     _, trained, data = load_run(tmp_path / "run")
     loaded = amod.from_pretrained(tmp_path / "run")
     images = torch.randn(3, 3, 10, 10)
@@ -125,6 +127,8 @@ def test_a_finished_run(tmp_path):
     saved = amod.from_pretrained(amod.save_pretrained(loaded, tmp_path / "saved"))
     assert torch.equal(saved(images), trained(images))
     assert saved.pretrained_cfg["label_names"] == [*data.class_names]
+    for model in (loaded, saved):  # images are prepared as in the run, whatever timm says of the model
+        assert metadata(model, (3, 10, 10))["crop_pct"] == 0.5
     (tmp_path / "run" / "weights.safetensors").unlink()
     _refused(tmp_path / "run", "is not finished")
 
@@ -172,6 +176,15 @@ def test_a_wrong_number_of_names_and_a_file_in_the_way(tmp_path):
     save_file({}, tmp_path / "file")
     with pytest.raises(amod.UserError, match="is a file"):
         amod.save_pretrained(model({}), tmp_path / "file")
+
+
+def test_names_go_with_the_head_that_they_are_of(tmp_path):
+    loaded = amod.from_pretrained(amod.save_pretrained(model({}), tmp_path / "named", class_names=list("abcde")))
+    for classes in (3, 0):
+        loaded.reset_classifier(classes)
+        assert metadata(loaded, (3, 32, 32))["class_names"] is None
+        again = amod.from_pretrained(amod.save_pretrained(loaded, tmp_path / "other"))
+        assert (again.num_classes, class_names_of(again)) == (classes, None)
 
 
 def _refused(folder, *words):

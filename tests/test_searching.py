@@ -383,6 +383,13 @@ def test_the_command_searches_on_lines_of_text(tmp_path, capsys):
         command.job(command.check(compose_config("search", asked)))
 
 
+def test_a_model_that_pools_nothing_is_refused():
+    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", global_pool="", **kwargs)
+    with pytest.raises(amod.UserError, match=r"gives all its tokens \(17, 16\).* choose a pooling"):
+        amod.search(vit, torch.randn(8, 3, 16, 16), 0.7, effort=2, progress=False)
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_search(tmp_path):
     for place in ("/proc/fast", f"{tmp_path}/file/fast"):
         (tmp_path / "file").touch()

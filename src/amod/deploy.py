@@ -7,32 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from amod.errors import UserError, one_line
 from amod.flops import default_input_size
+from amod.image_files import images_below, open_rgb
 from amod.runtimes import Session
-
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"}
 
 
 def picture(file: Path, transform: Any) -> Tensor:
-    """(C, H, W), prepared."""
+    """(C, H, W), prepared; read as images are in training, upright and on white."""
     try:
-        with Image.open(file) as image:
-            return transform(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+        return transform(open_rgb(file))
+    except Exception as error:  # PIL's plugins raise whatever the bytes lead to
         raise UserError(f"{file}: cannot be read as a picture ({one_line(error)})") from error
 
 
 def calibration_images(model: Any, folder: Path, most: int) -> Tensor:
     """(B, C, H, W): at most so many pictures below the folder, spread over it, prepared for the model."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    files = images_below(folder)
     if len(files) < 4:
         raise UserError(f"images={folder}: has {len(files)} pictures; at least 4 are needed")
-    files = files[:: max(1, len(files) // most)][:most]
+    count = min(most, len(files))
+    files = [files[i * len(files) // count] for i in range(count)]
     transform, _ = preparation(model)
     return torch.stack([picture(file, transform) for file in files])
 

@@ -25,6 +25,7 @@ from amod.dress import of_transformers
 from amod.errors import UserError, one_line, reachable
 from amod.flops import Size, dtype_of, input_size_of, modes_kept
 from amod.gates import is_gated
+from amod.hub import class_names_of
 from amod.plan import Halt, Merge, Plan, Predict, Prune, Route, as_data
 from amod.routing import Routing
 from amod.runtimes import SUFFIXES, Session, needed, open_session
@@ -233,12 +234,11 @@ def traced(exported: Exported, size: Size, dynamic: bool = False) -> Any:
 def metadata(model: Any, size: Size, dynamic: bool = False) -> dict[str, Any]:
     """What a program must know to use the file."""
     data = resolve_model_data_config(model)
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return {
         "input_size": list(size),
         "any_size": dynamic,
         **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
-        "class_names": [*names] if names else None,
+        "class_names": class_names_of(model),
         "plan": as_data(plan_of(model)),
     }
 
@@ -310,9 +310,9 @@ def compare(exported: Exported, session: Session, images: Tensor, strict: bool) 
             swapped = swapped | odd.any(dim=1)
             tokens += layer.indices.numel()
             differ += int((ours & ~theirs).sum())
-        gap = (logits - out[0]).abs().amax(dim=1)
-        same = logits.argmax(dim=1) == out[0].argmax(dim=1)
-        found.append((gap, logits.abs().amax(dim=1), same, swapped, unlike))
+        ours, theirs = logits.flatten(1), out[0].flatten(1)  # all tokens, of a model that pools none
+        gap, same = (ours - theirs).abs().amax(dim=1), ours.argmax(dim=1) == theirs.argmax(dim=1)
+        found.append((gap, ours.abs().amax(dim=1), same, swapped, unlike))
     gap, top, same, swapped, unlike = (torch.cat(column) for column in zip(*found, strict=True))
     scale = top.max().item()
     agreement = Agreement(len(images), gap.max().item(), scale, tokens, differ, same.double().mean().item())

@@ -37,7 +37,8 @@ def save_pretrained(
     class_names: Sequence[str] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the model into ``folder``; :func:`from_pretrained` gives it back, ``timm.create_model`` the dense one.
+    """Write the model into ``folder``; :func:`from_pretrained` gives it back, in float32 as timm makes models, and
+    ``timm.create_model`` the dense one.
 
     Args:
         model: a model of :func:`amod.convert`, or a timm model; or of transformers', which ``from_pretrained`` of its
@@ -62,7 +63,7 @@ def save_pretrained(
         raise UserError(
             f"{type(model).__name__}: timm does not know this model by a name; make it by timm.create_model"
         )
-    names = [*class_names] if class_names is not None else cfg.get("label_names")
+    names = class_names_of(model) if class_names is None else [*class_names]
     if names is not None and len(names) != model.num_classes:
         raise UserError(
             f"class_names: {len(names)} names for a model of {model.num_classes} classes; give one for each"
@@ -91,6 +92,12 @@ def save_pretrained(
         for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):  # the config makes it whole
             file.replace(folder / file.name)
     return folder
+
+
+def class_names_of(model: Any) -> list[str] | None:
+    """The names that a timm model was loaded with; None: there are none, or its head is another one by now."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    return [*names] if names and len(names) == model.num_classes else None
 
 
 def check_place(folder: Path) -> None:
@@ -221,8 +228,8 @@ def _from_run(folder: Path) -> Any:
 
         return language.load_model(folder, run)
     model: Any = load_model(folder, run, classes_in(weights_of(folder)))
-    if names := classes_of(folder):
-        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+    known = {"label_names": classes_of(folder), "crop_pct": run.data.crop_pct}  # how images were prepared for it
+    model.pretrained_cfg = {**model.pretrained_cfg, **{name: value for name, value in known.items() if value}}
     return model
 
 

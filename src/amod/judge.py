@@ -342,6 +342,11 @@ class Judge:
             for hook in hooks:
                 hook.remove()
         self.inputs = {i: torch.cat(batches) for i, batches in kept.items()}
+        if self.seen.dim() != 2:  # plans that merge leave fewer
+            raise UserError(
+                f"{type(self.vit).__name__}: gives all its tokens {tuple(self.seen.shape[1:])}, and plans are compared "
+                "by one vector for an image; choose a pooling (reset_classifier(0, 'avg'))"
+            )
 
     # - the file
 

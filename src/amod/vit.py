@@ -89,7 +89,11 @@ class RoutedViT(Dressed):
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Images (B, 3, H, W) -> tokens behind the final norm: (B, N, D), or where the plan merges or prunes, those
-        that remain (B, n, D); ``forward_intermediates`` gives all N in either case."""
+        that remain (B, n, D); ``forward_intermediates`` gives all N in either case.
+
+        timm's ``forward_head`` of them counts each once. Where a model averages over patches, ``forward`` counts a
+        merged one as all that it stands for; for such features call a model without a head (``reset_classifier(0)``).
+        """
         return Walk(self).forward_features(x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -235,6 +239,8 @@ def convert(
     _refuse(of_detr, "is of a DETR alone; leave it out")
     family.check_model(vit)
     depth = family.depth_of(vit)
+    if budget is None:
+        _refuse({"input_size": input_size}, "says at which size budget= is counted; leave it out without one")
     if plan is not None:
         if isinstance(plan, DetrPlan):
             raise UserError("plan: a DetrPlan is of a DETR alone; write {block: entry}")
@@ -256,6 +262,7 @@ def convert(
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
         "tuning": gates,
+        "none": (),
     }.get(router, ("capacity", "keep_prefix", "activation", "memory", "skip"))
     if router == "tuning":
         for name, value in (("placement", placement), ("budget", budget)):
@@ -263,7 +270,7 @@ def convert(
                 raise UserError(f"{name}={value!r}: router=tuning has layers= and target= in its place; leave it out")
         placement = layers
     if router == "none":
-        _refuse({"budget": budget}, "router=none is the dense model; leave it out")
+        _refuse({"placement": placement, "budget": budget}, "router=none is the dense model; leave it out")
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")

@@ -22,9 +22,10 @@ from scipy.io import savemat
 
 import fakes
 from amod.errors import UserError
+from amod.image_files import open_rgb
 from amod.training.config import Data, Group
 from amod.training.data import LAYOUTS, check_data
-from amod.training.images import kept_rng, open_rgb
+from amod.training.images import kept_rng
 from amod.training.loaders import EpochSampler, build_datamodule
 from amod.training.rules import parse
 from amod.training.splits import Source, Split

@@ -11,8 +11,8 @@ from PIL import Image
 
 import fakes
 from amod.errors import UserError
+from amod.image_files import open_rgb
 from amod.training.config import Data
-from amod.training.images import open_rgb
 from amod.training.sources import load
 
 

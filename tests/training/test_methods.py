@@ -115,6 +115,37 @@ def test_dynamicvit_has_two_learning_rates_and_a_backbone_that_waits():
     assert recipe.factor("predictors", 0.1) == 1.0
 
 
+def planned(folder, text, *overrides):
+    from amod.training.checks import check_train
+    from amod.training.compose import compose_config
+
+    (folder / "plan.yaml").write_text(text)
+    (folder / "dense.safetensors").touch()
+    shared = ["data=digits", "model=vit_pico", "router=plan", f"router.file={folder}/plan.yaml"]
+    return check_train(compose_config("train", [*shared, f"model.checkpoint={folder}/dense.safetensors", *overrides]))
+
+
+def test_a_plan_is_trained_by_the_settings_of_its_entries(tmp_path):
+    predict = "1: {Predict: {keep: 0.7}}"
+    cfg = planned(tmp_path, predict, "router.backbone_lr=1", "router.frozen=0", "distil=0.5")
+    model = amod.convert(vit(), plan={1: amod.Predict(0.7)})
+    recipe = make_recipe(model, cfg.router, cfg.distil, vit)
+    assert recipe.factor("backbone", 0.0) == 1.0
+    assert cfg.router.distil_tokens == 0
+    assert make_recipe(model, planned(tmp_path, predict).router, 0.0, vit).teacher is None
+    tokens = planned(tmp_path, predict, "router.distil_tokens=0.5")
+    assert make_recipe(model, tokens.router, 0.0, vit).teacher is not None
+    assert planned(tmp_path, "1: {Prune: {keep: 0.7}}", "router.warmup=[0,1]").router.warmup == [0, 1]
+    for text, setting, words in (
+        ("1: {Route: {capacity: 0.5}}", "router.backbone_lr=1", "the plan has no Predict"),
+        (predict, "router.warmup=[0,1]", "the plan has no Prune"),
+        (predict, "router.ponder=1", "the plan has no Halt"),
+        (f"{predict}\n11: ClassOnly", "router.distil_tokens=0.5", "the plan's ClassOnly leaves no patches"),
+    ):
+        with pytest.raises(UserError, match=words):
+            planned(tmp_path, text, setting)
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

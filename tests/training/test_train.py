@@ -120,6 +120,15 @@ def test_adapted_variants_train_and_evaluate(dense, tmp_path, router):
     assert tested["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-4)
 
 
+def test_a_taught_run_is_evaluated_without_its_teacher(dense, tmp_path):
+    teacher = shutil.copytree(dense[0], tmp_path / "teacher")
+    taught = ["router=dynamicvit", "router.keep_rate=0.7", "placement.blocks=[1,2]", f"model.checkpoint={teacher}"]
+    summary = run(tmp_path / "run", *taught, "schedule.epochs=1")
+    shutil.rmtree(teacher)
+    tested = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
+    assert tested["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-4)
+
+
 def test_capacity_one_starts_where_the_dense_model_ended(dense, tmp_path):
     folder, before = dense
     summary = run(tmp_path / "run", "router=attention", "capacity=1", f"model.checkpoint={folder}", "schedule.epochs=1")
@@ -455,6 +464,14 @@ def test_what_a_budget_buys_is_reported():
     assert [compute("router=isoflop", f"budget={budget}")[key] for key in ("capacity", "depth")] == [None, 2]
     assert [compute("router=isoflop", "router.depth=3")[key] for key in ("capacity", "depth")] == [None, 3]
     assert compute("router=isoflop", "capacity=0.5")["capacity"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("router", "granted", "blocks"), [("attention", 0.5, [1]), ("none", 1.0, []), ("tuning", None, [1, 2])]
+)
+def test_the_class_token_alone_is_no_capacity(router, granted, blocks):
+    found = compute(f"router={router}", "capacity=0.5", "placement.last=class")
+    assert (found["capacity_granted"], found["blocks_routed"], found["tokens_kept"]["3"]) == (granted, blocks, 1)
 
 
 def test_the_saved_config_is_resolved(dense):

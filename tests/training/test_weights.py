@@ -22,6 +22,7 @@ from amod.errors import UserError
 from amod.training.checks import check_checkpoint
 from amod.training.compose import train_config
 from amod.training.folder import read_config, saved_config
+from amod.training.module import freeze
 from amod.training.weights import build, create_vit, head_classes, head_is_pretrained, isoflop_blocks, read_state
 from tiny import config
 
@@ -223,6 +224,30 @@ def test_models_that_timm_does_not_have(overrides, words):
         create_vit(train_config(overrides).model, 10)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_every_family_that_convert_serves_can_be_trained(name, tmp_path):
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    model = ["model=deit_tiny", f"model.name={name}", *(f"+model.kwargs.{key}={value}" for key, value in small.items())]
+    dense = build(train_config([*model, "router=none", "model.pretrained=false"]), 10).model
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    larger = [*model[:2], "+model.kwargs.img_size=24", *model[3:], f"model.checkpoint={tmp_path}/dense.safetensors"]
+    for router in ("attention", "isoflop"):
+        made = build(train_config([*larger, f"router={router}", "capacity=0.5"]), 10)
+        assert made.adapted
+        assert made.model(torch.randn(2, 3, 24, 24)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("schedule", "train"), [("probe", "head"), ("finetune", "all")])
+def test_both_heads_of_a_distilled_model_are_a_head(schedule, train):
+    cfg = train_config(["model=deit_tiny", "model.name=deit_tiny_distilled_patch16_224", f"schedule={schedule}"])
+    with torch.device("meta"):
+        model = create_vit(cfg.model, 10)
+    freeze(model, cfg.schedule)
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {"head", "head_dist"} <= trained
+    assert (trained == {"head", "head_dist"}) == (train == "head")
 
 
 # --- the hub's cache: each in a process of its own, because the hub reads its settings when it is imported

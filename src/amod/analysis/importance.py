@@ -90,7 +90,7 @@ def leave_one_out(
     if isinstance(vit, FAMILIES) and not isinstance(vit, VisionTransformer):
         raise UserError(
             f"{type(vit).__name__}: its blocks read where a token stands, so importance cannot leave one out; "
-            "it is measured on timm's VisionTransformer"
+            "it is measured on timm's VisionTransformer (explain.py draws what a folder of save_pretrained keeps)"
         )
     b, n, d = x.shape
     others = torch.arange(n - 1, device=x.device)

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import amod
 from amod.analysis.depths import draw_depths
 from amod.analysis.measurement import grid_of
 from amod.analysis.pictures import draw_kept_patches, draw_scores
 from amod.analysis.style import NAMES
-from amod.deploy import PICTURES, picture, preparation
+from amod.deploy import picture, preparation
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
+from amod.hub import class_names_of
+from amod.image_files import images_below
 from amod.plan import halts
 from amod.routing import Routing
 from amod.training.config import ExplainConfig
@@ -35,9 +38,9 @@ def explain_saved(cfg: ExplainConfig) -> None:
     if of_transformers(model) and model.main_input_name != "pixel_values":
         raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no images alone; text= is for models of text")
     transform, mean, std = prepare(model, folder)
-    files = [file for file in sorted(Path(str(cfg.images)).expanduser().rglob("*")) if file.suffix.lower() in PICTURES]
+    files = images_below(Path(str(cfg.images)).expanduser())
     if not files:
-        raise UserError(f"images={cfg.images}: holds no picture ({', '.join(sorted(PICTURES))})")
+        raise UserError(f"images={cfg.images}: holds no picture ({', '.join(IMG_EXTENSIONS)})")
     images = torch.stack([picture(file, transform) for file in files[: cfg.shown]])
     saved = getattr(model, "plan", None)
     if not saved:
@@ -96,5 +99,5 @@ def read(model: Any, logits: Tensor) -> list[str]:
     top = logits.argmax(dim=-1).tolist()
     if of_transformers(model):
         return [str(model.config.id2label.get(i, i)) for i in top]
-    names = (model.pretrained_cfg or {}).get("label_names")
+    names = class_names_of(model)
     return [names[i] if names else f"class {i}" for i in top]

@@ -17,8 +17,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from amod.analysis.explain_checks import data_config, folders, saved
 from amod.errors import UserError, one_line, shown
+from amod.image_files import files_below, is_image, open_rgb
 from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
-from amod.training.images import hidden, is_image, open_rgb, transforms
+from amod.training.images import transforms
 from amod.training.loaders import ImageData, Loader, collate
 from amod.training.sources import load_one
 from amod.training.weights import build, input_config, read_state, variant
@@ -143,8 +144,8 @@ class Pictures:
 def own_pictures(cfg: ExplainConfig, run: Trained) -> Pictures:
     """The first images_max pictures of images=, in the order of their names."""
     folder = Path(cfg.images or "").expanduser()
-    files = [f for f in sorted(folder.rglob("*")) if not any(map(hidden, f.relative_to(folder).parts))]
-    others = [file for file in files if file.is_file() and not is_image(file.name)]
+    files = files_below(folder)
+    others = [file for file in files if not is_image(file.name)]
     files = [file for file in files if is_image(file.name)]
     if not files:
         raise UserError(f"images={cfg.images}: holds no picture ({', '.join(IMG_EXTENSIONS)})")

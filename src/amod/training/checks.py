@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, reachable, shown
 from amod.files import WEIGHTS
-from amod.plan import LANGUAGE_MODELS, make_plan
+from amod.plan import LANGUAGE_MODELS, ClassOnly, Halt, Predict, Prune, make_plan
 from amod.training.config import (
     CONF,
     WITHOUT_CAPACITY,
@@ -35,8 +35,15 @@ from amod.training.folder import check_run_dir, read_config
 from amod.training.rules import parse
 from amod.training.tasks import TASKS
 
-# Of the routers: those that route nothing, and those whose cost is not set by a capacity.
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+WITH_WEIGHTS = ("tuning", "linear", "dynamicvit", "plan")
+"""The routers that have weights, or may have some."""
+TRAINED_BY = {
+    Predict: ("ratio_weight", "distil_tokens", "backbone_lr", "frozen"),
+    Halt: ("ponder", "distribution"),
+    Prune: ("warmup",),
+}
+"""The settings of a router by which such entries of a plan are trained."""
 # One fact, two names: Lightning's argument, and the setting that decides it.
 TWICE = {"max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip_grad"}
 
@@ -66,10 +73,10 @@ def check_train(composed: Any) -> TrainConfig:
             f"schedule.lora={schedule.lora}: is for weights that stay as they are, beside trained routers; with "
             f"schedule.train={schedule.train} choose schedule.lora=null, or choose schedule.train=routers"
         )
-    if schedule.train == "routers" and schedule.lora is None and cfg.router.name not in ("tuning", "linear", "plan"):
+    if schedule.train == "routers" and schedule.lora is None and cfg.router.name not in WITH_WEIGHTS:
         raise UserError(
             f"schedule.train=routers: router={cfg.router.name} has no weights that are trained alone, so nothing would "
-            "be trained; choose router=tuning or linear, schedule.lora=8, or schedule.train=all"
+            "be trained; choose router=tuning, linear or dynamicvit, schedule.lora=8, or schedule.train=all"
         )
     if schedule.min_lr > schedule.lr:
         raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")
@@ -147,18 +154,25 @@ def check_language(cfg: TrainConfig) -> None:
 def check_method(cfg: TrainConfig) -> None:
     """What a method's training needs: a teacher to start from, time to warm up, tokens to compare."""
     router = cfg.router
-    tokens = router.name == "dynamicvit" and router.distil_tokens > 0
+    if router.name == "plan":
+        usual = settings_of(CONF / "router" / "plan.yaml")
+        for entry, names in TRAINED_BY.items():
+            for name in names if not router.has(entry) else ():
+                if name in router.model_fields_set and (value := getattr(router, name)) != usual[name]:
+                    raise UserError(f"router.{name}={shown(value)}: the plan has no {entry.__name__}; leave it out")
+    tokens = router.has(Predict) and router.distil_tokens > 0
     if (cfg.distil or tokens) and cfg.model.checkpoint is None and not cfg.model.pretrained:
         said = f"distil={cfg.distil:g}" if cfg.distil else f"router.distil_tokens={router.distil_tokens:g}"
-        off = "distil=0 router.distil_tokens=0" if router.name == "dynamicvit" else "distil=0"
+        off = "distil=0 router.distil_tokens=0" if router.has(Predict) else "distil=0"
         raise UserError(
             f"{said}: the teacher is the dense model that the run starts from; give model.checkpoint=RUN_FOLDER, or "
             f"train without one: {off}"
         )
-    if tokens and cfg.placement.last is not None:
+    if tokens and (cfg.placement.last is not None or router.has(ClassOnly)):
+        alone = "the plan's ClassOnly" if router.has(ClassOnly) else "placement.last=class"
         raise UserError(
-            f"router.distil_tokens={router.distil_tokens:g}: placement.last=class leaves no patches to compare with "
-            "the teacher's; set router.distil_tokens=0"
+            f"router.distil_tokens={router.distil_tokens:g}: {alone} leaves no patches to compare with the teacher's; "
+            "set router.distil_tokens=0"
         )
     if router.warmup is not None and router.warmup[1] > cfg.schedule.epochs:
         raise UserError(

@@ -18,7 +18,7 @@ from amod.errors import UserError
 from amod.families import default_tokens
 from amod.flops import count_flops
 from amod.gates import is_gated, penalty, share_kept
-from amod.plan import Route
+from amod.plan import ClassOnly, Plan, Route
 from amod.training.config import Schedule, TrainConfig, Variant
 from amod.training.costs import halting_cost
 from amod.training.finished import classes_in, load_model, weights_of
@@ -117,8 +117,12 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
     tokens = default_tokens(vit)
     kept: dict[int, int] = model.tokens_kept(tokens) if isinstance(model, RoutedViT) else {}
     size = (vit.in_chans, *vit.patch_embed.img_size)
-    routed = [entry for entry in vit.plan.values() if isinstance(entry, Route)] if kept else []
+    plan: Plan = vit.plan if kept else {}
+    routed = [entry for entry in plan.values() if isinstance(entry, Route)]
     capacity: float | None = routed[0].capacity if routed else 1.0
+    chosen = {
+        i: count for i, count in kept.items() if not isinstance(plan[i], ClassOnly)
+    }  # by how many tokens, not whose
     if cfg.router.name == "tuning":
         capacity = None
     if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
@@ -127,10 +131,10 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
         "router": cfg.router.name,
         "budget": cfg.budget,
         "capacity": capacity,
-        "capacity_granted": None if is_gated(model) else min(kept.values(), default=tokens) / tokens,
+        "capacity_granted": None if is_gated(model) else min(chosen.values(), default=tokens) / tokens,
         "tokens": tokens,
         "tokens_kept": {str(block): count for block, count in kept.items()},
-        "blocks_routed": [*kept] or [*getattr(vit, "blocks_routed", ())],
+        "blocks_routed": [*vit.blocks_routed] if is_gated(model) else [*chosen],
         "depth": len(vit.blocks),
         "gflops": count_flops(dense(model) if is_gated(model) else model, size) / 1e9,
         "params": sum(p.numel() for p in model.parameters()),

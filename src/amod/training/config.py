@@ -13,7 +13,18 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from amod.errors import UserError
-from amod.plan import BY_THEMSELVES, MERGE_BY, PLACEMENTS, as_data, read_plan
+from amod.plan import (
+    BY_THEMSELVES,
+    MERGE_BY,
+    PLACEMENTS,
+    Entry,
+    Halt,
+    Predict,
+    Prune,
+    as_data,
+    from_data,
+    read_plan,
+)
 from amod.training.rules import (
     Ascending,
     Batches,
@@ -132,6 +143,11 @@ class Router(Group):
         if self.name == "plan" and self.file is not None and self.plan is None:
             self.plan = {str(i): entry for i, entry in as_data(read_plan(self.file)).items()}
         return self
+
+    def has(self, entry: type[Entry]) -> bool:
+        """Whether such entries are in its plan, by the router's name or as the file says."""
+        named = {"dynamicvit": Predict, "avit": Halt, "evit": Prune}.get(self.name)
+        return named is entry or any(isinstance(one, entry) for one in from_data(self.plan or {}).values())
 
 
 class Placement(Group):

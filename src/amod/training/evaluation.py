@@ -34,6 +34,7 @@ def evaluate(cfg: EvaluateConfig) -> Mapping[str, float]:
     parts = task.parts()
     model, data = parts.load_measured(folder, run, cfg.split)
     run.schedule.ema_decay = None  # the weights are the average already
+    run.distil = run.router.distil_tokens = 0.0  # nothing is taught, so no teacher is needed
     run.trainer.max_time = run.trainer.profiler = None
     module = parts.module(model, run, data)
     predictions = Predictions()

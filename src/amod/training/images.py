@@ -1,4 +1,4 @@
-"""One image: which files are images, their pixels as RGB, and what timm makes of them."""
+"""What timm makes of an image, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -9,38 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from amod.errors import UserError, one_line
-
-
-def hidden(name: str) -> bool:
-    """What programs leave beside images: .ipynb_checkpoints, ._copies, __MACOSX, @eaDir."""
-    return name.startswith((".", "__MACOSX", "@eaDir"))
-
-
-def is_image(name: str) -> bool:
-    """By its ending."""
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
-def open_rgb(file: str, upright: bool = True) -> Image.Image:
-    """The image as 8-bit RGB, upright as its EXIF data say or else as it is stored, on white where it is transparent.
-
-    16-bit grey is scaled down; PIL's own conversion would clip nearly all of it to white.
-    """
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened) if upright else opened
-        if image.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError("its 32-bit pixels have no fixed range; save it with 8 or 16 bits")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
 
 
 @contextmanager

@@ -27,9 +27,10 @@ from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from amod.errors import UserError, one_line
+from amod.image_files import open_rgb
 from amod.training.config import Data
 from amod.training.data import check_data
-from amod.training.images import kept_rng, open_rgb, transforms
+from amod.training.images import kept_rng, transforms
 from amod.training.record import record_of
 from amod.training.sources import load
 from amod.training.splits import Split

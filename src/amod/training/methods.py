@@ -109,7 +109,7 @@ def make_recipe(
 
 
 def has_teacher(router: Router, distil: float) -> bool:
-    return distil > 0 or (router.name == "dynamicvit" and router.distil_tokens > 0)
+    return distil > 0 or (router.has(Predict) and router.distil_tokens > 0)
 
 
 # --- schedules ----------------------------------------------------------------------------------------------------

@@ -95,10 +95,14 @@ def freeze(model: nn.Module, schedule: Schedule) -> int:
         model.requires_grad_(False)
         classifier: Any = getattr(model, "get_classifier", None)  # timm's models have it
         if classifier is not None:
-            classifier().requires_grad_(True)
+            heads = classifier()  # two, of a distilled DeiT
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                head.requires_grad_(True)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
-        other = "choose router=tuning or linear" if schedule.train == "routers" else "choose schedule.train=all"
+        other = (
+            "choose router=tuning, linear or dynamicvit" if schedule.train == "routers" else "choose schedule.train=all"
+        )
         raise UserError(f"schedule.train={schedule.train}: there are no such weights; {other}")
     return count
 

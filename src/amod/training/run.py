@@ -244,10 +244,9 @@ def announce(cfg: TrainConfig, data: DataModule, compute: Mapping[str, Any], bat
         kept: dict[int, list[str]] = {}
         for block, count in counts.items():
             kept.setdefault(count, []).append(block)
-        share = f" ({compute['capacity_granted']:.4f})" if len(kept) == 1 else ""
-        found = [
-            f"{count} of {compute['tokens']} tokens{share} in blocks {', '.join(at)}" for count, at in kept.items()
-        ]
+        tokens = compute["tokens"]
+        share = f" ({next(iter(kept)) / tokens:.4f})" if len(kept) == 1 else ""
+        found = [f"{count} of {tokens} tokens{share} in blocks {', '.join(at)}" for count, at in kept.items()]
         say(f"{asked} asked: {'; '.join(found)}")
     reference = cfg.schedule.lr_reference_batch
     scaled = f", schedule.lr={cfg.schedule.lr:g} x {batch} / lr_reference_batch {reference}" if reference else ""

@@ -25,9 +25,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import META_FILE, load_meta_file
 
 from amod.errors import UserError, one_line
+from amod.image_files import hidden, is_image
 from amod.training.config import Data
 from amod.training.data import locate
-from amod.training.images import hidden, is_image
 from amod.training.splits import Source, Split
 
 log = logging.getLogger(__name__)

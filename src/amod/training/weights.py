@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,11 @@ from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 from huggingface_hub.utils import get_session
 from safetensors import safe_open
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
-from timm.models import VisionTransformer, load_state_dict
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from amod.errors import UserError, misfits, one_line
+from amod.families import check_model
 from amod.files import CONFIG, ROUTERS, WEIGHTS
 from amod.flops import count_flops
 from amod.plan import MERGING, from_data
@@ -41,7 +42,7 @@ class Built:
     adapted: bool
 
 
-def create_vit(model: Model, num_classes: int, **pretrained: Any) -> VisionTransformer:
+def create_vit(model: Model, num_classes: int, **pretrained: Any) -> Any:
     """The timm model of a ``model`` config. Raises UserError for a name or an argument that timm does not have.
 
     ``pretrained`` are timm.create_model's arguments that load weights; none of them: random weights.
@@ -65,8 +66,10 @@ def create_vit(model: Model, num_classes: int, **pretrained: Any) -> VisionTrans
         if pretrained:
             raise  # of the weights: pretrained_vit says where they should be
         raise UserError(f"model.name={name} with model.kwargs={kwargs}: timm refuses: {one_line(error)}") from error
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(f"model.name={name}: is a {type(vit).__name__}; routing needs a VisionTransformer of timm")
+    try:
+        check_model(vit)
+    except UserError as error:
+        raise UserError(f"model.name={name}: {error}") from None
     return vit
 
 
@@ -120,7 +123,7 @@ def weightless(cfg: Any) -> Any:
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"checkpoint": None, "pretrained": False})})
 
 
-def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
+def variant(vit: Any, cfg: Variant) -> nn.Module:
     """What `vit` becomes by the config's router: itself for router=none, unless its last block is told otherwise."""
     router, last = cfg.router, cfg.placement.last
     if router.plan is not None:
@@ -155,7 +158,7 @@ def variant(vit: VisionTransformer, cfg: Variant) -> nn.Module:
     )
 
 
-def beside_last(blocks: Any, vit: VisionTransformer, last: str | None) -> Any:
+def beside_last(blocks: Any, vit: Any, last: str | None) -> Any:
     """Of a run of before, which could list the class token's block and have it do nothing else."""
     return [i for i in blocks if i != len(vit.blocks) - 1] if last and isinstance(blocks, list) else blocks
 
@@ -180,14 +183,14 @@ def placement_of(cfg: Variant) -> str | list[int] | None:
     return None if cfg.placement.name == "own" else cfg.placement.name
 
 
-def budget_of(vit: VisionTransformer, cfg: Variant) -> float | None:
+def budget_of(vit: Any, cfg: Variant) -> float | None:
     """``budget`` in FLOPs: a share is of what ``vit``, the dense model, costs at its own image size."""
     if isinstance(cfg.budget, str):
         return float(cfg.budget.rstrip("%")) / 100 * count_flops(vit, (vit.in_chans, *vit.patch_embed.img_size))
     return None if cfg.budget is None else cfg.budget * 1e9
 
 
-def isoflop_blocks(vit: VisionTransformer, cfg: Variant) -> int:
+def isoflop_blocks(vit: Any, cfg: Variant) -> int:
     """Depth of the isoFLOP model: router.depth, else by the budget, else the paper's pin, else amod.isoflop_depth."""
     size = (vit.in_chans, *vit.patch_embed.img_size)
     if (depth := cfg.router.depth) is not None:
@@ -207,7 +210,7 @@ def isoflop_blocks(vit: VisionTransformer, cfg: Variant) -> int:
 # --- pretrained weights -------------------------------------------------------------------------------------------
 
 
-def pretrained_vit(model: Model, num_classes: int) -> VisionTransformer:
+def pretrained_vit(model: Model, num_classes: int) -> Any:
     """timm's pretrained model: from the Hugging Face hub's cache, without any network, else fetched into it."""
     cfg = timm.get_pretrained_cfg(model.name)
     if cfg is None or not cfg.has_weights:
@@ -323,7 +326,7 @@ def without_foreign_head(
     return {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist."))}
 
 
-def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Model) -> bool:
+def load_vit(vit: Any, state: dict[str, Tensor], model: Model) -> bool:
     """Load a state dict into `vit`; whether the head fitted.
 
     A head of other classes is left out and said so, position embeddings of another image size are resized by timm and
@@ -335,7 +338,8 @@ def load_vit(vit: VisionTransformer, state: dict[str, Tensor], model: Model) -> 
     patch, wanted_patch = state.get("patch_embed.proj.weight"), wanted["patch_embed.proj.weight"]
     if patch is None or patch.dim() != 4 or patch.shape == wanted_patch.shape:
         try:
-            state = checkpoint_filter_fn(dict(state), vit)
+            own = sys.modules[type(vit).__module__]  # timm's, of this family
+            state = getattr(own, "checkpoint_filter_fn", lambda state, vit: state)(dict(state), vit)
         except Exception as error:  # timm's reshaping of a checkpoint that is not this model's
             raise UserError(f"{wrong} ({one_line(error)})") from error
     if embedding is not None and "pos_embed" in state and state["pos_embed"].shape != embedding.shape:
