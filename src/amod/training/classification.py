@@ -120,9 +120,7 @@ def cost(model: nn.Module, cfg: Variant) -> dict[str, Any]:
     plan: Plan = vit.plan if kept else {}
     routed = [entry for entry in plan.values() if isinstance(entry, Route)]
     capacity: float | None = routed[0].capacity if routed else 1.0
-    chosen = {
-        i: count for i, count in kept.items() if not isinstance(plan[i], ClassOnly)
-    }  # by how many tokens, not whose
+    chosen = {i: count for i, count in kept.items() if not isinstance(plan[i], ClassOnly)}
     if cfg.router.name == "tuning":
         capacity = None
     if cfg.router.name == "isoflop":  # a budget or a depth leaves the capacity unused
