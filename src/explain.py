@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from amod.analysis.explain_checks import check_explain, is_detection, is_saved_model
+from amod.analysis.explain_checks import check_explain, decided, is_detection, is_saved_model
 from amod.training.command import launch
 from amod.training.config import ExplainConfig
 
@@ -29,4 +29,4 @@ def job(cfg: ExplainConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(job, "explain", check_explain)
+    launch(job, "explain", check_explain, decided)

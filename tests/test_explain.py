@@ -16,11 +16,14 @@ import amod
 import families
 from amod.analysis import panels, pictures
 from amod.analysis.explain import explain
-from amod.analysis.explain_checks import check_explain
+from amod.analysis.explain_checks import check_explain, decided, folders
 from amod.analysis.routing_statistics import seen
 from amod.errors import UserError
+from amod.training.command import check_beside_run
 from amod.training.compose import compose_config
+from amod.training.config import ExplainConfig
 from amod.training.folder import saved_config
+from amod.training.rules import parse
 from amod.training.weights import build, weightless
 from tiny import MODEL, config
 
@@ -232,9 +235,26 @@ WRONG = {
     "gates": (["run={}/dense-0", "router=tuning"], "router=tuning: explain compares"),
     "output": (["run={}/attention-0", "output={}/dense-0/config.yaml"], "is a file"),
     "mixed": (["run=[{0}/attention-0,{0}/other-size]"], "the runs differ in model.kwargs"),
+    "mixed kinds": (["run=[{0}/attention-0,{0}/linear-1]"], "the runs differ in router.name"),
     "untrained": ([*MODEL, "data=digits"], "run: say which run folder"),
     "head": ([*MODEL, "data=digits", "model.checkpoint={}/headless.safetensors"], "have no head for the 10 classes"),
 }
+
+
+def test_what_the_run_decides_is_what_was_typed_with_its_default_too(runs):
+    adapted, dense = (decided(compose_config("explain", [f"run={runs}/{name}-0"])) for name in ("attention", "dense"))
+    assert {"router", "capacity"} <= {*adapted}
+    assert not {"router", "capacity"} & {*dense}
+    cfg = compose_config("explain", [f"run={runs}/attention-0"])
+    with pytest.raises(UserError, match=r"capacity=0\.125: run=.*attention-0 decides it"):
+        check_beside_run(cfg, ["capacity=0.125"], adapted)
+    check_beside_run(cfg, [f"data.root={runs}", "images_max=5"], adapted)
+
+
+def test_a_folder_may_have_a_name_like_a_pattern(runs, tmp_path):
+    odd = (tmp_path / "run[1]").resolve()
+    odd.symlink_to(runs / "attention-0")
+    assert folders(parse(ExplainConfig, compose_config("explain", [f"run='{odd}'"])), "run") == [odd]
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -69,6 +69,13 @@ MISTAKES = [
         f"{A}method: grid\nparameters: {{seed: {{values: [1, 2], probabilities: [0.5, 0.5]}}}}",
         "a grid takes every value once",
     ),
+    (f"{A}method: grid\nparameters: {{seed: {{values: 3}}}}", "seed: values=3: must be a list"),
+    ("command: null\nmethod: grid\nparameters: {seed: {values: [3]}}", "the command needs ${args_no_hyphens}"),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: "
+        "{schedule.lr: {distribution: log_uniform_values, min: 0.0, max: 1.0}}",
+        "min=0.0: must be above 0",
+    ),
 ]
 
 
@@ -240,6 +247,20 @@ def test_the_report_by_hand(tmp_path):
     assert "stability" not in text  # the learning rate is not swept
     states = [row["state"] for row in csv.DictReader((tmp_path / "runs.csv").open())]
     assert states == ["finished"] * 4 + ["failed", "not run"]
+
+
+def test_the_report_of_language_models(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    parameters = {"schedule.lr": {"values": [0.001, 0.01]}}
+    file.write_text(yaml.safe_dump({"command": ["${args_no_hyphens}"], "method": "grid", "parameters": parameters}))
+    runs = runs_of(file, {"data": "text", "model": "stories"})
+    (tmp_path / runs[0].name).mkdir()
+    summary = {"gflops": 0.025, "val_loss": 2.5, "test_loss": 2.4, "test_perplexity": 11.0, "epochs": 3, "seconds": 9.5}
+    (tmp_path / runs[0].name / "summary.json").write_text(json.dumps(summary))
+    text = write_report(runs, tmp_path, {}, "it").read_text()
+    assert "Loss of each run's best epoch" in text
+    assert "| 0.001 | 1 | 0.0250 | 2.50 | 2.40 |" in text
+    assert (tmp_path / "runs.csv").read_text().startswith("schedule.lr,state,gflops,val_loss,test_loss,")
 
 
 def test_the_stability_picture(tmp_path, monkeypatch):

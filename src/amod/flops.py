@@ -1,9 +1,10 @@
 """One counter of FLOPs, in the convention that gives every FLOPs figure of the paper's Tables 1, 4 and 5.
 
 The model runs on the meta device, which has shapes and no numbers, and its operators are counted as they come: one
-multiply-accumulate (MAC) each of a convolution, linear layer or matrix product, five per element of a norm, two of a
-batch norm. Softmax, activations, additions, LayerScale, rotations, sorting, merging's averages and whatever is read
-off an attention map are free. No model, router or method has a formula of its own.
+multiply-accumulate (MAC) each of a convolution, linear layer or matrix product, five per element of a norm (of torch's
+and timm's; transformers' RMSNorms are left out), two of a batch norm. Softmax, activations, additions, LayerScale,
+rotations, sorting, merging's averages and whatever is read off an attention map are free. No model, router or method
+has a formula of its own.
 """
 
 from __future__ import annotations

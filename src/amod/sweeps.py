@@ -24,6 +24,7 @@ from amod.errors import UserError, did_you_mean
 from amod.studies.plan import Run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
+from amod.training.tasks import CLASSIFICATION, TASKS, Task
 
 METHODS = ("grid", "random")
 # W&B's keys that mean something here, or nothing to a run; others are refused.
@@ -37,7 +38,11 @@ DISTRIBUTIONS = (
     "categorical_w_probabilities",
     "constant",
 )
-RESULTS = ("gflops", "val_top1", "test_top1", "epochs", "seconds")  # of summary.json
+
+
+def results(task: Task) -> tuple[str, ...]:
+    """What of summary.json a report has."""
+    return ("gflops", f"val_{task.best}", f"test_{task.best}", "epochs", "seconds")
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,15 @@ def read_sweep(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict) or not sweep["parameters"]:
         raise UserError(f"{file}: has no parameters; write it like sweeps/lr.yaml")
-    if "${args_no_hyphens}" not in sweep.get("command", []):
+    if "${args_no_hyphens}" not in (sweep.get("command") or []):
         raise UserError(f"{file}: the command needs ${{args_no_hyphens}}: Hydra reads key=value, not --key=value")
     refuse_unknown(sweep, KEYS, str(file))
     for key, parameter in sweep["parameters"].items():
         if not isinstance(parameter, dict) or "parameters" in parameter:
             raise UserError(f"{file}: {key}: nested keys arrive as one dictionary; write them flat, as in schedule.lr")
         refuse_unknown(parameter, PARAMETER_KEYS, f"{file}: {key}")
+        if not isinstance(parameter.get("values", []), list):
+            raise UserError(f"{file}: {key}: values={parameter['values']}: must be a list; one value is value: ...")
         check_probabilities(parameter, sweep.get("method"), f"{file}: {key}")
         if any(value is None for value in (*parameter.get("values", []), parameter.get("value", 0))):
             raise UserError(f"{file}: {key}: null arrives as the word None; write 'null', with its quotes")
@@ -152,6 +159,8 @@ def sample(parameter: Mapping[str, Any], draw: random.Random, where: str) -> Any
         case "uniform":
             return draw.uniform(low, high)
         case "log_uniform_values":
+            if low <= 0:
+                raise UserError(f"{where}: min={low}: must be above 0 for log_uniform_values")
             return math.exp(draw.uniform(math.log(low), math.log(high)))
     raise UserError(f"{where}: distribution={parameter['distribution']} needs values")
 
@@ -183,28 +192,31 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
     stability.png. ``failed``: {run's name: why}.
     """
     found = [(run, run.summary(root)) for run in runs]
+    task = TASKS[compose_config("train", runs[0].arguments(root)).model.get("task", "classification")]
+    columns, (words, unit) = results(task), task.shown[task.best]
     with open(root / "runs.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*runs[0].values, "state", *RESULTS, "run"])
+        writer.writerow([*runs[0].values, "state", *columns, "run"])
         for run, summary in found:
             state = "finished" if summary else "failed" if run.name in failed else "not run"
-            writer.writerow([*run.values.values(), state, *((summary or {}).get(key) for key in RESULTS), run.name])
+            writer.writerow([*run.values.values(), state, *((summary or {}).get(key) for key in columns), run.name])
 
     keys = [key for key in runs[0].values if key != "seed"]
     groups: dict[str, list[dict[str, Any] | None]] = {}
     for run, summary in found:
         groups.setdefault(" | ".join(str(run.values[key]) for key in keys), []).append(summary)
     lines = [f"# `{title}`", "", f"{sum(bool(s) for _, s in found)} of {len(runs)} runs finished.", ""]
-    lines += ["Top-1 in percent of each run's best epoch: mean over the seeds (worst to best).", ""]
+    name = f"{words[0].upper()}{words[1:]}{' in percent' if unit else ''}"
+    lines += [f"{name} of each run's best epoch: mean over the seeds (least to most).", ""]
     lines += [f"| {' | '.join([*keys, 'runs', 'GFLOPs', 'validation', 'test'])} |", "|---" * (len(keys) + 4) + "|"]
     for values, summaries in groups.items():
         done = [summary for summary in summaries if summary]
         count = f"{len(done)}" if len(done) == len(summaries) else f"{len(done)} of {len(summaries)}"
         gflops = f"{done[0]['gflops']:.4f}" if done else "-"
-        lines.append(f"| {values} | {count} | {gflops} | {spread(done, 'val_top1')} | {spread(done, 'test_top1')} |")
+        lines.append(f"| {values} | {count} | {gflops} | {spread(done, columns[1])} | {spread(done, columns[2])} |")
     if failed:
         lines += ["", "## Failed", "", *(f"- `{name}`: {why}" for name, why in failed.items())]
-    if {"schedule.lr"} <= {*keys} <= {"schedule.lr", "router"}:
+    if task is CLASSIFICATION and {"schedule.lr"} <= {*keys} <= {"schedule.lr", "router"}:
         draw([(run, summary) for run, summary in found if summary or run.name in failed], root)
         lines += ["", "![Accuracy against the learning rate](stability.png)"]
     report = root / "report.md"
@@ -213,7 +225,7 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
 
 
 def spread(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
-    found = [summary[key] for summary in summaries if summary[key] is not None]
+    found = [summary[key] for summary in summaries if summary.get(key) is not None]
     if not found:
         return "-"
     mean = f"{statistics.fmean(found):.2f}"

@@ -59,6 +59,24 @@ def test_some_of_the_images_of_each_class(dense, tmp_path, capsys):
         measured(tmp_path / "many", dense, "images=400")
 
 
+def test_halting_tokens_cost_what_they_cost_on_images(dense, tmp_path):
+    whole = measured(tmp_path / "whole", dense, "router=avit", "router.halt_shift=75")
+    early = measured(tmp_path / "early", dense, "router=avit", "router.halt_shift=-75")
+    assert early["gflops"] < whole["gflops"] / 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.limit_test_batches=0"], "leaves nothing to measure"),
+        (["model=stories"], "is a model of language"),
+    ],
+)
+def test_what_it_cannot_measure_is_said(overrides, words):
+    with pytest.raises(UserError, match=words):
+        check_train(compose_config("untrained", overrides))
+
+
 def test_weights_without_a_head_are_refused(dense, tmp_path):
     cfg = compose_config("untrained", [*DIGITS, "router=random", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UserError, match="no head for the 10 classes"):

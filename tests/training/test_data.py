@@ -28,7 +28,7 @@ from amod.training.data import LAYOUTS, check_data
 from amod.training.images import kept_rng
 from amod.training.loaders import EpochSampler, build_datamodule
 from amod.training.rules import parse
-from amod.training.splits import Source, Split
+from amod.training.splits import Source, Split, draw_of
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -471,6 +471,8 @@ def test_imagenette_is_any_folder_of_its_layout_and_has_names_for_synsets(tmp_pa
     assert data.class_names == [*fakes.SYNSETS.values(), "n99999999"]
     assert all(f"{own}/train/" in image for image in data.splits["val"].source.images)
     assert all(f"{own}/val/" in image for image in data.splits["test"].source.images)
+    comma = fakes.imagenette(tmp_path / "commas", synsets=(*fakes.SYNSETS, "tomato,red"))
+    assert build("imagenette", root=str(comma), num_classes=4).class_names[-1] == "tomato,red"
     fakes.imagenette(own / "imagenette2-320", train=20)  # the set's own folder goes before
     assert build("imagenette", root=str(own), num_classes=3, val_fraction=0.5).sizes["train"] == 30
 
@@ -701,6 +703,25 @@ def test_unreadable_images_can_be_skipped(tmp_path, workers, caplog):
         tested = torch.cat([batch[2] for batch in data.test_dataloader()])
     assert sorted(tested.tolist()) == sorted(set(test.indices) - set(test.indices[[0, 3, 4]]))
     assert caplog.records[-1].message.startswith("3 unreadable images")
+
+
+def test_a_whole_batch_of_evaluation_may_be_unreadable(tmp_path):
+    fakes.image_folder(tmp_path, classes=2, per_class=40)
+    data = build("folder", batch_size=8, root=str(tmp_path), num_workers=0, on_error="skip")
+    test = data.splits["test"]
+    data.eval_batch_size = len(test) - 1
+    fakes.truncate(Path(test.source.images[test.indices[-1]]))
+    loader = data.test_dataloader()
+    assert [len(batch[0]) for batch in loader] == [len(test) - 1]
+    assert loader.skipped == 1
+    for index in test.indices[:-1]:
+        fakes.truncate(Path(test.source.images[index]))
+    with pytest.raises(UserError, match=f"none of {len(test)} images can be read; the first: .*png"):
+        list(data.test_dataloader())
+
+
+def test_a_name_that_is_not_utf8_has_its_part():
+    assert 0 <= draw_of("caf\udce9.png") < 1
 
 
 def test_a_batch_of_unreadable_images_is_an_error(tmp_path):

@@ -321,6 +321,9 @@ def test_annotations_that_do_not_fit(tmp_path, change, says):
     [
         (["data=folder"], "data=folder: is not for model=detr_pico, whose task is detection; choose one of coco"),
         (["data.root=nowhere"], "no data in"),
+        (["distil=1"], "distil=1.0: model=detr_pico is a detector, whose training has no such thing; leave it out"),
+        (["schedule=finetune"], "schedule.mixup=0.8: model=detr_pico is a detector"),
+        (["+schedule.augment.auto_augment=rand"], "set schedule.augment.auto_augment=null"),
         (["callbacks=early_stopping"], "callbacks.monitor=val/top1: detection measures val/loss, val/map"),
         (["model.image_size=[64,32]"], "model.image_size=[64,32]: must be two ascending numbers"),
     ],

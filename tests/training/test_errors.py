@@ -108,6 +108,10 @@ TABLE = [
     (["trainer.max_steps=null"], ["trainer.max_steps=null", "-1"]),
     (["trainer.max_time=00:00:00:00"], ["trainer.max_time=00:00:00:00", "days"]),
     (["trainer.max_time={hours:abc}"], ["trainer.max_time={'hours': 'abc'}", "days"]),
+    (["trainer.max_time={hour:1}"], ["trainer.max_time={'hour': 1}", "days"]),
+    (["trainer.max_time=02:00:00"], ["trainer.max_time=02:00:00", "days:hours:minutes:seconds"]),
+    (["schedule=detr_small", "schedule.backbone_lr=1e-5"], ["schedule.backbone_lr=1e-05", "is of detection"]),
+    (["schedule=probe"], ["schedule.train=head", "model.checkpoint=RUN_FOLDER"]),
     (["trainer.min_epochs=-3"], ["trainer.min_epochs=-3"]),
     (["trainer.min_steps=abc"], ["trainer.min_steps=abc"]),
     (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches=0", "at least 1"]),
@@ -362,7 +366,8 @@ def test_good_configs_pass(overrides):
 
 
 @pytest.mark.parametrize(
-    ("config_name", "key"), [("train", "run_dir"), ("train", "model.checkpoint"), ("evaluate", "run")]
+    ("config_name", "key"),
+    [("train", "run_dir"), ("train", "model.checkpoint"), ("train", "model.name"), ("evaluate", "run")],
 )
 def test_home_is_expanded(monkeypatch, config_name, key):
     monkeypatch.setenv("HOME", "/home/someone")

@@ -24,7 +24,8 @@ from amod.training.checks import check_evaluate, check_train
 from amod.training.compose import compose_config
 from amod.training.evaluation import evaluate
 from amod.training.finished import load_run
-from amod.training.language import LanguageModel, cut, read
+from amod.training.folder import read_config
+from amod.training.language import LanguageModel, cut, measured, read
 from amod.training.run import train
 
 QUICK = ["trainer.accelerator=cpu", "data.num_workers=0"]
@@ -130,6 +131,9 @@ def test_a_language_model_with_a_lora(stories, tmp_path):
     summary = run(tmp_path / "run", *stories, "router=tuning", "router.target=0.5", "schedule.lora=2")
     weights = load_file(tmp_path / "run/weights.safetensors")
     assert not [key for key in weights if "lora" in key or "base_layer" in key]
+    data = read(read_config(tmp_path / "run/config.yaml"))
+    costs = measured(amod.from_pretrained(tmp_path / "run"), data)
+    assert summary["gflops"] == costs["gflops"]
     found = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
     assert found["test/loss"] == pytest.approx(summary["test_loss"], abs=1e-4)
 

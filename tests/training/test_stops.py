@@ -18,7 +18,7 @@ from amod.training import command
 from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
-from amod.training.folder import unfinished_twin
+from amod.training.folder import grows, unfinished_twin
 from amod.training.run import train
 from processes import ranks, run_forked, step_of, wait_for
 from tiny import DIGITS, config, run
@@ -218,6 +218,13 @@ def test_epochs_may_grow_where_the_learning_rate_is_constant(tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(UserError, match=r"schedule\.epochs=3, not 2; use the same settings"):
         check_train(compose_config("train", [*DIGITS, *SHORT, *CONSTANT, f"run_dir={folder}"]))
+
+
+def test_nor_where_a_method_waits_for_a_share_of_the_training():
+    shared = [*SHORT, *CONSTANT, "router=dynamicvit", "distil=0", "router.distil_tokens=0"]
+    for frozen, may in ((0.2, False), (0, True)):
+        longer = config(*shared, "schedule.epochs=6", f"router.frozen={frozen}")
+        assert grows(config(*shared, f"router.frozen={frozen}"), longer) == may
 
 
 def test_else_the_line_names_the_way(tmp_path):

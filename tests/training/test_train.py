@@ -19,6 +19,7 @@ import torch
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 import fakes
 from amod.errors import UserError
@@ -26,7 +27,7 @@ from amod.training import run as run_module
 from amod.training.checks import check_evaluate
 from amod.training.classification import Classifier, cost
 from amod.training.compose import compose_config, train_config
-from amod.training.evaluation import evaluate
+from amod.training.evaluation import evaluate, picture
 from amod.training.folder import check_run_dir, saved_config
 from amod.training.loaders import DataModule, build_datamodule
 from amod.training.module import lr_factor
@@ -127,6 +128,21 @@ def test_a_taught_run_is_evaluated_without_its_teacher(dense, tmp_path):
     shutil.rmtree(teacher)
     tested = evaluate(check_evaluate(compose_config("evaluate", [f"run={tmp_path / 'run'}"])))
     assert tested["test/top1"] == pytest.approx(summary["test_top1"], abs=1e-4)
+
+
+def test_a_run_of_two_nodes_that_tested_nothing_is_evaluated(dense, tmp_path):
+    folder = shutil.copytree(dense[0], tmp_path / "run")
+    saved = OmegaConf.load(folder / "config.yaml")
+    saved.trainer.num_nodes, saved.trainer.limit_test_batches = 2, 0
+    OmegaConf.save(saved, folder / "config.yaml")
+    tested = evaluate(check_evaluate(compose_config("evaluate", [f"run={folder}"])))
+    assert tested["test/top1"] == pytest.approx(dense[1]["test_top1"], abs=1e-4)
+
+
+def test_a_class_may_cost_dollars(tmp_path):
+    matrix = MulticlassConfusionMatrix(2)
+    matrix.update(torch.tensor([0, 1]), torch.tensor([0, 0]))
+    assert picture(matrix, ["$5_$10", "b"]).startswith(b"\x89PNG")
 
 
 def test_capacity_one_starts_where_the_dense_model_ended(dense, tmp_path):

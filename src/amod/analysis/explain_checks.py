@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from amod.training.data import check_data
 from amod.training.folder import flat, read_config
 from amod.training.rules import parse
 
+ROUTING = ("router", "placement", "capacity", "budget")
 ROUTED = (*READS_ATTENTION, "random")
 """What an untrained model of text can be routed by."""
 
@@ -110,12 +112,24 @@ def check_text(cfg: ExplainConfig) -> ExplainConfig:
 
 def check_left_to_the_run(cfg: ExplainConfig, dense: bool) -> None:
     """With run=, its config decides the model and the data, and unless it is dense also the routing."""
-    free = ("data.root", *(("router", "placement", "capacity", "budget") if dense else ()))
+    free = ("data.root", *(ROUTING if dense else ()))
     plain = flat(parse(ExplainConfig, compose_config("explain", [])).model_dump())
     for key, value in flat(cfg.model_dump()).items():
-        ours = key.startswith(("model", "data", "schedule", "router", "placement", "capacity", "budget"))
+        ours = key.startswith(("model", "data", "schedule", *ROUTING))
         if ours and not key.startswith(free) and plain.get(key) != value:
             raise UserError(f"{key}={shown(value)}: run={shown(cfg.run)} decides it; leave one of them out")
+
+
+def decided(composed: Any) -> tuple[str, ...]:
+    """The groups that run= decides, for the settings that were typed with their default."""
+    cfg = parse(ExplainConfig, composed)
+    if cfg.text is not None:
+        return ("model", "data", "schedule")
+    if is_saved_model(cfg.run):
+        routed = json.loads((Path(str(cfg.run)).expanduser() / "config.json").read_text()).get("amod", {}).get("plan")
+    else:
+        routed = saved(folders(cfg, "run")[0]).router.name not in UNROUTED
+    return ("model", "data", "not data.root", "schedule", *(ROUTING if routed else ()))
 
 
 def folders(cfg: ExplainConfig, key: str) -> list[Path]:
@@ -125,7 +139,10 @@ def folders(cfg: ExplainConfig, key: str) -> list[Path]:
         return []
     found: list[Path] = []
     for item in given if isinstance(given, list) else [given]:
-        matches = [match for match in sorted(glob.glob(os.path.expanduser(item))) if os.path.isdir(match)]
+        name = os.path.expanduser(item)
+        matches = (
+            [name] if os.path.isdir(name) else [match for match in sorted(glob.glob(name)) if os.path.isdir(match)]
+        )
         if not matches:
             raise UserError(f"{key}={item}: no such folder; name the folder of a run that src/train.py made")
         found += map(Path, matches)

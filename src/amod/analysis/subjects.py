@@ -44,7 +44,7 @@ class Subject:
 def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
     """What the command names, weights loaded, in evaluation mode on the device. ``num_classes`` None: the weights'."""
     runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
-    found = []
+    found, others = [], []
     for i in range(max(1, len(runs))):
         config = saved(runs[i]) if runs else cfg
         source = str(denses[i]) if denses else config.model.checkpoint
@@ -65,12 +65,15 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
                 raise UserError(f"mod={mods[i]}: its router is {other.router.name}; name a run of another router")
             no_gates(other.router.name)
             models[other.router.name] = load(other, mods[i], num_classes)
+            others.append((other.router.name, other.capacity))
+            if others[i] != others[0]:
+                raise UserError(f"mod={shown(cfg.mod)}: the runs differ in router or capacity; name runs of one kind")
         device = "cuda" if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()) else "cpu"
         for module in (vit, *models.values()):
             module.to(device).eval()
         found.append(Subject(config, models, vit, origin))
     for subject in found[1:]:
-        for key in ("model.name", "model.kwargs", "data.name"):
+        for key in ("model.name", "model.kwargs", "data.name", "router.name", "placement", "capacity", "budget"):
             one, other = (attrgetter(key)(s.config) for s in (found[0], subject))
             if one != other:
                 raise UserError(

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from amod.errors import UserError
 from amod.files import write_atomically
-from amod.training.classification import Classifier, cost
+from amod.training.classification import Classifier, cost, measured
 from amod.training.config import UntrainedConfig
 from amod.training.folder import environment, saved_config
 from amod.training.loaders import DataModule, build_datamodule
@@ -51,6 +51,7 @@ def measure(cfg: UntrainedConfig) -> None:
         "model": cfg.model.label,
         "data": cfg.data.name,
         **cost(built.model, cfg),
+        **(measured(built.model, data) or {}),
         "seed": cfg.seed,
         "images": len(data.splits["test"]),
         "test_top1_untrained": float(f"{found['test/top1']:.6g}"),

@@ -27,6 +27,7 @@ from amod.training.config import (
     TrainerArguments,
     UntrainedConfig,
     Variant,
+    check_classifier,
     choices,
     model_file,
 )
@@ -54,11 +55,19 @@ def check_train(composed: Any) -> TrainConfig:
         check_names(composed)
     kind = UntrainedConfig if isinstance(composed, DictConfig) and "images" in composed else TrainConfig
     cfg = composed if isinstance(composed, TrainConfig) else parse(kind, composed)
+    if kind is UntrainedConfig:
+        check_classifier(cfg.model, f"model={cfg.model.label}")
+        if cfg.trainer.limit_test_batches == 0:
+            raise UserError("trainer.limit_test_batches=0: leaves nothing to measure; leave it out")
     check_task(cfg)
     if cfg.model.task == "language":
         check_language(cfg)
     else:
         check_variant(cfg)
+    if cfg.model.task == "detection":
+        check_detection(cfg)
+    elif cfg.schedule.backbone_lr is not None:
+        raise UserError(f"schedule.backbone_lr={cfg.schedule.backbone_lr:g}: is of detection; leave it out")
     check_trainer(cfg.trainer)
     schedule = cfg.schedule
     for theirs, ours in TWICE.items():
@@ -77,6 +86,11 @@ def check_train(composed: Any) -> TrainConfig:
         raise UserError(
             f"schedule.train=routers: router={cfg.router.name} has no weights that are trained alone, so nothing would "
             "be trained; choose router=tuning, linear or dynamicvit, schedule.lora=8, or schedule.train=all"
+        )
+    if schedule.train == "head" and cfg.model.task == "classification" and not from_weights(cfg.model):
+        raise UserError(
+            "schedule.train=head: all other weights stay as they are, and they would be random; give "
+            "model.checkpoint=RUN_FOLDER, or model.pretrained=true"
         )
     if schedule.min_lr > schedule.lr:
         raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")
@@ -113,6 +127,22 @@ def check_task(cfg: TrainConfig) -> None:
         raise UserError(f"callbacks.monitor={cfg.callbacks.monitor}: {task.name} measures {known}; choose one of them")
 
 
+def check_unused(unused: dict[str, Any], why: str) -> None:
+    """UserError for the first of the settings that asks for something."""
+    for key, value in unused.items():
+        if value:
+            other = f"set {key}=null" if "augment" in key else "leave it out"
+            raise UserError(f"{key}={shown(value)}: {why}; {other}")
+
+
+def check_detection(cfg: TrainConfig) -> None:
+    schedule, used = cfg.schedule, ("hflip", "sides", "crop")
+    unused = {"distil": cfg.distil, "model.drop_path": cfg.model.drop_path}
+    unused |= {f"schedule.{key}": getattr(schedule, key) for key in ("mixup", "cutmix", "label_smoothing")}
+    unused |= {f"schedule.augment.{key}": value for key, value in schedule.augment if key not in used}
+    check_unused(unused, f"model={cfg.model.label} is a detector, whose training has no such thing")
+
+
 def check_language(cfg: TrainConfig) -> None:
     """A model of transformers' in a folder, dense or with gates."""
     name, router, schedule = cfg.model.name, cfg.router, cfg.schedule
@@ -130,10 +160,9 @@ def check_language(cfg: TrainConfig) -> None:
     unused |= {f"placement.{key}": getattr(cfg.placement, key) for key in ("blocks", "last")}
     unused |= {f"schedule.{key}": getattr(schedule, key) for key in ("mixup", "cutmix", "label_smoothing")}
     unused |= {f"schedule.augment.{key}": value for key, value in schedule.augment}
-    for key, value in unused.items():
-        if value:
-            other = f"set {key}=null" if "augment" in key else "leave it out"
-            raise UserError(f"{key}={shown(value)}: model={cfg.model.label} is a language model; {other}")
+    if cfg.data.on_error != "stop":
+        unused["data.on_error"] = cfg.data.on_error
+    check_unused(unused, f"model={cfg.model.label} is a language model")
     try:
         said = json.loads(file.read_text())
         kind, depth = said["model_type"], int(said["num_hidden_layers"])
@@ -161,7 +190,7 @@ def check_method(cfg: TrainConfig) -> None:
                 if name in router.model_fields_set and (value := getattr(router, name)) != usual[name]:
                     raise UserError(f"router.{name}={shown(value)}: the plan has no {entry.__name__}; leave it out")
     tokens = router.has(Predict) and router.distil_tokens > 0
-    if (cfg.distil or tokens) and cfg.model.checkpoint is None and not cfg.model.pretrained:
+    if (cfg.distil or tokens) and not from_weights(cfg.model):
         said = f"distil={cfg.distil:g}" if cfg.distil else f"router.distil_tokens={router.distil_tokens:g}"
         off = "distil=0 router.distil_tokens=0" if router.has(Predict) else "distil=0"
         raise UserError(
@@ -207,6 +236,9 @@ def evaluation_config(cfg: EvaluateConfig) -> TrainConfig:
         for key, value in getattr(cfg, group):
             if value is not None:
                 setattr(getattr(run, group), key, value)
+    run.trainer.num_nodes = 1  # however many it was trained on
+    if run.trainer.limit_test_batches == 0:
+        run.trainer.limit_test_batches = None
     return run
 
 
@@ -267,6 +299,10 @@ def check_model(model: Model) -> None:
             f"model.name={model.name}: the model.kwargs of model={model.label} would overrule it; leave model.name at "
             f"{meant}, or start from another choice, as in model=deit_small model.name={model.name}"
         )
+
+
+def from_weights(model: Model) -> bool:
+    return model.checkpoint is not None or model.pretrained
 
 
 def check_placement(cfg: Variant) -> None:
@@ -371,9 +407,15 @@ def check_trainer(trainer: TrainerArguments) -> None:
             "epoch; leave it out"
         )
     limit = trainer.max_time
-    parts = list(limit.values()) if isinstance(limit, dict) else list(map(int, re.findall(r"\d+", str(limit))))
-    numbers = all(isinstance(part, (int, float)) and not isinstance(part, bool) and part >= 0 for part in parts)
-    if limit is not None and not (numbers and any(parts)):
+    if isinstance(limit, dict):
+        known = {*limit} <= {"weeks", "days", "hours", "minutes", "seconds"}
+        numbers = all(
+            isinstance(part, (int, float)) and not isinstance(part, bool) and part >= 0 for part in limit.values()
+        )
+        time = known and numbers and any(limit.values())
+    else:
+        time = bool(re.fullmatch(r"\d+(:\d+){3}", str(limit))) and any(map(int, str(limit).split(":")))
+    if limit is not None and not time:
         raise UserError(f"trainer.max_time={shown(limit)}: leaves no time; write days:hours:minutes:seconds, or null")
     if re.search("spawn|fork|notebook|fsdp|deepspeed", trainer.strategy):
         raise UserError(

@@ -19,7 +19,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from amod.errors import UserError
+from amod.errors import UserError, shown
 from amod.training.compose import compose_config, expand_paths, explain_syntax, help_text, key_of
 from amod.training.config import CONF, UNROUTED, WITHOUT_CAPACITY
 
@@ -34,13 +34,14 @@ def launch(
     job: Callable[[Any], Any],
     config_name: str,
     check: Callable[[DictConfig], Any],
-    of_run: Sequence[str] = (),
+    of_run: Sequence[str] | Callable[[Any], Sequence[str]] = (),
 ) -> None:
     """Run ``job(check(config of the command line))``; what the job returns is for Hydra's sweepers. A `check` that
     returns nothing leaves the config as it is.
 
     A UserError, of `check` or of `job`, becomes ``error: ...`` and exit status 2. Anything else is a fault of ours and
-    keeps its traceback. ``of_run``: groups and keys that a finished run says where ``run=`` names one.
+    keeps its traceback. ``of_run``: groups and keys that a finished run says where ``run=`` names one,
+    or what gives them by the config.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     forgive_output()
@@ -72,7 +73,8 @@ def launch(
                 cfg = compose_config(config_name, overrides, own)
                 if args.help or args.cfg:
                     continue
-                check_beside_run(cfg, overrides, of_run)
+                if cfg.get("run") is not None:
+                    check_beside_run(cfg, overrides, of_run(cfg) if callable(of_run) else of_run)
                 check_acts(cfg, overrides)
                 config = check(cfg)
                 if args.multirun:
@@ -90,9 +92,11 @@ def launch(
 
 def check_beside_run(cfg: DictConfig, overrides: list[str], of_run: Sequence[str]) -> None:
     """UserError for a setting that the run has already: it would be ignored."""
-    for override in overrides if cfg.get("run") is not None else []:
-        if key_of(override).partition(".")[0] in of_run:
-            raise UserError(f"{override}: run={cfg.run} decides it; leave it out, or give the run as model.checkpoint=")
+    for override in overrides:
+        key = key_of(override)
+        if {key, key.partition(".")[0]} & {*of_run} and f"not {key}" not in of_run:
+            run = shown(OmegaConf.to_container(cfg)["run"])  # type: ignore[index, call-overload]
+            raise UserError(f"{override}: run={run} decides it; leave it out, or give the run as model.checkpoint=")
 
 
 def check_acts(cfg: DictConfig, overrides: list[str]) -> None:

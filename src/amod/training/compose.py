@@ -120,7 +120,7 @@ def train_config(overrides: list[str]) -> TrainConfig:
 
 def expand_paths(cfg: DictConfig) -> None:
     """``~`` in a path is the home folder. (data.root is expanded where it is read.)"""
-    for key in ("run_dir", "run", "model.checkpoint"):
+    for key in ("run_dir", "run", "model.checkpoint", "model.name"):
         group, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, group) if group else cfg
         if isinstance(node, DictConfig) and isinstance(node.get(name), str):

@@ -120,7 +120,7 @@ def table(file: Path, header: Sequence[str], rows: Any) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    write_atomically(file, text.getvalue().encode())
+    write_atomically(file, text.getvalue().encode(errors="surrogateescape"))
 
 
 def picture(matrix: MulticlassConfusionMatrix, classes: Sequence[str]) -> bytes:
@@ -131,7 +131,8 @@ def picture(matrix: MulticlassConfusionMatrix, classes: Sequence[str]) -> bytes:
 
     few = len(classes) <= 40
     figure, axis = plt.subplots(figsize=(max(4, min(14, 0.5 * len(classes) + 2)),) * 2, layout="constrained")
-    matrix.plot(ax=axis, add_text=few, labels=list(classes) if few else None, cmap="Blues")
+    names = [name.replace("$", r"\$") for name in classes]  # no formula
+    matrix.plot(ax=axis, add_text=few, labels=names if few else None, cmap="Blues")
     if not few:
         axis.set_xticks([])
         axis.set_yticks([])

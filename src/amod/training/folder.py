@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, one_line, reachable, shown
 from amod.files import write_atomically
+from amod.plan import Predict
 from amod.training.compose import FREE_TO_CHANGE, expand_paths
 from amod.training.config import CONF, TrainConfig, UntrainedConfig
 from amod.training.rules import parse
@@ -119,6 +120,7 @@ def grows(run: TrainConfig, cfg: TrainConfig) -> bool:
     """Whether more epochs leave the learning rate of the steps until now as it was: constant after the warm-up."""
     schedule = run.schedule
     constant = schedule.min_lr == schedule.lr and schedule.warmup_epochs <= schedule.epochs / 2
+    constant = constant and not (run.router.has(Predict) and run.router.frozen)  # a share of the training
     return constant and cfg.schedule.epochs > schedule.epochs
 
 

@@ -95,9 +95,9 @@ class Samples(Dataset):
                     if not self.skip:
                         return UserError(f"{error}; data.on_error=skip leaves such images out")
                     skipped.append(str(error))
-        if not samples:
-            return UserError(f"no image of a batch of {len(keys)} can be read; the first: {skipped[0]}")
         if self.refill:
+            if not samples:
+                return UserError(f"no image of a batch of {len(keys)} can be read; the first: {skipped[0]}")
             samples += [samples[i % len(samples)] for i in range(len(keys) - len(samples))]
         return samples, skipped
 
@@ -117,7 +117,7 @@ def collate(batch: UserError | tuple[list[Any], list[str]], join: Callable[[list
     if isinstance(batch, UserError):
         return batch
     samples, skipped = batch
-    return tuple(join(samples)), skipped
+    return tuple(join(samples)) if samples else None, skipped
 
 
 def outlive_signals(worker: int) -> None:
@@ -141,7 +141,7 @@ class Loader(DataLoader):
     skipped = 0
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # type: ignore[override]
-        self.skipped, first = 0, ""
+        self.skipped, first, empty = 0, "", True
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 self._iterator = None  # ends the workers; left to the garbage collector they take 5 s
@@ -150,7 +150,11 @@ class Loader(DataLoader):
             if skipped:
                 self.skipped, first = self.skipped + len(skipped), first or skipped[0]
                 log.warning("%d unreadable images skipped in this pass; the first: %s", self.skipped, first)
-            yield batch
+            if batch is not None:
+                empty = False
+                yield batch
+        if empty and first:
+            raise UserError(f"none of {self.skipped} images can be read; the first: {first}")
 
 
 class EpochSampler(Sampler[Key]):

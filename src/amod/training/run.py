@@ -169,7 +169,8 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         ended_by = "callbacks=early_stopping" if recorder.stopped_early(trainer) else "trainer.max_time"
     tested = {key: rounded(value) for key, value in trainer.callback_metrics.items()}
     best = task.best
-    compute |= parts.measured(module.evaluated, data) or {}
+    final = module.evaluated if schedule.lora is None else merged(module.evaluated)
+    compute |= parts.measured(final, data) or {}
     target, share = cfg.router.target, compute.get("share_kept", 0.0)
     if target is not None and abs(share - target) > 0.05:
         advice = "longer or with a larger router.scale comes nearer"
@@ -199,7 +200,6 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         **costs.summary(),
     }
     if trainer.is_global_zero:
-        final = module.evaluated if schedule.lora is None else merged(module.evaluated)
         state = final.state_dict()
         tied = {value.data_ptr(): key for key, value in state.items()}  # a file of safetensors has no two names for one
         weights = {

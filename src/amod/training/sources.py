@@ -169,7 +169,9 @@ def _imagenette(folder: Path, cfg: Data) -> dict[str, Source]:
     described = ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)
     assert isinstance(described, dict)
     for source in parts.values():
-        source.classes[:] = [described.get(name, name).partition(",")[0] for name in source.classes]
+        source.classes[:] = [
+            described[name].partition(",")[0] if name in described else name for name in source.classes
+        ]
     return parts
 
 

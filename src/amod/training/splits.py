@@ -12,7 +12,9 @@ import numpy as np
 
 def draw_of(name: str) -> float:
     """A number in [0, 1) that a name always has."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") / 2**64
+    return (
+        int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "little") / 2**64
+    )
 
 
 @dataclass(frozen=True)
