@@ -442,9 +442,6 @@ def test_a_forward_that_would_not_be_run_is_refused():
     ("given", "words"),
     [
         ({"router": "none", "budget": 1e6}, "router=none is the dense model"),
-        ({"router": "none", "placement": "late"}, "router=none is the dense model"),
-        ({"router": "none", "capacity": 0.5}, "router=none has no capacity"),
-        ({"router": "none", "keep_prefix": True}, "router=none has no keep_prefix"),
         ({"capacity": 0.5, "input_size": (3, 32, 32)}, "at which size budget= is counted"),
         ({"plan": {1: amod.Route(0.5)}, "input_size": (3, 32, 32)}, "at which size budget= is counted"),
         ({"activation": "sigmoid"}, "is of router=linear"),

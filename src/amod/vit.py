@@ -262,15 +262,14 @@ def convert(
         "dynamicvit": ("keep_rate",),
         "avit": ("halt_scale", "halt_shift"),
         "tuning": gates,
-        "none": (),
-    }.get(router, ("capacity", "keep_prefix", "activation", "memory", "skip"))
+    }.get(router, ("capacity", "keep_prefix", "activation", "memory", "skip"))  # none, too: in a loop over routers
     if router == "tuning":
         for name, value in (("placement", placement), ("budget", budget)):
             if value is not None:
                 raise UserError(f"{name}={value!r}: router=tuning has layers= and target= in its place; leave it out")
         placement = layers
     if router == "none":
-        _refuse({"placement": placement, "budget": budget}, "router=none is the dense model; leave it out")
+        _refuse({"budget": budget}, "router=none is the dense model; leave it out")
     for name, value in own.items():
         if value is not None and name not in takes:
             raise UserError(f"{name}={value!r}: router={router} has no {name}; leave it out")
