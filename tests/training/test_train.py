@@ -417,7 +417,7 @@ LATE = {
     "schedule.optimizer=adahessian": "schedule.optimizer=adahessian, schedule.lr=0.002: makes no step here",
     "schedule.lr=1e38 schedule.clip_grad=null": "schedule.lr=1e+38: makes no step here",
     "logger=wandb logger.project=a/b": "logger.project=a/b logger.run_name=None: refused by W&B",
-    "trainer.max_time=5": "trainer: Lightning refuses",
+    "trainer.max_time=5": "must be days:hours:minutes:seconds",
     "trainer.devices=[a]": "trainer: Lightning refuses",
     "trainer.limit_train_batches=0.001": "trainer.limit_train_batches=0.001: leaves none of 20 batches",
     "trainer.limit_val_batches=0.5": "trainer.limit_val_batches=0.5: leaves none of 1 batches",

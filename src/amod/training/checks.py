@@ -37,8 +37,8 @@ from amod.training.rules import parse
 from amod.training.tasks import TASKS
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
-WITH_WEIGHTS = ("tuning", "linear", "dynamicvit", "plan")
-"""The routers that have weights, or may have some."""
+WITH_WEIGHTS = ("tuning", "linear", "plan")
+"""The routers that have weights which can be trained alone, or may have some."""
 TRAINED_BY = {
     Predict: ("ratio_weight", "distil_tokens", "backbone_lr", "frozen"),
     Halt: ("ponder", "distribution"),
@@ -85,7 +85,7 @@ def check_train(composed: Any) -> TrainConfig:
     if schedule.train == "routers" and schedule.lora is None and cfg.router.name not in WITH_WEIGHTS:
         raise UserError(
             f"schedule.train=routers: router={cfg.router.name} has no weights that are trained alone, so nothing would "
-            "be trained; choose router=tuning, linear or dynamicvit, schedule.lora=8, or schedule.train=all"
+            "be trained; choose router=tuning or linear, schedule.lora=8, or schedule.train=all"
         )
     if schedule.train == "head" and cfg.model.task == "classification" and not from_weights(cfg.model):
         raise UserError(
@@ -416,7 +416,7 @@ def check_trainer(trainer: TrainerArguments) -> None:
     else:
         time = bool(re.fullmatch(r"\d+(:\d+){3}", str(limit))) and any(map(int, str(limit).split(":")))
     if limit is not None and not time:
-        raise UserError(f"trainer.max_time={shown(limit)}: leaves no time; write days:hours:minutes:seconds, or null")
+        raise UserError(f"trainer.max_time={shown(limit)}: must be days:hours:minutes:seconds and above zero, or null")
     if re.search("spawn|fork|notebook|fsdp|deepspeed", trainer.strategy):
         raise UserError(
             f"trainer.strategy={trainer.strategy}: the trained weights would not come back whole to the process that "

@@ -100,9 +100,7 @@ def freeze(model: nn.Module, schedule: Schedule) -> int:
                 head.requires_grad_(True)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not count:
-        other = (
-            "choose router=tuning, linear or dynamicvit" if schedule.train == "routers" else "choose schedule.train=all"
-        )
+        other = "choose router=tuning or linear" if schedule.train == "routers" else "choose schedule.train=all"
         raise UserError(f"schedule.train={schedule.train}: there are no such weights; {other}")
     return count
 
