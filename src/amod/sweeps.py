@@ -24,7 +24,7 @@ from amod.errors import UserError, did_you_mean
 from amod.studies.plan import Run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
-from amod.training.tasks import CLASSIFICATION, TASKS, Task
+from amod.training.tasks import CLASSIFICATION, TASKS
 
 METHODS = ("grid", "random")
 # W&B's keys that mean something here, or nothing to a run; others are refused.
@@ -38,11 +38,6 @@ DISTRIBUTIONS = (
     "categorical_w_probabilities",
     "constant",
 )
-
-
-def results(task: Task) -> tuple[str, ...]:
-    """What of summary.json a report has."""
-    return ("gflops", f"val_{task.best}", f"test_{task.best}", "epochs", "seconds")
 
 
 @dataclass(frozen=True)
@@ -193,7 +188,8 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
     """
     found = [(run, run.summary(root)) for run in runs]
     task = TASKS[compose_config("train", runs[0].arguments(root)).model.get("task", "classification")]
-    columns, (words, unit) = results(task), task.shown[task.best]
+    validation, test, (words, unit) = f"val_{task.best}", f"test_{task.best}", task.shown[task.best]
+    columns = ("gflops", validation, test, "epochs", "seconds")  # of summary.json
     with open(root / "runs.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*runs[0].values, "state", *columns, "run"])
@@ -213,7 +209,7 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
         done = [summary for summary in summaries if summary]
         count = f"{len(done)}" if len(done) == len(summaries) else f"{len(done)} of {len(summaries)}"
         gflops = f"{done[0]['gflops']:.4f}" if done else "-"
-        lines.append(f"| {values} | {count} | {gflops} | {spread(done, columns[1])} | {spread(done, columns[2])} |")
+        lines.append(f"| {values} | {count} | {gflops} | {spread(done, validation)} | {spread(done, test)} |")
     if failed:
         lines += ["", "## Failed", "", *(f"- `{name}`: {why}" for name, why in failed.items())]
     if task is CLASSIFICATION and {"schedule.lr"} <= {*keys} <= {"schedule.lr", "router"}:

@@ -11,6 +11,7 @@ from typing import Any
 from amod.errors import UserError, shown
 from amod.plan import READS_ATTENTION
 from amod.training.checks import check_checkpoint, check_variant
+from amod.training.command import is_among
 from amod.training.compose import compose_config
 from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig, check_classifier
 from amod.training.data import check_data
@@ -111,25 +112,27 @@ def check_text(cfg: ExplainConfig) -> ExplainConfig:
 
 
 def check_left_to_the_run(cfg: ExplainConfig, dense: bool) -> None:
-    """With run=, its config decides the model and the data, and unless it is dense also the routing."""
-    free = ("data.root", *(ROUTING if dense else ()))
+    """What is set otherwise than by default, typed or in a file of one's own."""
     plain = flat(parse(ExplainConfig, compose_config("explain", [])).model_dump())
     for key, value in flat(cfg.model_dump()).items():
-        ours = key.startswith(("model", "data", "schedule", *ROUTING))
-        if ours and not key.startswith(free) and plain.get(key) != value:
+        if is_among(key, of_run(dense)) and plain.get(key) != value:
             raise UserError(f"{key}={shown(value)}: run={shown(cfg.run)} decides it; leave one of them out")
 
 
+def of_run(dense: bool) -> tuple[str, ...]:
+    """With run=, its config decides the model and the data, and unless it is dense also the routing."""
+    return ("model", "data", "not data.root", "schedule", *(() if dense else ROUTING))
+
+
 def decided(composed: Any) -> tuple[str, ...]:
-    """The groups that run= decides, for the settings that were typed with their default."""
+    """What run= decides, for the settings that were typed with their default."""
     cfg = parse(ExplainConfig, composed)
     if cfg.text is not None:
         return ("model", "data", "schedule")
     if is_saved_model(cfg.run):
-        routed = json.loads((Path(str(cfg.run)).expanduser() / "config.json").read_text()).get("amod", {}).get("plan")
-    else:
-        routed = saved(folders(cfg, "run")[0]).router.name not in UNROUTED
-    return ("model", "data", "not data.root", "schedule", *(ROUTING if routed else ()))
+        about = json.loads((Path(str(cfg.run)).expanduser() / "config.json").read_text())
+        return of_run(dense=not about.get("amod", {}).get("plan"))
+    return of_run(dense=saved(folders(cfg, "run")[0]).router.name in UNROUTED)
 
 
 def folders(cfg: ExplainConfig, key: str) -> list[Path]:
@@ -140,9 +143,7 @@ def folders(cfg: ExplainConfig, key: str) -> list[Path]:
     found: list[Path] = []
     for item in given if isinstance(given, list) else [given]:
         name = os.path.expanduser(item)
-        matches = (
-            [name] if os.path.isdir(name) else [match for match in sorted(glob.glob(name)) if os.path.isdir(match)]
-        )
+        matches = [name] if os.path.isdir(name) else [*filter(os.path.isdir, sorted(glob.glob(name)))]
         if not matches:
             raise UserError(f"{key}={item}: no such folder; name the folder of a run that src/train.py made")
         found += map(Path, matches)

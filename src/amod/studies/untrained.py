@@ -51,7 +51,7 @@ def measure(cfg: UntrainedConfig) -> None:
         "model": cfg.model.label,
         "data": cfg.data.name,
         **cost(built.model, cfg),
-        **(measured(built.model, data) or {}),
+        **measured(built.model, data),
         "seed": cfg.seed,
         "images": len(data.splits["test"]),
         "test_top1_untrained": float(f"{found['test/top1']:.6g}"),

@@ -19,7 +19,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from amod.errors import UserError, shown
+from amod.errors import UserError
 from amod.training.compose import compose_config, expand_paths, explain_syntax, help_text, key_of
 from amod.training.config import CONF, UNROUTED, WITHOUT_CAPACITY
 
@@ -93,10 +93,13 @@ def launch(
 def check_beside_run(cfg: DictConfig, overrides: list[str], of_run: Sequence[str]) -> None:
     """UserError for a setting that the run has already: it would be ignored."""
     for override in overrides:
-        key = key_of(override)
-        if {key, key.partition(".")[0]} & {*of_run} and f"not {key}" not in of_run:
-            run = shown(OmegaConf.to_container(cfg)["run"])  # type: ignore[index, call-overload]
-            raise UserError(f"{override}: run={run} decides it; leave it out, or give the run as model.checkpoint=")
+        if is_among(key_of(override), of_run):
+            raise UserError(f"{override}: run={cfg.run} decides it; leave it out, or give the run as model.checkpoint=")
+
+
+def is_among(key: str, groups: Sequence[str]) -> bool:
+    """Whether a dotted key is one of these groups and keys, or in one; "not data.root" takes a key out of its group."""
+    return not {key, key.partition(".")[0]}.isdisjoint(groups) and f"not {key}" not in groups
 
 
 def check_acts(cfg: DictConfig, overrides: list[str]) -> None:

@@ -12,9 +12,8 @@ import numpy as np
 
 def draw_of(name: str) -> float:
     """A number in [0, 1) that a name always has."""
-    return (
-        int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "little") / 2**64
-    )
+    written = name.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "little") / 2**64
 
 
 @dataclass(frozen=True)
