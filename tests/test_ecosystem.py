@@ -231,16 +231,23 @@ def test_each_block_compiled_by_itself(plan):
 
 
 @every_plan
-def test_compile_and_export_of_the_whole(plan):
+def test_compile_of_the_whole(plan):
     model = amod.convert(small(), plan=plan)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(compiled(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-4)
-    for strict in (True, False):
-        program = torch.export.export(model, (IMAGES,), dynamic_shapes={"x": {0: torch.export.Dim("b")}}, strict=strict)
-        assert not any("amod" in str(node.target) for node in program.graph.nodes)
-        batch = torch.cat([IMAGES, IMAGES.flip(0)])
-        assert_close(program.module()(batch), model(batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [("attention", True), ("attention", False), ("linear", False), ("few merges", True), ("evit", False)],
+)
+def test_export_of_the_whole(name, strict):
+    model = amod.convert(small(), plan=PLANS[name])
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes={"x": {0: torch.export.Dim("b")}}, strict=strict)
+    assert not any("amod" in str(node.target) for node in program.graph.nodes)
+    batch = torch.cat([IMAGES, IMAGES.flip(0)])
+    assert_close(program.module()(batch), model(batch), atol=1e-5, rtol=1e-4)
 
 
 @every_plan

@@ -101,6 +101,11 @@ def test_there_are_the_four():
     assert [file.stem for file in FILES] == ["bayes", "capacity", "lr", "placement"]
 
 
+def kinds(found):
+    """Of the combinations that differ in numbers alone, the last."""
+    return {tuple(v if isinstance(v, str) else "" for v in values.values()): values for values in found}.values()
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_combination_as_the_agent_types_it_is_a_run(file, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
@@ -115,7 +120,7 @@ def test_every_combination_as_the_agent_types_it_is_a_run(file, monkeypatch):
         found = [{k: sample(p, draw, k) for k, p in sweep["parameters"].items()} for _ in range(10)]
     else:
         found = combinations(sweep, file)
-    for values in found:
+    for values in kinds(found):
         whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
         typed = through_the_agent(sweep, whole)
         assert typed[-len(values) :] == [f"{key}={value}" for key, value in arguments(values).items()]

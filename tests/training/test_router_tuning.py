@@ -87,7 +87,8 @@ def test_only_the_routers_change(dense, tmp_path, capsys):
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_what_an_image_costs_is_measured_in_the_trainings_precision(dense, tmp_path, router, precision):
     asked = [f"router={router}", f"model.checkpoint={dense}", f"trainer.precision={precision}", "schedule.epochs=1"]
-    summary = run(tmp_path / "run", *DIGITS, *asked, "trainer.limit_train_batches=2")
+    short = ["trainer.limit_train_batches=2", "trainer.limit_test_batches=1", "schedule.eval_batch_size=32"]
+    summary = run(tmp_path / "run", *DIGITS, *asked, *short)
     assert 0 < summary["gflops"] < 1
     assert (tmp_path / "run/weights.safetensors").is_file()
 
