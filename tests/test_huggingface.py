@@ -597,3 +597,69 @@ def test_lora_trains_and_is_merged():
     merged = model.merge_and_unload()
     assert merged.plan == base.plan
     assert_close(merged(**padded()).logits, logits.logits, atol=1e-4, rtol=1e-3)
+
+
+def test_a_forward_that_was_set_on_the_object_is_refused():
+    """As accelerate's hooks do: it would hide the class that routes, and all would be dense without a word."""
+    for part in (lambda model: model, lambda model: model.encoder.layer[1]):
+        dense = build("Bert")
+        part(dense).forward = part(dense).forward
+        with pytest.raises(amod.UserError, match="convert first"):
+            amod.convert(dense, "attention", 0.25)
+
+
+@pytest.mark.parametrize("hidden", [None, -1e4, -1e9, -torch.inf])
+@pytest.mark.parametrize("rows", ["one", "all"])
+@torch.no_grad()
+def test_masks_of_four_axes_say_what_padding_is(rows, hidden):
+    model, inputs = amod.convert(build("Bert"), "attention", 0.5), padded()
+    mask = inputs["attention_mask"].bool()[:, None, None]
+    if rows == "all":
+        mask = mask.expand(-1, 1, mask.shape[-1], -1)
+    if hidden is not None:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, hidden)
+    real = inputs["attention_mask"].bool()
+    got, wanted = (model(inputs["input_ids"], attention_mask=m).last_hidden_state for m in (mask, real))
+    assert_close(got[real], wanted[real], **CLOSE)
+
+
+def test_checkpointing_that_would_lose_the_scores_gradient_is_refused():
+    model = amod.convert(build("Bert"), "attention_weighted", 0.5, [1, 3]).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(amod.UserError, match="use_reentrant=True"):
+        model(**padded())
+    model.eval()(**padded())
+
+
+def test_the_hub_gives_where_generation_ends_and_the_parts_of_large_files(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr("amod.hub.snapshot_download", lambda repo, **how: asked.update(how) or tmp_path)
+    with pytest.raises(amod.UserError):
+        amod.from_pretrained("some/model")
+    assert {"generation_config.json", "model.safetensors.index.json", "model-*.safetensors"} < {
+        *asked["allow_patterns"]
+    }
+
+
+def test_a_plain_model_keeps_its_attention():
+    plain = build("Bert")
+    plain.set_attn_implementation("eager")
+    assert amod.dense(plain).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("inputs", [{"input_ids": WORDS[:, :1].repeat(6, 80)}, {"input_ids": WORDS.repeat(6, 1) + 60}])
+def test_search_on_texts_that_the_model_refuses_is_one_line(inputs):
+    with pytest.raises(amod.UserError, match="refuses these inputs") as error:
+        amod.search(build("Bert"), inputs, 0.8, progress=False)
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_hooks_of_accelerate_on_a_routed_model_leave_its_routing():
+    accelerate = pytest.importorskip("accelerate")
+    model = amod.convert(build("Bert"), "attention", 0.25)
+    hooked = accelerate.dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True)
+    (out, routing), (wanted, decided) = (one(**padded(), return_routing=True) for one in (hooked, model))
+    assert torch.equal(out.last_hidden_state, wanted.last_hidden_state)
+    assert all(torch.equal(a.indices, b.indices) for a, b in zip(routing, decided, strict=True))
+    assert len(routing) == len(decided) > 0

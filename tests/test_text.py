@@ -388,3 +388,36 @@ def test_what_a_gated_layer_cannot_do_is_refused():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(amod.UserError, match="use_reentrant=True"):
         model(**prompts(), use_cache=False, return_routing=True)
+
+
+@torch.no_grad()
+def test_a_first_chunk_of_padding_decides_nothing():
+    model = amod.convert(language_model(), "tuning", layers=[0, 2], per="sequence")
+    for i in (0, 2):
+        model.model.layers[i].router.forward = lambda x, real: torch.zeros(len(x), 1) - real.any(1, keepdim=True) * 1.0
+    ids, mask = prompts()["input_ids"], prompts()["attention_mask"]
+    whole = model(ids, attention_mask=mask).cache
+    first = model(ids[:, :4], attention_mask=mask[:, :4]).cache
+    assert first.layers[0].open.isnan().any()
+    model(ids[:, 4:], attention_mask=mask, cache=first)
+    assert torch.equal(first.layers[0].open, whole.layers[0].open)
+
+
+@torch.no_grad()
+def test_a_cache_of_shut_gates_is_repeated():
+    model = amod.convert(language_model(), "tuning", layers=[0, 2], per="sequence")
+    for i in (0, 2):
+        model.model.layers[i].router.forward = lambda x, real: torch.full((len(x), 1), -1.0)
+    ids = torch.randint(2, 60, (2, 5))
+    cache = model(ids).cache
+    cache.batch_repeat_interleave(2)
+    again = model(ids[[0, 0, 1, 1], :1], cache=cache).logits
+    torch.testing.assert_close(again[::2], again[1::2])
+
+
+def test_a_cache_of_training_is_refused_in_evaluation():
+    model = gated(language_model()).train()
+    ids = torch.randint(2, 60, (1, 8))
+    cache = model(ids[:, :6]).cache
+    with pytest.raises(amod.UserError, match="read in training"), torch.no_grad():
+        model.eval()(ids[:, 6:], cache=cache)

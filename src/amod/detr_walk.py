@@ -50,7 +50,7 @@ class DetrWalk(Walk):
         self.memory: dict[int, RoutedLayer] = {}
 
     def record(self) -> DetrRouting:
-        return DetrRouting(*([d[i] for i in sorted(d)] for d in (self.routing, self.queries, self.memory)))
+        return DetrRouting(*([d[i] for i in sorted(d)] for d in (self.routing.layers, self.queries, self.memory)))
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,19 @@ def dressed(over: Any, own: Any) -> type[nn.Module]:
 
 
 def dress(module: nn.Module, over: type[Dressed]) -> None:
-    """Put ``over`` over the module's class, once."""
+    """Put ``over`` over the module's class, once. UserError where that would not act."""
+    check_own_forward(module)
     if not isinstance(module, over):
         module.__class__ = dressed(over, type(module))
+
+
+def check_own_forward(module: nn.Module) -> None:
+    """UserError for a forward that was set on the object, which goes before that of any class."""
+    if "forward" in vars(module):
+        raise UserError(
+            f"{type(module).__name__}: its forward was replaced on this object (by hooks of accelerate's, for one), "
+            "and a routed model would not run it; convert first"
+        )
 
 
 def undressed(model: Any) -> Any:

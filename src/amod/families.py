@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import Beit, Eva, VisionTransformer, VisionTransformerRelPos
 
 from amod.attention import READABLE
-from amod.dress import Dressed, of_transformers
+from amod.dress import Dressed, check_own_forward, of_transformers
 from amod.errors import UserError
 from amod.flops import Size, default_input_size
 from amod.plan import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Plan, Predict, Prune, Route
@@ -57,11 +57,7 @@ def check_model(vit: Any) -> None:
 
 def check_forward(vit: Any) -> None:
     """UserError for a forward of the user's own that a routed model would not run, or could not."""
-    if "forward" in vars(vit):
-        raise UserError(
-            f"{type(vit).__name__}: its forward was replaced on this object (by hooks of accelerate's, for one), and a "
-            "routed model would not run it; convert first"
-        )
+    check_own_forward(vit)
     for name in ("forward", "forward_features", "forward_intermediates"):
         function = inspect.unwrap(getattr(type(vit), name))
         upwards = "__class__" in getattr(getattr(function, "__code__", None), "co_freevars", ())  # it says super()

@@ -27,6 +27,8 @@ from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS
 from amod.plan import as_data, from_data
 from amod.vit import RoutedViT, convert, dense
 
+OF_TRANSFORMERS = ("generation_config.json", f"{WEIGHTS}.index.json", "model-*.safetensors")
+"""What its models have beside the files of others: where generation ends, and the parts of large files."""
 FORMAT = 1
 """Of the entry ``amod`` in config.json; a library reads its own format and older ones."""
 
@@ -208,7 +210,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _fetched(repo: str) -> Path:
     """The folder of a hub id in the hub's cache, fetched if it is not there."""
     try:
-        return Path(snapshot_download(repo, allow_patterns=[WEIGHTS, ROUTERS, CONFIG]))
+        return Path(snapshot_download(repo, allow_patterns=[WEIGHTS, ROUTERS, CONFIG, *OF_TRANSFORMERS]))
     except Exception as error:  # no such place, no network, a name that no hub allows
         raise UserError(f"{repo}: no such folder, and the hub gives no such model ({one_line(error)})") from error
 

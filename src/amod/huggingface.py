@@ -134,7 +134,8 @@ def dense(model: Any) -> Any:
         vars(m)["attention_before"] for m in model.modules() if "attention_before" in vars(m)
     ]  # by a part, it may be
     plain = undressed(model)
-    owner_of(plain, find_encoder(plain)[0]).set_attn_implementation(said[0] if said else "sdpa")
+    if said:
+        owner_of(plain, find_encoder(plain)[0]).set_attn_implementation(said[0])
     return plain
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 from amod.huggingface import check_model, find_encoder, prefix_of, routed, tokens_of
 from amod.judge import Judge, check_images
 from amod.plan import Plan, Route
@@ -57,8 +57,11 @@ class EncoderJudge(Judge):
         texts = {"texts": len(self.images), "tokens": self.size}
         images = {"images": len(self.images), "image_size": self.size}
         self.about = {**(texts if IDS in named else images), "model": type(self.vit).__name__}
-        with torch.inference_mode():
-            out = self.vit(**self.images[:1].named)
+        try:
+            with torch.inference_mode():
+                out = self.vit(**self.images[:1].named)
+        except (RuntimeError, ValueError, IndexError) as error:  # of another size, longer, or other words
+            raise UserError(f"{type(self.vit).__name__}: refuses these inputs ({one_line(error)})") from error
         self.has_head = hasattr(out, "logits")
         self.read_off(out, self.images[:1])  # refuses a model that has no such answer
 

@@ -89,15 +89,25 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without one, paddi
 # --- the modules of a routed model --------------------------------------------------------------------------------
 
 
+class Ledger:
+    """What the routed layers leave, by their numbers. No mapping: hooks of accelerate's hand on a copy of one."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, routing.RoutedLayer] = {}
+
+    def __setitem__(self, layer: int, left: routing.RoutedLayer) -> None:
+        self.layers[layer] = left
+
+
 class Walk:
     """What one pass leaves behind its layers, by their index."""
 
-    def __init__(self, routing: dict[int, routing.RoutedLayer] | None) -> None:
+    def __init__(self, ledger: Ledger | None) -> None:
         self.left: dict[int, Tensor] = {}
         """(B, N) for the next layer's router."""
         self.met = False
         """Whether it came to any layer."""
-        self.routing = {} if routing is None else routing
+        self.routing = Ledger() if ledger is None else ledger
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,13 @@ class RoutedLayer(Dressed):
             return super().forward(hidden_states, *args, **kwargs)
         walk.met = True
         mask = args[0] if args else kwargs.get("attention_mask")
+        if mask is not None:  # (B, 1, 1, N) says of every row the same
+            mask = mask.expand(*mask.shape[:2], hidden_states.shape[1], -1)
+        if self.step.differentiable and reentrant(self):
+            raise UserError(
+                "gradient_checkpointing_enable: use_reentrant=True loses the gradient of the scores by which the next "
+                "layer is multiplied; leave it out"
+            )
         inputs = args[1:], {name: value for name, value in kwargs.items() if name != "attention_mask"}
         real = None if mask is None else padding.real_tokens(mask, hidden_states.shape[0])
         if self.step.entry is not None:
@@ -240,6 +257,12 @@ def rotary_rows(table: Tensor, indices: Tensor, tokens: int, still: int) -> Tens
     return torch.cat([front, table])[indices].unsqueeze(1)
 
 
+def reentrant(layer: Any) -> bool:
+    """Whether gradient checkpointing runs the layer first without gradients."""
+    again = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
+    return bool(again and layer.training and getattr(layer, "gradient_checkpointing", False))
+
+
 def refuse_attentions(config: Any, kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         raise UserError(
@@ -254,9 +277,7 @@ class RoutedEncoder(Dressed):
     named_alike = True
     config: Any
 
-    def forward(
-        self, *args: Any, routing: dict[int, Any] | None = None, walk: Walk | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, routing: Ledger | None = None, walk: Walk | None = None, **kwargs: Any) -> Any:
         refuse_attentions(self.config, kwargs)
         if self.config._attn_implementation != IMPLEMENTATION:
             raise UserError(
@@ -305,8 +326,9 @@ class RoutedModel(Dressed):
             refuse_attentions(self.config, kwargs)
         if not return_routing:
             return super().forward(*args, **kwargs)
-        found: dict[int, Any] = {}
-        out = super().forward(*args, routing=found, **kwargs)
+        ledger = Ledger()
+        out = super().forward(*args, routing=ledger, **kwargs)
+        found = ledger.layers
         if self.plan and not found:
             raise UserError(
                 f"return_routing: {type(self).__name__} hands no options on to its encoder; ask its base model"

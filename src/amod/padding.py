@@ -16,16 +16,19 @@ from amod.plan import fraction
 from amod.routing import put, refine, take
 
 NEVER = -torch.inf
+HIDDEN = -5e3
+"""Less than this, added to a logit, hides a token: people write -1e4, -1e9, a type's least number or -inf."""
 
 
 def real_tokens(mask: Tensor, batch: int) -> Tensor:
     """(B, N) bool: padding is what does not see itself.
 
     Args:
-        mask: (B or 1, H or 1, N, N), True where row may look at column, or added to the logits.
+        mask: (B or 1, H or 1, N, N), True where row may look at column, or added to the logits, where whoever is not
+            to be seen has -1e4 or less.
     """
     itself = mask[:, 0].diagonal(dim1=1, dim2=2)
-    real = itself if mask.dtype == torch.bool else itself > torch.finfo(mask.dtype).min / 2
+    real = itself if mask.dtype == torch.bool else itself > HIDDEN
     return real.expand(batch, -1)
 
 

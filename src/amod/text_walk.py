@@ -24,6 +24,7 @@ from amod import padding
 from amod.dress import Dressed
 from amod.errors import UserError
 from amod.gates import kept_first, put_kept, straight_through
+from amod.huggingface_walk import Ledger, reentrant
 from amod.plan import Gate
 from amod.routers import GateRouter
 from amod.routing import RoutedLayer, take
@@ -44,7 +45,7 @@ class KeptCache(DynamicLayer):
         self.window = getattr(before, "sliding_window", None)
         self.is_sliding = self.window is not None
         self.positions = torch.empty(0)
-        self.open: Tensor | None = None  # (B, 1), the decision of gates per sequence
+        self.open: Tensor | None = None  # (B, 1), of gates per sequence; nan: not decided, for want of a real token
 
     def add(
         self, keys: Tensor, values: Tensor, positions: Tensor, texts: Tensor, batch: int
@@ -104,13 +105,19 @@ class KeptCache(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.positions)).repeat_interleave(repeats))
+        texts = len(self.positions if self.open is None else self.open)
+        self.batch_select_indices(torch.arange(texts).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            for name in ("keys", "values", "positions", "open"):
-                if (value := getattr(self, name)) is not None:
-                    setattr(self, name, value[indices.to(value.device)])
+        for name in ("keys", "values", "positions", "open") if self.is_initialized else ("open",):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value[indices.to(value.device)])
+
+
+def decided(before: Tensor | None, now: Tensor, real: Tensor) -> Tensor:
+    """Gates per sequence (B, 1): a text's is decided by the first of its tokens that come, real (B, N), and stays."""
+    now = now.masked_fill(~real.any(dim=1, keepdim=True), torch.nan)
+    return now if before is None else torch.where(before.isnan(), now, before)
 
 
 class GatedLayer(Dressed):
@@ -130,7 +137,7 @@ class GatedLayer(Dressed):
         position_ids: Tensor | None = None,
         cache: Any = None,
         position_embeddings: Any = None,
-        routing: dict[int, RoutedLayer] | None = None,
+        routing: Ledger | None = None,
         **_: Any,
     ) -> Tensor:
         """(B, Q, D) -> (B, Q, D)."""
@@ -147,7 +154,7 @@ class GatedLayer(Dressed):
             )
         if attention_mask is not None:  # its last columns are of these very tokens
             real = padding.real_tokens(attention_mask[..., -x.shape[1] :], len(x))
-        store = None if cache is None or learning else self.store(cache)
+        store = None if cache is None or learning else self.store(cache, x.shape[1])
         before = self.input_layernorm(x)  # type: ignore[operator]
         if skip == "mlp":
             x = self.attended(x, before, real, real, attention_mask, store, position_embeddings, None)[0]
@@ -155,7 +162,8 @@ class GatedLayer(Dressed):
         logits = self.router(normed, real)
         gate = straight_through(logits)
         if store is not None and entry.per == "sequence":
-            store.open = gate = gate.detach() if store.open is None else store.open
+            store.open = decided(store.open, gate.detach(), real)
+            gate = store.open.nan_to_num()
         if routing is not None:
             scores = logits.detach().expand(x.shape[:2])
             none = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
@@ -271,18 +279,21 @@ class GatedLayer(Dressed):
 
     def refuse(self, cache: Any, count: int, learning: bool, asked: bool) -> None:
         """UserError for what would be wrong with ``count`` tokens: a past that is not seen, gates without gradients."""
-        again = getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant")
-        if self.training and asked and again and getattr(self, "gradient_checkpointing", False):
+        if asked and reentrant(self):
             raise UserError(
                 "gradient_checkpointing_enable: use_reentrant=True leaves the gates without a gradient; leave it out"
             )
-        i = self.self_attn.layer_idx
-        layers = getattr(cache, "layers", ())
-        if learning and any(layer.get_seq_length() > count * (j < i) for j, layer in enumerate(layers) if j != i):
+        if learning and self.others_have_seen_more(cache, count):
             raise UserError("a gated model that is trained reads whole texts and no cache; eval(), or torch.no_grad()")
 
-    def store(self, cache: Any) -> KeptCache:
-        """This layer's place in the cache."""
+    def others_have_seen_more(self, cache: Any, count: int) -> bool:
+        """Than these ``count`` tokens, which the layers before have in the cache already."""
+        i = self.self_attn.layer_idx
+        layers = enumerate(getattr(cache, "layers", ()))
+        return any(layer.get_seq_length() > count * (j < i) for j, layer in layers if j != i)
+
+    def store(self, cache: Any, count: int) -> KeptCache:
+        """This layer's place in the cache, into which ``count`` tokens come."""
         i = self.self_attn.layer_idx
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= i:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -290,6 +301,8 @@ class GatedLayer(Dressed):
         if not isinstance(own, KeptCache):
             if not isinstance(own, DynamicLayer) or own.get_seq_length():
                 raise UserError(f"cache: a gated layer needs an empty DynamicCache, not one with {type(own).__name__}")
+            if self.others_have_seen_more(cache, count):
+                raise UserError("cache: its text was read in training, where gated layers store nothing; read it again")
             own = cache.layers[i] = KeptCache(own)
         return own
 
