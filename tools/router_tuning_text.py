@@ -99,7 +99,14 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="a folder of .txt files")
     parser.add_argument("--runs", type=Path, required=True, help="where the runs are, or will be")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gates", type=int, nargs="+", default=[*range(len(GATES))], help="which of GATES, from 0")
+    parser.add_argument(
+        "--gates",
+        type=int,
+        nargs="+",
+        choices=range(len(GATES)),
+        default=[*range(len(GATES))],
+        help="which of GATES, from 0",
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--decode", type=int, default=64)

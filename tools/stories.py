@@ -25,6 +25,10 @@ def read_model(file: Path) -> LlamaForCausalLM:
     """llama2.c's legacy format: seven int32, then float32."""
     data = file.read_bytes()
     dim, hidden, layers, heads, kv_heads, words, length = struct.unpack("7i", data[:28])
+    if words < 0:
+        raise SystemExit(
+            f"error: {file}: has a head of its own (vocabulary {words}), which is not read; use a tied one"
+        )
     rest = torch.from_numpy(np.frombuffer(data, np.float32, offset=28).copy())
     at, width = 0, dim // heads
 
@@ -37,7 +41,7 @@ def read_model(file: Path) -> LlamaForCausalLM:
         """Rotary pairs (0, 1), (2, 3), ... become (0, d/2), (1, d/2 + 1), ..."""
         return weight.view(layers, count, width // 2, 2, dim).transpose(2, 3).reshape(layers, count * width, dim)
 
-    state = {"model.embed_tokens.weight": take(abs(words), dim)}
+    state = {"model.embed_tokens.weight": take(words, dim)}
     names = [
         ("input_layernorm", (dim,)),
         ("self_attn.q_proj", (dim, dim)),
@@ -53,7 +57,7 @@ def read_model(file: Path) -> LlamaForCausalLM:
     state["model.norm.weight"] = take(dim)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config = LlamaConfig(
-        vocab_size=abs(words), hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers,
+        vocab_size=words, hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=length, rms_norm_eps=1e-5,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
@@ -116,6 +120,8 @@ def main() -> None:
     parser.add_argument("--write", type=int, help="how many stories to sample")
     parser.add_argument("--texts", type=Path, default=Path("texts/stories"), help="their folder")
     given = parser.parse_args()
+    if (given.model is None) != (given.words is None):
+        parser.error("--model and --words go together")
     if given.model is not None:
         model, tokenizer = read_model(given.model), read_words(given.words)
         model.save_pretrained(given.out)
