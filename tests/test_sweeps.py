@@ -107,7 +107,7 @@ def kinds(found):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_combination_as_the_agent_types_it_is_a_run(file, monkeypatch):
+def test_every_kind_of_combination_as_the_agent_types_it_is_a_run(file, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "xyz")
     sweep = read_sweep(file)

@@ -39,7 +39,7 @@ class DetrWalk(Walk):
     """What one pass leaves behind the layers, by their index: ``left`` is the encoder's (B, M)."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__()
         self.states: dict[int, Tensor] = {}
         """(B, Q, D) behind each decoder layer, before the norm that auxiliary losses read it through."""
         self.of_queries: dict[int, Tensor] = {}
@@ -50,7 +50,7 @@ class DetrWalk(Walk):
         self.memory: dict[int, RoutedLayer] = {}
 
     def record(self) -> DetrRouting:
-        return DetrRouting(*([d[i] for i in sorted(d)] for d in (self.routing.layers, self.queries, self.memory)))
+        return DetrRouting(*([d[i] for i in sorted(d)] for d in (self.routing, self.queries, self.memory)))
 
 
 @dataclass(frozen=True)

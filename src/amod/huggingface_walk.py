@@ -89,25 +89,15 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without one, paddi
 # --- the modules of a routed model --------------------------------------------------------------------------------
 
 
-class Ledger:
-    """What the routed layers leave, by their numbers. No mapping: hooks of accelerate's hand on a copy of one."""
+class Walk:
+    """What one pass leaves behind its layers, by their index. No mapping: accelerate's hooks hand on a copy of one."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, routing.RoutedLayer] = {}
-
-    def __setitem__(self, layer: int, left: routing.RoutedLayer) -> None:
-        self.layers[layer] = left
-
-
-class Walk:
-    """What one pass leaves behind its layers, by their index."""
-
-    def __init__(self, ledger: Ledger | None) -> None:
         self.left: dict[int, Tensor] = {}
         """(B, N) for the next layer's router."""
         self.met = False
         """Whether it came to any layer."""
-        self.routing = Ledger() if ledger is None else ledger
+        self.routing: dict[int, routing.RoutedLayer] = {}
 
 
 @dataclass(frozen=True)
@@ -277,14 +267,14 @@ class RoutedEncoder(Dressed):
     named_alike = True
     config: Any
 
-    def forward(self, *args: Any, routing: Ledger | None = None, walk: Walk | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, walk: Walk | None = None, **kwargs: Any) -> Any:
         refuse_attentions(self.config, kwargs)
         if self.config._attn_implementation != IMPLEMENTATION:
             raise UserError(
                 f"attn_implementation={self.config._attn_implementation!r}: leaves no scores; a routed model runs with "
                 f"set_attn_implementation({IMPLEMENTATION!r})"
             )
-        walk = Walk(routing) if walk is None else walk
+        walk = Walk() if walk is None else walk
         out = super().forward(*args, walk=walk, **kwargs)
         if not walk.met:
             raise UserError(
@@ -326,14 +316,13 @@ class RoutedModel(Dressed):
             refuse_attentions(self.config, kwargs)
         if not return_routing:
             return super().forward(*args, **kwargs)
-        ledger = Ledger()
-        out = super().forward(*args, routing=ledger, **kwargs)
-        found = ledger.layers
-        if self.plan and not found:
+        walk = Walk()
+        out = super().forward(*args, walk=walk, **kwargs)
+        if self.plan and not walk.routing:
             raise UserError(
                 f"return_routing: {type(self).__name__} hands no options on to its encoder; ask its base model"
             )
-        return out, [found[i] for i in sorted(found)]
+        return out, [walk.routing[i] for i in sorted(walk.routing)]
 
     def extra_repr(self) -> str:
         return "\n".join(f"plan {i}: {entry}" for i, entry in sorted(self.plan.items()))

@@ -24,7 +24,7 @@ from amod import padding
 from amod.dress import Dressed
 from amod.errors import UserError
 from amod.gates import kept_first, put_kept, straight_through
-from amod.huggingface_walk import Ledger, reentrant
+from amod.huggingface_walk import Walk, reentrant
 from amod.plan import Gate
 from amod.routers import GateRouter
 from amod.routing import RoutedLayer, take
@@ -137,13 +137,13 @@ class GatedLayer(Dressed):
         position_ids: Tensor | None = None,
         cache: Any = None,
         position_embeddings: Any = None,
-        routing: Ledger | None = None,
+        walk: Walk | None = None,
         **_: Any,
     ) -> Tensor:
         """(B, Q, D) -> (B, Q, D)."""
         x, entry, skip = hidden_states, self.entry, self.entry.skip
         learning = self.training and torch.is_grad_enabled()  # all is computed, and multiplied by the gate
-        self.refuse(cache, x.shape[1], learning, routing is not None)
+        self.refuse(cache, x.shape[1], learning, walk is not None)
         if x.is_meta:
             raise UserError("count_flops: what a trained gate costs depends on the text; give token ids (B, N)")
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -164,10 +164,10 @@ class GatedLayer(Dressed):
         if store is not None and entry.per == "sequence":
             store.open = decided(store.open, gate.detach(), real)
             gate = store.open.nan_to_num()
-        if routing is not None:
+        if walk is not None:
             scores = logits.detach().expand(x.shape[:2])
             none = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-            routing[self.self_attn.layer_idx] = RoutedLayer(
+            walk.routing[self.self_attn.layer_idx] = RoutedLayer(
                 self.self_attn.layer_idx, scores, none, None, gate, None if attention_mask is None else real
             )
         keep, rows = (gate.detach() > 0) & real, gate.to(x.dtype) if learning else None

@@ -287,9 +287,9 @@ def hub_cache(home: Path, name: str) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-# the second one's weights were published as .npz, which timm reads in another way
 def test_pretrained_weights_from_a_local_hub_cache_offline(tmp_path):
-    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # timm's ViT behind the file of DeiT's settings
+    """Of weights that were published as .npz, which timm reads in another way; below DeiT's own."""
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     state = hub_cache(tmp_path, name)
     done = in_hub(tmp_path, "model=deit_tiny", f"model.name={name}", "router=attention")
     assert done.returncode == 0, done.stderr
