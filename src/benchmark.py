@@ -118,9 +118,10 @@ def check_hub_models(cfg: DictConfig) -> None:
 def output_of(cfg: DictConfig) -> Path:
     if cfg.output is not None:
         return Path(cfg.output)
-    if asked := hub_models(cfg):  # its report does not replace that of the goals
+    if asked := hub_models(cfg):  # a report of other cells does not replace that of the goals
         return Path("outputs/benchmark") / Path(asked[0].removeprefix("hf:")).expanduser().name
-    return Path("results/benchmark")
+    plain = cfg.preset == "goals" and all(cfg[key] is None for key in OVERRIDABLE)
+    return Path("results/benchmark" if plain else f"outputs/benchmark/{cfg.preset}")
 
 
 def _example(key: str) -> str:
@@ -216,16 +217,19 @@ def job(cfg: DictConfig) -> None:
     where = {key: here[key] for key in ("kind", "threads", "torch")}
     cells = [{**cell, **where} for cell in cells_of(cfg)]
     if not cells:
-        raise UserError(f"measures={_shown(cfg.measures)}: preset={cfg.preset} has none of these; try preset=full")
+        raise UserError(
+            f"preset={cfg.preset}: has no cell of all that was asked for; preset=full has more, and exported files "
+            "run modes=[forward] compile=[false] measures=[speed] alone"
+        )
     macs = [measures.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 
     output = output_of(cfg)
     output.mkdir(parents=True, exist_ok=True)
     store = output / "cells.jsonl"
-    if cfg.fresh:
-        store.unlink(missing_ok=True)
     ledger = Ledger(store)
     finished = {identity(record["cell"]): record for record in ledger.lines}
+    if cfg.fresh:  # the others stay
+        finished = {key: finished[key] for key in finished.keys() - {identity(cell) for cell in cells}}
     head = {
         "command": f"python src/benchmark.py {shlex.join(sys.argv[1:])}",
         "commit": commit(),
@@ -237,7 +241,8 @@ def job(cfg: DictConfig) -> None:
 
     def write() -> str:
         records = [finished[identity(cell)] for cell in cells if identity(cell) in finished]
-        return report.write(output, head, records, failed)
+        more = len(records) < report.cells_in(output)  # a report of more of them stays until this has as many
+        return report.write(output / "partial" if more else output, head, records, failed)
 
     print(f"{len(cells)} cells on {here['kind']}; threads: {here['threads']}", flush=True)
     for number, cell in enumerate(cells, 1):

@@ -29,4 +29,4 @@ def job(cfg: ExplainConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(job, "explain", check_explain, decided)
+    launch(job, "explain", check_explain, decided, idle=("schedule",))

@@ -90,4 +90,4 @@ def output_of(cfg: ExportConfig) -> Path:
 
 
 if __name__ == "__main__":
-    launch(job, "export", check, ("model", "router", "placement", "capacity", "budget", "data"))
+    launch(job, "export", check, ("model", "router", "placement", "capacity", "budget", "data"), idle=("schedule",))

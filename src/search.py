@@ -203,4 +203,4 @@ def output_of(cfg: SearchConfig) -> Path:
 
 
 if __name__ == "__main__":
-    launch(job, "search", check, ("model", "data"))
+    launch(job, "search", check, ("model", "data"), idle=("schedule",))

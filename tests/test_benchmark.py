@@ -13,7 +13,7 @@ import torch
 
 import amod
 import benchmark
-from amod.analysis.throughput import goals, measures, memory, parts, report, variants
+from amod.analysis.throughput import goals, measures, memory, parts, pictures, report, variants
 from amod.analysis.throughput.timing import Quartiles, alternate, paired, quartiles
 from amod.training.compose import compose_config
 from hub_models import build as build_hub
@@ -351,6 +351,30 @@ def test_finished_cells_are_skipped_and_a_torn_line_is_measured_again(quick, mon
     benchmark.job(config(*settings))
     assert run == ["memory"]
     assert capsys.readouterr().out.count("expected end") == 1
+    whole = (folder / "results.json").read_bytes()
+    benchmark.job(config(*settings, "measures=[memory]", "fresh=true"))  # the others' work is not lost, nor the report
+    assert run == ["memory"] * 2
+    assert (folder / "results.json").read_bytes() == whole
+    assert len(json.loads((folder / "partial/results.json").read_text())["cells"]) == 1
+    benchmark.job(config(*settings))
+    assert run == ["memory"] * 2
+
+
+def test_only_the_goals_as_they_are_go_to_their_report(monkeypatch):
+    goals, quick, other = (benchmark.output_of(config(*asked)) for asked in ([], ["preset=quick"], ["batch_sizes=[8]"]))
+    assert [str(goals), str(quick), str(other)] == [
+        *("results/benchmark", "outputs/benchmark/quick", "outputs/benchmark/goals")
+    ]
+
+
+def test_variants_without_a_capacity_have_no_picture(tmp_path):
+    cell = {"measure": "speed", "variants": ["dense", "tome_r2"], "model": "vit_pico", "batch": 1}
+    assert pictures.draw(tmp_path, [{"cell": cell, "seconds": {"dense": [1.0], "tome_r2": [1.0]}}]) == []
+
+
+def test_cells_that_there_are_none_of_are_said():
+    with pytest.raises(amod.UserError, match="preset=goals: has no cell of all that was asked for"):
+        benchmark.job(config("modes=[train]", "runtimes=[onnxruntime]"))
 
 
 def test_without_a_compiler_compiled_cells_are_marked(tmp_path, monkeypatch, capsys):

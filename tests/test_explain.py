@@ -16,7 +16,7 @@ import amod
 import families
 from amod.analysis import panels, pictures
 from amod.analysis.explain import explain
-from amod.analysis.explain_checks import check_explain, decided, folders
+from amod.analysis.explain_checks import check_explain, data_config, decided, folders, saved
 from amod.analysis.routing_statistics import seen
 from amod.errors import UserError
 from amod.training.command import check_beside_run
@@ -236,6 +236,7 @@ WRONG = {
     "output": (["run={}/attention-0", "output={}/dense-0/config.yaml"], "is a file"),
     "mixed": (["run=[{0}/attention-0,{0}/other-size]"], "the runs differ in model.kwargs"),
     "mixed kinds": (["run=[{0}/attention-0,{0}/linear-1]"], "the runs differ in router.name"),
+    "device": (["run={}/attention-0", "device=cuda"], "device=cuda: torch sees no CUDA device here"),
     "untrained": ([*MODEL, "data=digits"], "run: say which run folder"),
     "head": ([*MODEL, "data=digits", "model.checkpoint={}/headless.safetensors"], "have no head for the 10 classes"),
 }
@@ -249,6 +250,14 @@ def test_what_the_run_decides_is_what_was_typed_with_its_default_too(runs):
     with pytest.raises(UserError, match=r"capacity=0\.125: run=.*attention-0 decides it"):
         check_beside_run(cfg, ["capacity=0.125"], adapted)
     check_beside_run(cfg, [f"data.root={runs}", "images_max=5"], adapted)
+
+
+def test_a_root_that_is_typed_acts_though_it_is_the_default(runs, monkeypatch):
+    cfg = parse(ExplainConfig, compose_config("explain", [f"run={runs}/attention-0"]))
+    run = saved(runs / "attention-0").model_copy(update={"data": cfg.data.model_copy(update={"root": "elsewhere"})})
+    assert data_config(cfg, run).root == "elsewhere"
+    monkeypatch.setattr("sys.argv", ["explain.py", f"data.root={cfg.data.root}"])
+    assert data_config(cfg, run).root == cfg.data.root
 
 
 def test_a_folder_may_have_a_name_like_a_pattern(runs, tmp_path):

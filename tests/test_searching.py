@@ -412,6 +412,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_search(tmp_path):
         (["data=digits", "output=plan.txt"], "output=plan.txt: must be a file that ends in .yaml"),
         (["model.checkpoint=nowhere.pth"], "no such file"),
         (["data=digits", f"save={__file__}"], "is a file; name a folder"),
+        (["data=digits", "schedule.epochs=3"], "schedule.epochs=3: src/search.py trains nothing; leave it out"),
     ],
 )
 def test_the_commands_mistakes_are_one_line(settings, words, tmp_path):

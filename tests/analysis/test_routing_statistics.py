@@ -73,6 +73,8 @@ def test_agreement_by_hand():
     assert one["never kept"] == pytest.approx(3 / 5)
     assert two["never kept"] == pytest.approx(2 / 5)  # patches 3 and 4
     assert two["never, by chance"] == pytest.approx(0.36)
+    routing[1] = RoutedLayer(3, routing[1].scores, torch.tensor([[0, 1, 2, 3]]))  # four of five
+    assert agreement(routing, 1, contrast=torch.ones(1, 4))[1]["never, by chance"] == pytest.approx(0.6 * 0.2)
 
 
 def test_contrast_of_patches():

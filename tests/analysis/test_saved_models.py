@@ -75,6 +75,9 @@ def test_how_deep_the_patches_of_a_saved_avit_went(tmp_path, pictures):
         (["images={0}", "mod=other"], "mod=other: is for run folders"),
         (["images={0}", "router=none"], "router=none: routes nothing"),
         (["images={0}", "output={0}/a.png"], "is a file"),
+        (["images={0}", "images_max=5"], "images_max=5: does nothing to what is shown of pictures of your own"),
+        (["images={0}", "device=cuda"], "device=cuda: does nothing"),
+        (["images={0}", "data.root=photos"], "data.root=photos: does nothing"),
     ],
 )
 def test_what_does_not_go_with_a_saved_model_is_refused(given, words, tmp_path, pictures):

@@ -51,6 +51,8 @@ def test_the_command_prints_them(folder, capsys, saved_routed):
         (["run=null"], "run=null: name the folder"),
         (["images=pictures"], "images=pictures"),
         (["router=tome"], "router=tome: keeps no words"),
+        (["output=there"], "output=there: does nothing to what is shown of text="),
+        (["shown=3"], "shown=3: does nothing"),
     ],
 )
 def test_what_does_not_go_with_text_is_refused(folder, given, words):

@@ -18,7 +18,7 @@ from amod.analysis.throughput import timing
 from amod.studies import clock
 from amod.studies.plan import runs_of
 from amod.studies.report import write_report
-from amod.studies.rows import rows_of
+from amod.studies.rows import read, rows_of
 from amod.training.compose import compose_config
 from amod.training.config import TrainConfig
 from amod.training.rules import parse
@@ -103,20 +103,30 @@ def test_a_report_shows_them(timed):
     assert (output / "figure.png").stat().st_size > 5000
 
 
-def test_only_a_machine_that_has_the_first_seed_times_it(timed):
-    """Else the first that it has; what was timed elsewhere is not mixed with it."""
-    study, runs, root, output = timed
-    study |= {"metrics": ["speedup", "test_top1"], "with_start": True}
+def test_times_of_runs_that_are_not_here_stay(timed, capsys):
+    """And are not mixed with those of another day: the first seed that is here is timed where none was."""
+    _, runs, root, output = timed
     clock.measure(runs, root, output)
-    before = rows_of(runs, root, {})[0]
-    before = clock.with_speeds(before, output)
+    before = (output / "speed.csv").read_bytes()
     for run in runs:
         if run.settings["seed"] == "0":
             shutil.rmtree(root / run.name)
     clock.measure(runs, root, output)
+    assert (output / "speed.csv").read_bytes() == before
+    assert "has times of runs that are not here and stays; delete it to time those here" in capsys.readouterr().out
+    (output / "speed.csv").unlink()
+    clock.measure(runs, root, output)
     assert all("seed1" in name for name in clock.read(output)["run"])
-    after = clock.with_speeds(before, output)
+    after = clock.with_speeds(rows_of(runs, root, {})[0], output)
     assert after["speedup"].notna().tolist() == [row == 1 for row in after["seed"]]
+
+
+def test_a_part_that_goes_beside_the_report_has_no_times_of_it(timed):
+    study, runs, root, output = timed
+    clock.measure(runs, root, output)
+    write_report(study, SCALE, *rows_of(runs, root, {}), output)
+    part = write_report(study, SCALE, *rows_of(runs[:2], root, {}), output)
+    assert read(part.with_name("runs.csv"))["speedup"].isna().all()
 
 
 @pytest.fixture

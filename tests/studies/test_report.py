@@ -6,7 +6,7 @@ import pandas as pd
 from fakes_studies import SCALE, STUDY, finish, rows
 
 from amod.studies.paper import ACCURACY
-from amod.studies.report import beside_the_paper, table, write_report
+from amod.studies.report import beginnings, beside_the_paper, table, write_report
 from amod.studies.rows import COLUMNS, read, rows_of
 
 
@@ -66,6 +66,26 @@ def test_a_part_of_a_study_leaves_the_report_of_more_as_it_is(tmp_path):
     assert whole.read_text() == text
     again = write_report(STUDY, SCALE, *rows_of(runs, tmp_path / "runs", {}), tmp_path / "results")
     assert again == whole
+
+
+def test_as_many_runs_of_other_seeds_do_not_replace_a_report(tmp_path):
+    runs = finish(tmp_path / "runs", {"linear": [70.0, 71.0], "attention": [72.0, 73.5]})
+    rows, curves = rows_of(runs, tmp_path / "runs", {})
+    first, second = rows[rows["seed"] == 0], rows[rows["seed"] == 1]
+    write_report(STUDY, {**SCALE, "seeds": [0]}, first, curves, tmp_path / "results")
+    other = write_report(STUDY, {**SCALE, "seeds": [1], "usual_seeds": [0, 1]}, second, curves, tmp_path / "results")
+    assert other == tmp_path / "results/partial/report.md"
+    assert "study=toy scale=toy 'scale.seeds=[1]'`, run at" in other.read_text()
+    assert list(read(tmp_path / "results/runs.csv")["seed"]) == [0, 0]
+    write_report(STUDY, SCALE, rows, curves, tmp_path / "results")
+    assert list(read(tmp_path / "results/runs.csv")["seed"]) == [0, 0, 1, 1]
+
+
+def test_runs_that_began_from_two_trainings_of_the_dense_model_are_told():
+    found = rows(linear=[70, 71], attention=[72, 73])
+    found["start_accuracy"] = [88.0, 88.5, 88.0, 88.25]  # seeds 0, 1, 0, 1
+    assert beginnings(found[found["seed"] == 0]) == ""
+    assert beginnings(found).endswith("from each (seed 1: 1 from one of 88.25 %, 1 from one of 88.5 %).")
 
 
 def test_each_model_has_a_picture(tmp_path):

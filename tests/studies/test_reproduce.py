@@ -27,12 +27,13 @@ def command(*overrides):
         (["scale.seeds=[a]"], r"scale.seeds=\['a'\]: must be a list of whole numbers"),
         (["study=table8", "scale=medium"], "study=table8: needs the stage scratch, but scale=medium has dense"),
         (["study=table99"], "study=table99: no such choice"),
+        (["results=README.md"], "results=README.md: is a file; name a folder"),
         (["scale=medium", "scale.weights=none.pth"], "model.checkpoint=none.pth: no such file"),
     ],
 )
 def test_a_mistake_is_one_line(overrides, said, tmp_path):
     with pytest.raises(UserError, match=said) as error:
-        command(*overrides, f"runs={tmp_path}/runs", f"results={tmp_path}/results")
+        command(f"runs={tmp_path}/runs", f"results={tmp_path}/results", *overrides)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -62,7 +63,10 @@ def test_reports_are_written_again_from_their_rows(tmp_path):
     (tmp_path / "table5/small").mkdir(parents=True)
     write(table_of(rows[:-1]), tmp_path / "table5/small/runs.csv")  # the last run is not there yet
     command("study=all", "report_only=true", f"results={tmp_path}", f"runs={tmp_path}/nowhere")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.md", "sec45", "table5"]  # which share runs
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "claims.md",
+        "table5",
+    ]  # not sec45, which shares its runs
     report = (tmp_path / "table5/small/report.md").read_text()
     assert "14 runs finished, 1 runs not run" in report
     assert "Not run: 1 runs of seed 2." in report

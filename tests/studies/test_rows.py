@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pandas as pd
 import pytest
-from fakes_studies import finish, rows
+from fakes_studies import SCALE, STUDY, finish, finished, rows
 from pandas.testing import assert_frame_equal
 
+from amod.errors import UserError
+from amod.studies.plan import runs_of
 from amod.studies.rows import (
     COLUMNS,
     CURVES,
@@ -92,6 +95,41 @@ def test_a_study_keeps_its_own_dense_model(tmp_path):
         assert {row["test_top1"] for row in rows_again.values()} == {accuracy}
         assert set(curves_again["val_top1"]) == {value}
         assert len(curves_again) == len(curves)
+
+
+def test_a_dense_model_trained_again_is_not_that_of_runs_before(tmp_path):
+    """Two of four runs are in a report alone, and their dense model of seed 0 was another one."""
+    study = {**STUDY, "stage": "finetune", "claims": []}
+    scale = {**SCALE, "stages": {"dense": {"settings": []}, "finetune": {"start": "dense", "settings": []}}}
+    runs = runs_of(study, scale)  # of each seed the dense one, MoD, A-MoD
+    for run, accuracy in zip(runs, (88.0, 70.0, 71.0, 87.0, 72.0, 73.0), strict=True):
+        finished(tmp_path / run.name, accuracy)
+    before, curves = rows_of(runs, tmp_path, {})
+    assert before["start_accuracy"].fillna(0).tolist() == [0, 88, 88, 0, 87, 87]
+    (tmp_path / "results/toy/toy").mkdir(parents=True)
+    write(before, tmp_path / "results/toy/toy/runs.csv")
+    write(curves, tmp_path / "results/toy/toy/curves.csv")
+    shutil.rmtree(tmp_path / runs[1].name)
+    for run, accuracy in ((runs[0], 88.5), (runs[2], 71.5), (runs[3], 87.5), (runs[4], 72.5), (runs[5], 73.5)):
+        shutil.rmtree(tmp_path / run.name)
+        finished(tmp_path / run.name, accuracy)
+    now, _ = reported(runs, tmp_path, known_in(tmp_path / "results", "toy"))
+    assert now["test_top1"].tolist() == [88, 70, 71.5, 87.5, 72.5, 73.5]
+    assert now["start_accuracy"].fillna(0).tolist() == [0, 88, 88.5, 0, 87.5, 87.5]
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "run,seed\n", "a,b\n1,2\n", 'run,"seed', "run,test_top1\nx,many\n", "run,seed\nx,0\ny,1,2,3\n"]
+)
+def test_a_damaged_file_is_named(tmp_path, damage):
+    file = tmp_path / "toy/small/runs.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text(damage)
+    if damage == "run,seed\n":
+        assert read(file).empty
+        return
+    with pytest.raises(UserError, match=f"{file}: cannot be read .*; bring it back from version control, or delete it"):
+        known_in(tmp_path, "small")
 
 
 def test_what_failed_is_not_measured():

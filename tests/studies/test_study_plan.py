@@ -123,6 +123,15 @@ def test_settings_of_the_scale_are_in_every_run_and_the_stages_win():
     assert [run.settings["schedule.lr"] for run in runs[:2]] == ["1", "0.0005"]
 
 
+def test_settings_of_the_study_are_in_its_own_runs_alone():
+    stages = {"dense": {"settings": []}, "finetune": {"start": "dense", "settings": ["schedule.epochs=2"]}}
+    runs = runs_of(
+        {"name": "s", "stage": "finetune", "settings": ["schedule.epochs=1"], "runs": [{"router": ["attention"]}]},
+        {"name": "x", "seeds": [0], "models": ["vit_pico"], "data": "digits", "stages": stages},
+    )
+    assert [run.settings.get("schedule.epochs") for run in runs] == [None, "1"]
+
+
 def test_a_scale_has_settings_for_the_runs_of_a_router():
     scale = {**SCALE, "routers": {"avit": ["router.halt_shift=5"]}}
     runs = runs_of({"stage": "finetune", "runs": [{"router": ["attention", "avit"]}]}, scale)

@@ -13,7 +13,7 @@ from amod.analysis.explain_checks import folders, saved
 from amod.analysis.importance import cost
 from amod.analysis.measurement import blocks_of, grid_of, head_scores, measure
 from amod.analysis.routing_report import About, write_report
-from amod.analysis.subjects import data_pictures, own_pictures, subjects
+from amod.analysis.subjects import data_pictures, device_of, own_pictures, subjects
 from amod.errors import UserError
 from amod.flops import count_flops
 from amod.training.config import WITHOUT_CAPACITY, ExplainConfig
@@ -25,6 +25,7 @@ from amod.training.terminal import quiet, say
 def explain(cfg: ExplainConfig, command: str) -> None:
     """What ``src/explain.py`` does; ``command`` is named in the report."""
     quiet()
+    device_of(cfg)  # before pictures are read
     runs = folders(cfg, "run")
     first = saved(runs[0]) if runs else cfg
     classes: int | None

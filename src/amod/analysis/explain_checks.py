@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from amod.training.rules import parse
 ROUTING = ("router", "placement", "capacity", "budget")
 ROUTED = (*READS_ATTENTION, "random")
 """What an untrained model of text can be routed by."""
+MEASURING = ("split", "images_max", "tokens", "device")
+"""Of measuring what tokens are worth, which needs a run of a classifier."""
 
 
 def check_explain(composed: Any) -> ExplainConfig:
@@ -69,6 +73,7 @@ def check_saved(cfg: ExplainConfig) -> ExplainConfig:
         raise UserError(
             f"images={shown(cfg.images)}: run={cfg.run} is a saved model without data; name a folder of pictures"
         )
+    check_idle(cfg, (*MEASURING, "data.root"), f"of pictures of your own through run={cfg.run}")
     check_output(cfg)
     return cfg
 
@@ -87,6 +92,7 @@ def check_detection(cfg: ExplainConfig, runs: list[Path]) -> ExplainConfig:
             raise UserError(f"{key}={shown(getattr(cfg, key))}: is not for a detector's run; leave it out")
     run = saved(runs[0])
     check_left_to_the_run(cfg, dense=run.router.name in UNROUTED)
+    check_idle(cfg, MEASURING[1:], "of a detector's run")
     check_output(cfg)
     check_data(data_config(cfg, run), test_only=cfg.split == "test")
     return cfg
@@ -108,15 +114,27 @@ def check_text(cfg: ExplainConfig) -> ExplainConfig:
         raise UserError(f"run={shown(cfg.run)}: name the folder of a text model of transformers', with its tokenizer")
     if cfg.router.name not in ROUTED:
         raise UserError(f"router={cfg.router.name}: keeps no words; choose one of {', '.join(ROUTED)}")
+    check_idle(cfg, (*MEASURING, "shown", "output"), "of text=, whose words are printed")
     return cfg
 
 
 def check_left_to_the_run(cfg: ExplainConfig, dense: bool) -> None:
-    """What is set otherwise than by default, typed or in a file of one's own."""
+    for key, value in changed(cfg, of_run(dense)):
+        raise UserError(f"{key}={shown(value)}: run={shown(cfg.run)} decides it; leave one of them out")
+
+
+def check_idle(cfg: ExplainConfig, keys: Sequence[str], what: str) -> None:
+    for key, value in changed(cfg, keys):
+        if (key, value) != ("device", "cpu"):  # where it is shown
+            raise UserError(f"{key}={shown(value)}: does nothing to what is shown {what}; leave it out")
+
+
+def changed(cfg: ExplainConfig, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Which of the keys and groups are set otherwise than by default, typed or in a file of one's own, and to what."""
     plain = flat(parse(ExplainConfig, compose_config("explain", [])).model_dump())
     for key, value in flat(cfg.model_dump()).items():
-        if is_among(key, of_run(dense)) and plain.get(key) != value:
-            raise UserError(f"{key}={shown(value)}: run={shown(cfg.run)} decides it; leave one of them out")
+        if is_among(key, keys) and plain.get(key) != value:
+            yield key, value
 
 
 def of_run(dense: bool) -> tuple[str, ...]:
@@ -159,7 +177,8 @@ def saved(folder: Path) -> TrainConfig:
 
 
 def data_config(cfg: ExplainConfig, run: TrainConfig | ExplainConfig) -> Data:
-    """The run's data, from this command's data.root where that is not the default."""
-    if cfg.data.root == os.environ.get("AMOD_DATA", "data"):
+    """The run's data, from this command's data.root where that is typed or not the default."""
+    typed = any(argument.startswith("data.root=") for argument in sys.argv[1:])
+    if not typed and cfg.data.root == os.environ.get("AMOD_DATA", "data"):
         return run.data
     return run.data.model_copy(update={"root": cfg.data.root})

@@ -146,7 +146,7 @@ AGREEMENT = {
     "same place": "share of the images whose highest-scored patch is the one that is most often the highest",
     "contrast": "of the kept patches, relative to all patches of their image; below 1 they are the plainer ones",
     "never kept": "share of the tokens that no routed block so far kept",
-    "never, by chance": "the same for tokens drawn at random in each block, (1 - K/N) to the number of blocks",
+    "never, by chance": "the same for tokens drawn at random in each block, the product of 1 - K/N over the blocks",
 }
 
 
@@ -162,6 +162,7 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
     rows: list[dict[str, float]] = []
     before: Tensor | None = None
     missed: Tensor | None = None
+    missed_by_chance = 1.0
     for layer in seen(routing):
         if layer.scores is None:
             continue
@@ -174,6 +175,7 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
         chosen = kept[:, prefix:]
         contrasts = (contrast * chosen).sum(dim=1) / chosen.sum(dim=1) / contrast.mean(dim=1)
         missed = ~kept if missed is None else missed & ~kept
+        missed_by_chance *= 1 - chance
         rows.append(
             {
                 "block": layer.block,
@@ -189,7 +191,7 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
                 "same place": float(top_patch.bincount().max() / b),
                 "contrast": float(contrasts.nanmean()),  # nan: no patch kept, or none has any
                 "never kept": float(missed.double().mean()),
-                "never, by chance": (1 - chance) ** (len(rows) + 1),
+                "never, by chance": missed_by_chance,
             }
         )
         before = kept

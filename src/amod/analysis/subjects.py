@@ -44,7 +44,7 @@ class Subject:
 def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
     """What the command names, weights loaded, in evaluation mode on the device. ``num_classes`` None: the weights'."""
     runs, mods, denses = (folders(cfg, key) for key in ("run", "mod", "dense"))
-    found, others = [], []
+    found, others, device = [], [], device_of(cfg)
     for i in range(max(1, len(runs))):
         config = saved(runs[i]) if runs else cfg
         source = str(denses[i]) if denses else config.model.checkpoint
@@ -68,7 +68,6 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
             others.append((other.router.name, other.capacity))
             if others[i] != others[0]:
                 raise UserError(f"mod={shown(cfg.mod)}: the runs differ in router or capacity; name runs of one kind")
-        device = "cuda" if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()) else "cpu"
         for module in (vit, *models.values()):
             module.to(device).eval()
         found.append(Subject(config, models, vit, origin))
@@ -80,6 +79,12 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
                     f"run={shown(cfg.run)}: the runs differ in {key}; name runs that differ in their seed only"
                 )
     return found
+
+
+def device_of(cfg: ExplainConfig) -> str:
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or auto")
+    return "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def no_gates(router: str) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from amod.plan import halts
 from amod.studies.plan import Run
-from amod.studies.rows import markdown
+from amod.studies.rows import markdown, read_csv, write
 from amod.studies.runner import finished
 
 if TYPE_CHECKING:
@@ -31,12 +31,16 @@ COLUMNS = {"run": "str", **dict.fromkeys(SPEEDS, "float64")}
 def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
     """Time the finished runs of the least seed that is here, unless that is done: medians and quartiles of dense /
     variant within a round, of the forward pass of ``BATCH`` test images and of a training step with them, eager, one
-    thread."""
+    thread. Times of runs that are not here stay, and then these get none: they would be of another day."""
     here = [run for run in runs if finished(run, root)]
     first = min((int(run.settings["seed"]) for run in here), default=0)
     timed = [run for run in here if int(run.settings["seed"]) == first]
     dense = next((run for run in timed if run.settings["router"] == "none"), None)
-    if dense is None or {run.name for run in timed} <= {*read(output)["run"]}:
+    names, before = {run.name for run in timed}, {*read(output)["run"]}
+    if dense is None or names <= before:
+        return
+    if before - names:
+        print(f"{output / 'speed.csv'}: has times of runs that are not here and stays; delete it to time those here")
         return
     import torch
 
@@ -66,9 +70,9 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
         found = [timing.paired(seconds[dense.name], seconds[name]) for seconds in (forward, training)]
         rows.append((name, *(v for q in found for v in (q.median, q.low, q.high)), step.mebibytes()))
     output.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows, columns=list(COLUMNS)).round(4).to_csv(output / "speed.csv", index=False, lineterminator="\n")
     if alone:
-        pd.concat(alone).round(4).to_csv(output / "halting.csv", index=False, lineterminator="\n")
+        write(pd.concat(alone).round(4), output / "halting.csv")
+    write(pd.DataFrame(rows, columns=list(COLUMNS)).round(4), output / "speed.csv")
 
 
 class TrainingStep:
@@ -128,7 +132,7 @@ def halting_section(rows: pd.DataFrame, folder: Path) -> str:
     lines = [["run", "FLOPs of dense (%)", "least to most", "time of dense (%)", "least to most", "rank correlation"]]
     lines.append(["---"] + ["---:"] * 5)
     settings = rows.set_index("run")["setting"]
-    for name, found in pd.read_csv(file).groupby("run", sort=False):
+    for name, found in read_csv(file).groupby("run", sort=False):
         line = [str(settings.get(name, name))]
         for column in ("flops", "time"):
             share = 100 * found[column]
@@ -143,7 +147,7 @@ def halting_section(rows: pd.DataFrame, folder: Path) -> str:
 def read(folder: Path) -> pd.DataFrame:
     """The rows of a speed.csv; none where there is no such file."""
     file = folder / "speed.csv"
-    found = pd.read_csv(file) if file.exists() else pd.DataFrame()
+    found = read_csv(file) if file.exists() else pd.DataFrame()
     return found.reindex(columns=list(COLUMNS)).astype(COLUMNS)
 
 

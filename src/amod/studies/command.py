@@ -37,6 +37,9 @@ def check_reproduce(cfg: DictConfig) -> None:
     weights = cfg.scale.get("weights")
     if not (weights is None or isinstance(weights, str)):
         raise UserError(f"scale.weights={weights}: must be a file of the model's weights, or null for the hub's")
+    for key in ("runs", "results"):
+        if Path(cfg[key]).exists() and not Path(cfg[key]).is_dir():
+            raise UserError(f"{key}={cfg[key]}: is a file; name a folder")
     seeds = cfg.scale.seeds
     if not OmegaConf.is_list(seeds) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"scale.seeds={seeds}: must be a list of whole numbers such as [0,1,2]")
@@ -45,11 +48,13 @@ def check_reproduce(cfg: DictConfig) -> None:
 def reproduce(cfg: DictConfig) -> None:
     GlobalHydra.instance().clear()  # composing the runs' configs needs a Hydra of its own
     scale = _plain(cfg.scale)
+    scale["usual_seeds"] = _plain(OmegaConf.load(CONF / f"scale/{scale['name']}.yaml"))["seeds"]
     root, results = Path(cfg.runs), Path(cfg.results)
     how = how_to_run(cfg.launcher, cfg.extra)
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     from amod.studies import clock  # pandas takes a second
+    from amod.studies.report import place_of
     from amod.studies.rows import Known, curves_of, known_in, reported, with_own
 
     known: Known = ({}, curves_of(results / "none")) if cfg.fresh else known_in(results, scale["name"])
@@ -67,12 +72,15 @@ def reproduce(cfg: DictConfig) -> None:
             if study["name"] in plans:
                 dry_run(plans[study["name"]], root, how, missing)
             else:
-                print("python src/benchmark.py " + " ".join(throughput(study, scale, results)))
+                print("python src/benchmark.py " + " ".join(throughput(study, scale, results, cfg.fresh)))
         return
 
     if cfg.report_only:
         found = {name: found_in(name) for name in plans}
-        report([study for study in studies if any_finished(study, scale, found)], scale, found, results)
+        there = [study for study in studies if study["name"] in found]
+        reports = [results / study["name"] / scale["name"] / "runs.csv" for study in there]
+        there = [s for s, file in zip(there, reports, strict=True) if is_there(s, studies, found, file.exists())]
+        report(there, scale, found, results)
         return
 
     here = [run for run in runs if run in missing or finished(run, root)]
@@ -86,7 +94,9 @@ def reproduce(cfg: DictConfig) -> None:
         execute(here, root, cfg.jobs or default_jobs(), how, failed)
         for study in studies:
             if study.get("clock"):
-                clock.measure(plans[study["name"]], root, results / study["name"] / scale["name"])
+                rows, _ = found_in(study["name"], failed)
+                place = place_of(rows, results / study["name"] / scale["name"])
+                clock.measure(plans[study["name"]], root, place)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
@@ -95,7 +105,7 @@ def reproduce(cfg: DictConfig) -> None:
         report(studies, scale, found, results)
     for study in studies:
         if study["name"] not in plans:
-            line = throughput(study, scale, results)
+            line = throughput(study, scale, results, cfg.fresh)
             if subprocess.run([sys.executable, str(BENCHMARK), *line], check=False).returncode:
                 failed[study["name"]] = "see above"
     if failed:
@@ -104,12 +114,22 @@ def reproduce(cfg: DictConfig) -> None:
         )
 
 
-def any_finished(study: Mapping[str, Any], scale: Mapping[str, Any], found: Mapping[str, tuple[Any, Any]]) -> bool:
-    """Whether the study has a row of its own, not only of the dense model."""
-    if study["name"] not in found:
-        return False
-    rows, _ = found[study["name"]]
-    return bool(((rows["status"] == "finished") & (rows["stage"] == study["stage"])).any())
+def is_there(
+    study: Mapping[str, Any],
+    studies: Sequence[Mapping[str, Any]],
+    found: Mapping[str, tuple[Any, Any]],
+    before: bool,
+) -> bool:
+    """Whether a study can be reported: it was ``before``, is whole, or has a finished run that no other has as well."""
+
+    def runs(name: str) -> tuple[set[str], set[str]]:
+        rows, _ = found[name]
+        mine = rows[rows["stage"] == study["stage"]]
+        return {*mine["run"]}, {*mine["run"][mine["status"] == "finished"]}
+
+    asked, done = runs(study["name"])
+    others = [runs(other["name"])[0] for other in studies if other["name"] in found and other is not study]
+    return bool(done) and (before or done == asked or bool(done.difference(*others)))
 
 
 def report(
@@ -122,7 +142,9 @@ def report(
     for study in studies:
         if study["name"] in found:
             written = write_report(study, scale, *found[study["name"]], results / study["name"] / scale["name"])
-            print(f"{study['title']}: {written}", flush=True)
+            beside = written.parent.name == "partial"
+            why = " (the report above it stays: it has finished runs that this one has not)" if beside else ""
+            print(f"{study['title']}: {written}{why}", flush=True)
     whole = _plain(OmegaConf.load(CONF / "study/all.yaml"))
     scales = [_plain(OmegaConf.load(CONF / f"scale/{name}.yaml")) for name in whole["scales"]]
     print(f"all claims: {write_page(list(studies_of(whole)), scales, whole['untested'], results)}", flush=True)
@@ -180,7 +202,7 @@ def gflops_of(cfg: Any) -> float:
     return count_flops(model) / 1e9
 
 
-def throughput(study: Mapping[str, Any], scale: Mapping[str, Any], results: Path) -> list[str]:
+def throughput(study: Mapping[str, Any], scale: Mapping[str, Any], results: Path, fresh: bool) -> list[str]:
     """The arguments of src/benchmark.py."""
     fixed = [
         "preset=quick",
@@ -195,6 +217,7 @@ def throughput(study: Mapping[str, Any], scale: Mapping[str, Any], results: Path
         "fill=0.2",
         *study["benchmark"],
         f"output={results / study['name'] / scale['name']}",
+        *(["fresh=true"] if fresh else []),
     ]
 
 

@@ -76,9 +76,10 @@ def at_scale(study: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, An
 def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
     """The runs of a study (of ``at_scale``), each after the run that it starts from, none twice; the last seed last.
 
-    A scale's ``routers`` are settings of the runs with a router of that name, or by model. A stage's ``start`` is
-    another stage, whose run of the same seed and variant is run first, or ``weights``: the scale's file of that name,
-    and where it has none the model's own pretrained weights.
+    A study's ``settings`` are those of its own runs, over their stage's. A scale's ``routers`` are settings of the runs
+    with a router of that name, or by model. A stage's ``start`` is another stage, whose run of the same seed and
+    variant is run first, or ``weights``: the scale's file of that name, and where it has none the model's own
+    pretrained weights.
     """
     stages = scale["stages"]
     if here["stage"] not in stages:
@@ -112,8 +113,14 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
                 of_router = scale.get("routers", {}).get(picked.get("router"), [])
                 of_router = of_router.get(model, []) if isinstance(of_router, Mapping) else of_router
                 own = [f"{key}={value}" for key, value in picked.items()]
-                add(here["stage"], variant, [f"data={name}", *common, *stage["settings"], *of_router, *own], start)
+                recipe = recipe_of(here, scale)
+                add(here["stage"], variant, [f"data={name}", *common, *recipe, *of_router, *own], start)
     return list(ordered.values())
+
+
+def recipe_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[str]:
+    """The settings of a study's own runs: its stage's at this scale, and over them the study's own."""
+    return [*scale["stages"][here["stage"]]["settings"], *here.get("settings", [])]
 
 
 def _merged(settings: Iterable[str]) -> dict[str, str]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pandas as pd
 
+from amod.files import write_atomically
 from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
 from amod.studies.clock import halting_section, with_speeds
+from amod.studies.plan import recipe_of
 from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, placed, read, write
 from amod.training.compose import compose_config
 from amod.training.config import BY_THEMSELVES, UNROUTED
@@ -25,14 +27,10 @@ from amod.training.config import BY_THEMSELVES, UNROUTED
 def write_report(
     study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame, curves: pd.DataFrame, output: Path
 ) -> Path:
-    """Write report.md, runs.csv, curves.csv and figure.png of what was found; returns report.md's path.
-
-    A report of more finished runs stays as it is: a part of a study is written to `output`/partial instead.
-    """
+    """Write report.md, runs.csv, curves.csv and figure.png of what was found to ``place_of`` it; report.md's path."""
+    output = place_of(rows, output)
     rows, image_by_image = with_speeds(rows, output), halting_section(rows, output)
     ours = ours_of(study, scale, rows)
-    if (read(output / "runs.csv")["status"] == "finished").sum() > (rows["status"] == "finished").sum():
-        output = output / "partial"
     output.mkdir(parents=True, exist_ok=True)
     write(rows, output / "runs.csv")
     write(curves, output / "curves.csv")
@@ -59,8 +57,15 @@ def write_report(
         parts.append(published(study["name"]))
     parts.append(runs_section(rows))
     report = output / "report.md"
-    report.write_text("\n\n".join(parts) + "\n")
+    write_atomically(report, ("\n\n".join(parts) + "\n").encode())
     return report
+
+
+def place_of(rows: pd.DataFrame, output: Path) -> Path:
+    """`output`, or `output`/partial where the report that is there has finished runs which these rows have not."""
+    there = read(output / "runs.csv")
+    done = set(rows["run"][rows["status"] == "finished"])
+    return output if done >= set(there["run"][there["status"] == "finished"]) else output / "partial"
 
 
 def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame) -> str:
@@ -71,17 +76,20 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     commits = sorted({commit[:7] for commit in rows["git_commit"] if commit})
     changed = " with changes" if (rows["git_changed"] == "True").any() else ""
     start = scale["stages"][study["stage"]].get("start")
-    stages = [study["stage"], *([start] if start in scale["stages"] else [])]
-    recipes = {name: scale["stages"][name]["settings"] for name in stages}
+    recipes = {study["stage"]: recipe_of(study, scale)}
+    if start in scale["stages"]:
+        recipes[start] = scale["stages"][start]["settings"]
     if scale.get("settings"):
         recipes = {"all": scale["settings"], **recipes}
-    weights = f" scale.weights={Path(scale['weights']).name}" if scale.get("weights") else ""
+    typed = f" scale.weights={Path(scale['weights']).name}" if scale.get("weights") else ""
+    if scale["seeds"] != scale.get("usual_seeds", scale["seeds"]):
+        typed += f" 'scale.seeds=[{','.join(map(str, scale['seeds']))}]'"
     remark = study.get("remark") or scale.get("remark")
     said = "\n".join(f"- {name}: `{' '.join(map(str, settings))}`" for name, settings in recipes.items() if settings)
     return (
         f"# {study['title']} ({scale['name']} scale)\n\n"
-        f"`python src/reproduce.py study={study['name']} scale={scale['name']}{weights}`, run at commit "
-        f"{', '.join(commits) or '-'}{changed}; {counted}; {seeds_of(rows)}.\n\n"
+        f"`python src/reproduce.py study={study['name']} scale={scale['name']}{typed}`, run at commit "
+        f"{', '.join(commits) or '-'}{changed}; {counted}; {seeds_of(rows)}.{beginnings(rows)}\n\n"
         f"Recipes, over those of conf/schedule:\n\n{said}" + (f"\n\n{remark}" if remark else "")
     )
 
@@ -94,6 +102,17 @@ STATUS = ("finished", "failed", "not run")
 def seeds_of(rows: pd.DataFrame) -> str:
     seeds = sorted(rows[rows["status"] == "finished"]["seed"].unique())
     return f"seeds {', '.join(map(str, seeds))}" if seeds else "no seed finished"
+
+
+def beginnings(rows: pd.DataFrame) -> str:
+    """Which runs of a seed began from a dense model that is not that of the others, because it was trained again."""
+    said = []
+    for (_, variant, seed), found in rows.groupby(["model", "variant", "seed"]):
+        counted = found["start_accuracy"].dropna().value_counts().sort_index()
+        if len(counted) > 1:
+            of = f"seed {seed}, {variant}" if variant else f"seed {seed}"
+            said.append(f"{of}: {', '.join(f'{n} from one of {accuracy:g} %' for accuracy, n in counted.items())}")
+    return f" The dense model was trained more than once, and runs began from each ({'; '.join(said)})." if said else ""
 
 
 def table(rows: pd.DataFrame, metrics: Sequence[str]) -> str:

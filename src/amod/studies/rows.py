@@ -1,7 +1,7 @@
 """One row for each run, as a pandas table: read from run folders, written to runs.csv and read back from it.
 
 Text that is missing is "", a figure that is missing NA. ``AXES`` tell the cells of a study apart; the rows of a cell
-differ in their seed alone.
+differ in their seed alone. ``start_accuracy`` is that of the run which a run began from, on test images, in percent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import pandas as pd
 
 from amod.analysis import style
+from amod.errors import UserError, one_line
+from amod.files import write_atomically
 from amod.studies.plan import Run
 from amod.studies.runner import finished, last_line
 
@@ -57,7 +59,7 @@ TEXT = ("run", "status", "stage", *(axis for axis in AXES if axis != "capacity")
 WHOLE = ("seed", "params", "depth", "epochs_to_peak", "best_epoch", "epochs", "threads")
 COLUMNS = (
     *("run", "status", "stage", *AXES, "seed", "gflops", "params", "depth", *METRICS),
-    *("best_epoch", "epochs", "threads", "git_commit", "git_changed", "note"),
+    *("start_accuracy", "best_epoch", "epochs", "threads", "git_commit", "git_changed", "note"),
 )
 CURVES = {"run": "str", "epoch": "int64", "val_top1": "float64"}  # of detectors, mAP in the place of top-1
 
@@ -73,11 +75,30 @@ def read(path: Path) -> pd.DataFrame:
     """The rows of a runs.csv; none where there is no such file."""
     if not path.exists():
         return table_of([])
-    return table_of(pd.read_csv(path, dtype=dict.fromkeys(TEXT, "str")))
+    try:
+        return table_of(read_csv(path, dict.fromkeys(TEXT, "str")))
+    except ValueError as error:  # a word where a figure belongs
+        raise unreadable(path, error) from error
+
+
+def read_csv(path: Path, kinds: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """A file of ours; UserError that names it where it is damaged."""
+    try:
+        found = pd.read_csv(path, dtype=dict(kinds or {}))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    if "run" not in found:
+        raise unreadable(path, "it has no column run")
+    return found
+
+
+def unreadable(path: Path, error: Exception | str) -> UserError:
+    said = error if isinstance(error, str) else one_line(error)
+    return UserError(f"{path}: cannot be read ({said}); bring it back from version control, or delete it")
 
 
 def write(rows: pd.DataFrame, path: Path) -> None:
-    rows.to_csv(path, index=False, lineterminator="\n")
+    write_atomically(path, rows.to_csv(index=False, lineterminator="\n").encode())
 
 
 # --- from run folders -----------------------------------------------------------------------------------------------
@@ -96,10 +117,19 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
             curve = curve_of(folder, summary.get("val_top1_untrained", summary.get("val_map_untrained")))
             row |= {"status": "finished", "note": "", "epochs_to_peak": epochs_to_peak(curve)}
             curves += [(run.name, epoch, value) for epoch, value in curve]
+            if run.start and finished(run.start, root):
+                row["start_accuracy"] = accuracy_of(root / run.start.name)
         elif row["status"] == "not run":
             row["note"] = last_line(run, root)
         rows.append(row)
     return table_of(rows), pd.DataFrame(curves, columns=list(CURVES)).astype(CURVES)
+
+
+def accuracy_of(folder: Path) -> float | None:
+    """What a finished run found on test images, in percent."""
+    summary = json.loads((folder / "summary.json").read_text())
+    found = summary.get("test_top1", summary.get("test_map"))
+    return None if found is None else float(found)
 
 
 def row_of(run: Run) -> dict[str, Any]:
@@ -150,11 +180,7 @@ def known_in(results: Path, scale: str) -> Known:
 
 
 def with_own(known: Known, folder: Path) -> Known:
-    """What is known, but of a run that the report in this folder has, what that says.
-
-    A dense model that was trained again on another machine is another one, and not the one that the study's other runs
-    started from.
-    """
+    """What is known, but of a run that the report in this folder has, what that says."""
     found = read(folder / "runs.csv")
     rows = known[0] | {row["run"]: row for row in _records(found[found["status"] == "finished"])}
     curves = pd.concat([known[1], curves_of(folder / "curves.csv")], ignore_index=True)
@@ -167,10 +193,15 @@ def reported(
     known: Known,
     failed: Mapping[str, str] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As ``rows_of``, and what is ``known`` (``known_in``) of runs whose own folders are gone."""
+    """As ``rows_of``, and what is ``known`` (``known_in``) of runs whose own folders are gone.
+
+    A dense model that was trained again is another one than those runs began from, whose row stays.
+    """
     rows, curves = rows_of(runs, root, failed or {})
     before, curves_before = known
     lost = {*rows["run"][rows["status"] == "not run"]} & {*before}
+    lost |= {run.start.name for run in runs if run.start and run.name in lost} & {*before}
+    curves = curves[~curves["run"].isin(lost)]
     curves = pd.concat([curves_before[curves_before["run"].isin(lost)], curves], ignore_index=True).astype(CURVES)
     return table_of([before[row["run"]] if row["run"] in lost else row for row in _records(rows)]), curves
 
@@ -181,7 +212,7 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def curves_of(path: Path) -> pd.DataFrame:
     """The rows of a curves.csv; none where there is no such file."""
-    return (pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(CURVES))).astype(CURVES)
+    return (read_csv(path) if path.exists() else pd.DataFrame(columns=list(CURVES))).astype(CURVES)
 
 
 def curve_of(folder: Path, untrained: float | None) -> list[tuple[int, float]]:

@@ -35,13 +35,14 @@ def launch(
     config_name: str,
     check: Callable[[DictConfig], Any],
     of_run: Sequence[str] | Callable[[Any], Sequence[str]] = (),
+    idle: Sequence[str] = (),
 ) -> None:
     """Run ``job(check(config of the command line))``; what the job returns is for Hydra's sweepers. A `check` that
     returns nothing leaves the config as it is.
 
     A UserError, of `check` or of `job`, becomes ``error: ...`` and exit status 2. Anything else is a fault of ours and
     keeps its traceback. ``of_run``: groups and keys that a finished run says where ``run=`` names one,
-    or what gives them by the config.
+    or what gives them by the config. ``idle``: groups that the command has for its models' sake and does not use.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     forgive_output()
@@ -76,6 +77,9 @@ def launch(
                 if cfg.get("run") is not None:
                     check_beside_run(cfg, overrides, of_run(cfg) if callable(of_run) else of_run)
                 check_acts(cfg, overrides)
+                for override in overrides:
+                    if is_among(key_of(override), idle):
+                        raise UserError(f"{override}: src/{config_name}.py trains nothing; leave it out")
                 config = check(cfg)
                 if args.multirun:
                     check_job(cfg, folders)

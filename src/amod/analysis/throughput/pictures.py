@@ -22,6 +22,8 @@ def draw(folder: Path, records: Sequence[Record]) -> list[str]:
     names = []
     for name, painter, key in (("efficiency.png", _draw_efficiency, "seconds"), ("parts.png", _draw_parts, "parts")):
         chosen = [record for record in records if key in record]
+        if painter is _draw_efficiency:  # is of a capacity's variants
+            chosen = [record for record in chosen if any("@" in variant for variant in record["cell"]["variants"])]
         if chosen:
             figure = painter(chosen)
             figure.savefig(folder / name, dpi=150, bbox_inches="tight")

@@ -26,17 +26,32 @@ from amod.analysis.throughput.goals import Row, goals
 from amod.analysis.throughput.parts import PARTS
 from amod.analysis.throughput.pictures import draw
 from amod.analysis.throughput.timing import Quartiles
+from amod.errors import UserError, one_line
+from amod.files import write_atomically
 
 
 def write(folder: Path, head: Mapping[str, Any], records: Sequence[Record], failed: Sequence[Record]) -> str:
     """Write everything into ``folder``; returns what the command prints."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = goals(records)
     told = rows if any(row.reached is not None for row in rows) else []
     everything = {**head, "goals": [asdict(row) for row in rows], "cells": list(records), "not_run": list(failed)}
-    (folder / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    write_atomically(folder / "results.json", (json.dumps(everything, indent=1) + "\n").encode())
     pictures = draw(folder, records)
-    (folder / "report.md").write_text("\n".join(report(head, records, failed, told, pictures)) + "\n")
+    text = "\n".join(report(head, records, failed, told, pictures)) + "\n"
+    write_atomically(folder / "report.md", text.encode())
     return "\n".join([*goal_table(told), "", str(folder / "report.md")])
+
+
+def cells_in(folder: Path) -> int:
+    """How many measured cells the report there has."""
+    file = folder / "results.json"
+    try:
+        return len(json.loads(file.read_text())["cells"]) if file.exists() else 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({one_line(error)}); bring it back from version control, or delete it"
+        ) from error
 
 
 def report(
