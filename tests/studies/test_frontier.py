@@ -70,6 +70,14 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     command.job(asked(*wanted))
     assert "measured" not in capsys.readouterr().out
     assert (output / "records.jsonl").read_text() == before.replace(', "norm": false', "")
+    times = output / "times.jsonl"
+    taken = times.read_text()
+    command.job(asked(*wanted[:-2], "batches=[4]", "rounds=2"))
+    assert times.read_text().startswith(taken)
+    assert "The times of eager, batch 2, wall time are an earlier command's." in (output / "README.md").read_text()
+    command.job(asked(*wanted[:-1], "rounds=3"))  # other rounds, and other plans: timed again
+    command.job(asked(*wanted, "timed=[tome]"))
+    assert [json.loads(line)["of"]["rounds"] for line in times.read_text().splitlines()[1:]] == [2, 2, 3, 2]
     with pytest.raises(amod.UserError, match="is of other images; name another file"):
         command.job(asked(*wanted[:4], "images=41", *wanted[5:]))
 

@@ -62,7 +62,8 @@ def frontier(cfg: FrontierConfig) -> None:
         "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9,
     }  # fmt: skip
     trained = "with a linear probe trained" if run.schedule.train == "head" else "fine-tuned"
-    told = {**about, "trained": trained, "search_images": len(searched_on), "effort": cfg.effort}
+    clocks = {f"{r}, batch {b}, {cfg.clock} time": (r, b) for r in cfg.runtimes for b in cfg.batches}
+    told = {**about, "trained": trained, "search_images": len(searched_on), "effort": cfg.effort, "clocks": [*clocks]}
     plans: dict[Key, Plan] = {("dense", 1.0): {}}
     for share in cfg.shares:
         found = search(
@@ -93,20 +94,29 @@ def frontier(cfg: FrontierConfig) -> None:
 
     for seen in measure(judge, plans, heads, Samples(split, data.eval_transform, None, False, False), cfg, records):
         if len(rows := rows_of(seen)) == len(plans):  # else a file of before has them all at once
-            write_report(output, {**told, "images": seen}, environment(), rows, times.lines)
+            write_report(output, {**told, "images": seen}, environment(), rows, standing(times, plans))
         print(f"measured {seen} of {about['images']} images", flush=True)
     rows = rows_of(about["images"])
     timed = {key: plan for key, plan in plans.items() if key[0] in ("dense", *cfg.timed)}
-    for runtime in cfg.runtimes:
-        for batch in cfg.batches:
-            key = (f"{runtime}, batch {batch}, {cfg.clock} time", 0.0)
-            if not times.of(key, {}):
-                taken = clock(judge, timed, runtime, batch, cfg.rounds, cfg.clock)
-                times.measured(key, {}, 0, {"times": taken})
-            print(f"timed: {key[0]}", flush=True)
-            write_report(output, told, environment(), rows, times.lines)
-    write_report(output, told, environment(), rows, times.lines)
+    of = {"rounds": cfg.rounds, "plans": in_data(timed)}
+    for name, (runtime, batch) in clocks.items():
+        if not any(record.get("of", of) == of for record in times.of((name, 0.0), {})):  # the first had no "of"
+            taken = clock(judge, timed, runtime, batch, cfg.rounds, cfg.clock)
+            times.measured((name, 0.0), {}, 0, {"of": of, "times": taken})
+        print(f"timed: {name}", flush=True)
+        write_report(output, told, environment(), rows, standing(times, plans))
+    write_report(output, told, environment(), rows, standing(times, plans))
     print(f"{output / 'README.md'}")
+
+
+def in_data(plans: Mapping[Key, Plan]) -> list[Any]:
+    return json.loads(json.dumps([[*key, as_data(plan)] for key, plan in plans.items()]))  # type: ignore[no-any-return]
+
+
+def standing(times: Records, plans: Mapping[Key, Plan]) -> list[dict[str, Any]]:
+    """Those of the times that are of these plans."""
+    now = in_data(plans)
+    return [record for record in times.lines if all(plan in now for plan in record.get("of", {}).get("plans", []))]
 
 
 def methods(judge: Judge, share: float) -> Iterator[tuple[str, Plan]]:

@@ -134,6 +134,8 @@ def write_report(
             taken = found.get((row["method"].removesuffix(FITTED), row["share"]))
             cells.append(f"{taken[2]:.2f}x [{taken[1]:.2f}, {taken[3]:.2f}]" if taken else "")
         lines.append("| " + " | ".join(cells) + " |")
+    if other := [clock for clock in clocks if clock not in about["clocks"]]:
+        lines += ["", f"The times of {'; '.join(other)} are an earlier command's."]
     lines += at_equal_agreement(clocks)
     picture(output / "frontier.png", rows, clocks)
     typed = [part for part in sys.argv[1:] if not part.startswith(("run=", "data_root=", "output="))]
