@@ -304,3 +304,17 @@ def test_inference_mode_changes_no_count():
     with torch.inference_mode():
         same = [amod.count_flops(vit), amod.count_flops(vit, images), *amod.image_flops(halting, images + 0).tolist()]
     assert same == counts
+
+
+def test_rotary_tables_that_follow_the_text_cost_nothing_more():
+    transformers = pytest.importorskip("transformers")
+    costs = []
+    for kind in ("default", "dynamic"):
+        config = transformers.LlamaConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}, max_position_embeddings=8,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+        costs.append(amod.count_flops(model, 30))
+        assert model.model.rotary_emb.rope_type == kind
+    assert costs[0] == costs[1]

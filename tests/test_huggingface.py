@@ -204,6 +204,9 @@ def test_every_head_is_of_its_class_and_hands_out_routing_and_hidden_states(fami
     assert len({state.shape for state in states.hidden_states}) == 1
     with pytest.raises(amod.UserError, match="output_attentions"):
         model(**inputs, output_attentions=True)
+    if (base := model.base_model) is not model and head not in ("ForMultipleChoice", "ForMaskedImageModeling"):
+        with pytest.raises(amod.UserError, match="return_routing: ask the model that was converted"):
+            base(**inputs, return_routing=True)
     assert type(out) is type(dense(**inputs))
 
 

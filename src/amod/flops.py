@@ -230,6 +230,9 @@ def on_meta(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
+        rope: Any = getattr(module, "rope_type", None)
+        if isinstance(rope, str | dict):  # all but the default look at the numbers of positions
+            vars(module)["rope_type"] = dict.fromkeys(rope, "default") if isinstance(rope, dict) else "default"
     return model
 
 

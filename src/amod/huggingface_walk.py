@@ -261,6 +261,12 @@ def refuse_attentions(config: Any, kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_part(part: Any, kwargs: Mapping[str, Any]) -> None:
+    """A part of a converted model has no routing to return, and transformers hands on what it does not know."""
+    if kwargs.get("return_routing"):
+        raise UserError(f"return_routing: ask the model that was converted, not what holds this {type(part).__name__}")
+
+
 class RoutedEncoder(Dressed):
     """Over the class of whatever owns the layers: every pass has a walk of its own."""
 
@@ -269,6 +275,7 @@ class RoutedEncoder(Dressed):
 
     def forward(self, *args: Any, walk: Walk | None = None, **kwargs: Any) -> Any:
         refuse_attentions(self.config, kwargs)
+        refuse_part(self, kwargs)
         if self.config._attn_implementation != IMPLEMENTATION:
             raise UserError(
                 f"attn_implementation={self.config._attn_implementation!r}: leaves no scores; a routed model runs with "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from amod.errors import UserError
+from amod.errors import UserError, one_line
 from amod.flops import modes_kept
 from amod.judge import BATCH, check_images, disagreement
 
@@ -131,7 +131,10 @@ def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
     like = next(model.parameters())
     with modes_kept(model):
         model.eval()
-        return torch.cat([model(batch.to(like)) for batch in images.split(BATCH)])
+        try:
+            return torch.cat([model(batch.to(like)) for batch in images.split(BATCH)])
+        except AssertionError as error:  # timm's, of another size
+            raise UserError(f"images: {tuple(images.shape)} do not fit the model: {one_line(error)}") from None
 
 
 def classifier_of(model: Any) -> nn.Linear:

@@ -24,7 +24,7 @@ from amod import padding
 from amod.dress import Dressed
 from amod.errors import UserError
 from amod.gates import kept_first, put_kept, straight_through
-from amod.huggingface_walk import Walk, reentrant
+from amod.huggingface_walk import Walk, reentrant, refuse_part
 from amod.plan import Gate
 from amod.routers import GateRouter
 from amod.routing import RoutedLayer, take
@@ -138,9 +138,10 @@ class GatedLayer(Dressed):
         cache: Any = None,
         position_embeddings: Any = None,
         walk: Walk | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """(B, Q, D) -> (B, Q, D)."""
+        refuse_part(self, kwargs)
         x, entry, skip = hidden_states, self.entry, self.entry.skip
         learning = self.training and torch.is_grad_enabled()  # all is computed, and multiplied by the gate
         self.refuse(cache, x.shape[1], learning, walk is not None)
@@ -152,7 +153,8 @@ class GatedLayer(Dressed):
                 f"attn_implementation={self.self_attn.config._attn_implementation}: its mask is of its own kind, and a "
                 "gated layer reads masks (B, 1, Q, N); call model.set_attn_implementation with 'sdpa' or 'eager'"
             )
-        if attention_mask is not None:  # its last columns are of these very tokens
+        if attention_mask is not None:  # (B, 1, 1, N) says of every row the same; its last columns are of these tokens
+            attention_mask = attention_mask.expand(*attention_mask.shape[:2], x.shape[1], -1)
             real = padding.real_tokens(attention_mask[..., -x.shape[1] :], len(x))
         store = None if cache is None or learning else self.store(cache, x.shape[1])
         before = self.input_layernorm(x)  # type: ignore[operator]
