@@ -49,7 +49,8 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
     about = "; ".join(f"*{scale['name']}*: {scale['about']}" for scale in shown)
     path.write_text(
         "# What held\n\nEvery claim of the paper, and ours where it says so, with the differences that were seen "
-        f"(points of top-1 accuracy, of detectors of mAP, or epochs) at the scales that were run. {about}.\n\n{summary(verdicts)}\n\n"
+        f"(points of top-1 accuracy, of detectors of mAP, or epochs) at the scales that were run. {about}.\n\n"
+        f"{summary(verdicts)}\n\n"
         f"{HOW} The verdict in the last column is about all cells of a line; *one seed* says that nothing has a spread "
         "yet.\n\n"
         f"{markdown(lines)}\n"
