@@ -120,7 +120,8 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
 
 def recipe_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[str]:
     """The settings of a study's own runs: its stage's at this scale, and over them the study's own."""
-    return [*scale["stages"][here["stage"]]["settings"], *here.get("settings", [])]
+    settings = [*scale["stages"][here["stage"]]["settings"], *here.get("settings", [])]
+    return list({setting.partition("=")[0]: setting for setting in settings}.values())
 
 
 def _merged(settings: Iterable[str]) -> dict[str, str]:
