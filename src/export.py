@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def job(cfg: ExportConfig) -> None:
 
 
 def model_of(cfg: ExportConfig) -> Any:
-    from amod.hub import from_pretrained, head_size
+    from amod.hub import from_pretrained, head_size, prepared_as
 
     if cfg.run is not None:
         return from_pretrained(cfg.run)
@@ -74,6 +75,8 @@ def model_of(cfg: ExportConfig) -> Any:
         print("model.pretrained=false: the weights are random; the file is good for timing alone")
     torch.manual_seed(cfg.seed)
     built = build(cfg, classes or 1000)
+    if cfg.model.checkpoint is not None:
+        prepared_as(built.model, Path(cfg.model.checkpoint))
     if not (random or built.adapted):
         raise UserError(f"model={cfg.model.label}: its weights have no trained head; name a run, or weights with one")
     return built.model.eval()
@@ -85,8 +88,14 @@ def output_of(cfg: ExportConfig) -> Path:
         return Path(cfg.output)
     if cfg.run is not None and Path(cfg.run).is_dir():
         return Path(cfg.run) / f"model{suffix}"
-    name = Path(cfg.run).name if cfg.run else f"{cfg.model.label}-{cfg.router.name}-{cfg.capacity}"
+    name = Path(cfg.run).name if cfg.run else f"{cfg.model.label}-{cfg.router.name}-{digest_of(cfg)}"
     return Path("exports") / f"{name}{suffix}"
+
+
+def digest_of(cfg: ExportConfig) -> str:
+    """Hex digits of all that makes the model what it is: no two have the same file."""
+    made_of = cfg.model_dump_json(include={"model", "router", "placement", "capacity", "budget", "seed"})
+    return hashlib.blake2b(made_of.encode(), digest_size=4).hexdigest()
 
 
 if __name__ == "__main__":

@@ -14,4 +14,4 @@ def job(cfg: UntrainedConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(job, "untrained", check_train)
+    launch(job, "untrained", check_train, idle=("logger",))

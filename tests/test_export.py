@@ -17,9 +17,11 @@ from PIL import Image
 
 import amod
 import export
+import tiny
 from amod import ClassOnly, Merge, Prune, Route, exporting, routing
 from amod.deploy import calibration_images, picture, predict
 from amod.exporting import Agreement, Exported, compare
+from amod.hub import class_names_of
 from amod.reduce import match, merge
 from amod.routing import RoutedLayer
 from amod.runtimes import Session, open_session
@@ -302,6 +304,23 @@ def test_the_command_exports_times_and_reads_a_picture(tmp_path, capsys):
     names = [name for name, _ in predict(open_session(saved / "model.pt2"), photo)]
     assert [line.split()[-1] for line in printed.splitlines()[-5:]] == names
     assert set(names) <= set("abcdefg")
+
+
+def test_every_model_has_a_file_of_its_own():
+    asked = [[], ["budget=75%"], ["budget=50%"], ["placement=late"], ["router=tome"], ["router=tome", "router.r=4"]]
+    configs = [export.check(compose_config("export", ["model=vit_pico", *settings])) for settings in asked]
+    names = [export.output_of(cfg) for cfg in configs]
+    assert len({*names}) == len(names)
+    assert names[0].parent == Path("exports")
+    assert names[0].name.startswith("vit_pico-attention-")
+
+
+def test_a_checkpoints_classes_keep_their_names(tmp_path):
+    tiny.run(tmp_path / "run", "router=none", "schedule.epochs=1", "trainer.limit_train_batches=1", "data.crop_pct=0.8")
+    asked = ["router=merge", "budget=75%", f"model.checkpoint={tmp_path}/run", *tiny.MODEL]
+    model = export.model_of(export.check(compose_config("export", asked)))
+    assert class_names_of(model) == [str(digit) for digit in range(10)]
+    assert model.pretrained_cfg["crop_pct"] == 0.8
 
 
 def test_pictures_are_read_as_in_training_and_from_all_of_a_folder(tmp_path):

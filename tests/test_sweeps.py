@@ -65,6 +65,7 @@ MISTAKES = [
         f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{values: [1, 2], probabilities: [0.5, 0.1]}}}}",
         "1 together",
     ),
+    (f"{A}method: random\nrun_cap: 0\nparameters: {{seed: {{value: 1}}}}", "run_cap=0: must be a whole number"),
     (
         f"{A}method: grid\nparameters: {{seed: {{values: [1, 2], probabilities: [0.5, 0.5]}}}}",
         "a grid takes every value once",
@@ -252,6 +253,22 @@ def test_the_report_by_hand(tmp_path):
     assert "stability" not in text  # the learning rate is not swept
     states = [row["state"] for row in csv.DictReader((tmp_path / "runs.csv").open())]
     assert states == ["finished"] * 4 + ["failed", "not run"]
+
+
+def test_a_sweep_over_seeds_alone(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    sweep = {"command": ["python", "src/train.py", "model=vit_pico", "${args_no_hyphens}"], "method": "grid"}
+    sweep |= {"run_cap": 2, "parameters": {"seed": {"values": [0, 1, 2]}}}
+    file.write_text(yaml.safe_dump(sweep))
+    with pytest.raises(UserError, match="run_dir=mine: each run of a sweep has a folder of its own; leave it out"):
+        runs_of(file, {"run_dir": "mine"})
+    runs = runs_of(file, {"data": "digits"})
+    assert [run.settings["seed"] for run in runs] == ["0", "1"]
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+        (tmp_path / run.name / "summary.json").write_text('{"gflops": 0.025, "val_top1": 50.0, "test_top1": 49.0}')
+    text = write_report(runs, tmp_path, {}, "it").read_text()
+    assert "| runs | GFLOPs | validation | test |\n|---|---|---|---|\n| 2 | 0.0250 | 50.00 (50.00 to 50.00) |" in text
 
 
 def test_the_report_of_language_models(tmp_path):

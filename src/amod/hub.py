@@ -218,7 +218,6 @@ def _fetched(repo: str) -> Path:
 def _from_run(folder: Path) -> Any:
     from amod.training.finished import classes_in, load_model, weights_of
     from amod.training.folder import read_config
-    from amod.training.record import classes_of
 
     run = read_config(folder / "config.yaml")
     if run.model.task == "detection":
@@ -230,9 +229,18 @@ def _from_run(folder: Path) -> Any:
 
         return language.load_model(folder, run)
     model: Any = load_model(folder, run, classes_in(weights_of(folder)))
-    known = {"label_names": classes_of(folder), "crop_pct": run.data.crop_pct}  # how images were prepared for it
-    model.pretrained_cfg = {**model.pretrained_cfg, **{name: value for name, value in known.items() if value}}
+    prepared_as(model, folder)
     return model
+
+
+def prepared_as(model: Any, source: Path) -> None:
+    """Have the model know its classes' names and how a run prepared images for it, as far as its weights' file does."""
+    from amod.training.folder import read_config
+    from amod.training.weights import head_classes
+
+    run = read_config(source / "config.yaml") if (source / "config.yaml").is_file() else None
+    known = {"label_names": head_classes(source), "crop_pct": run and run.data.crop_pct}
+    model.pretrained_cfg = {**model.pretrained_cfg, **{name: value for name, value in known.items() if value}}
 
 
 def classes_in(state: Mapping[str, Tensor]) -> int:

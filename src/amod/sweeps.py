@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 import random
 import re
@@ -24,6 +23,7 @@ from amod.errors import UserError, did_you_mean
 from amod.studies.plan import Run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
+from amod.training.folder import read_summary
 from amod.training.tasks import CLASSIFICATION, TASKS
 
 METHODS = ("grid", "random")
@@ -52,8 +52,8 @@ class SweepRun(Run):
 
     def summary(self, root: Path) -> dict[str, Any] | None:
         """What the run found; None if it is not finished."""
-        file = root / self.name / "summary.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        folder = root / self.name
+        return read_summary(folder) if (folder / "summary.json").exists() else None
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -110,28 +110,31 @@ def arguments(values: Mapping[str, Any]) -> dict[str, str]:
 
 def fixed_arguments(sweep: Mapping[str, Any]) -> dict[str, str]:
     """The settings in the file's command that hold without W&B as well."""
-    given = dict(c.partition("=")[::2] for c in map(str, sweep["command"]) if not c.startswith("${"))
+    given = dict(c.partition("=")[::2] for c in map(str, sweep["command"]) if "=" in c and not c.startswith("${"))
     return {key: value for key, value in given.items() if key not in ("logger", "run_dir")}
 
 
 def combinations(sweep: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
-    """The values of every run: the grid, or ``run_cap`` random draws, which are the same every time."""
+    """The values of every run: the grid, at most ``run_cap``, or as many random draws, the same every time."""
     method, parameters = sweep.get("method"), sweep["parameters"]
     if method not in METHODS:
         raise UserError(f"{file}: method={method} needs W&B (`wandb sweep {file}`); here: {' or '.join(METHODS)}")
+    cap = sweep.get("run_cap")
+    if not (cap is None or (isinstance(cap, int) and cap >= 1)):
+        raise UserError(f"{file}: run_cap={cap}: must be a whole number of at least 1")
     if method == "random":
-        if not isinstance(sweep.get("run_cap"), int):
+        if cap is None:
             raise UserError(f"{file}: method=random without W&B needs run_cap, the number of runs")
         draw = random.Random(0)
         return [
             {key: sample(parameter, draw, f"{file}: {key}") for key, parameter in parameters.items()}
-            for _ in range(sweep["run_cap"])
+            for _ in range(cap)
         ]
     for key, parameter in parameters.items():
         if not ("value" in parameter or parameter.get("values")):
             raise UserError(f"{file}: {key}: a grid needs values: [...]")
     choices = [parameter.get("values") or [parameter["value"]] for parameter in parameters.values()]
-    return [dict(zip(parameters, chosen, strict=True)) for chosen in itertools.product(*choices)]
+    return [dict(zip(parameters, chosen, strict=True)) for chosen in itertools.islice(itertools.product(*choices), cap)]
 
 
 def sample(parameter: Mapping[str, Any], draw: random.Random, where: str) -> Any:
@@ -163,6 +166,8 @@ def sample(parameter: Mapping[str, Any], draw: random.Random, where: str) -> Any
 def runs_of(file: Path, extra: Mapping[str, str]) -> list[SweepRun]:
     """The runs of `file`, none twice; `extra` settings overrule those of its command."""
     sweep = read_sweep(file)
+    if "run_dir" in extra:
+        raise UserError(f"run_dir={extra['run_dir']}: each run of a sweep has a folder of its own; leave it out")
     if twice := [key for key in extra if key in sweep["parameters"]]:
         raise UserError(f"{twice[0]}={extra[twice[0]]}: {file} sweeps it; leave it out")
     runs: dict[str, SweepRun] = {}
@@ -198,9 +203,9 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
             writer.writerow([*run.values.values(), state, *((summary or {}).get(key) for key in columns), run.name])
 
     keys = [key for key in runs[0].values if key != "seed"]
-    groups: dict[str, list[dict[str, Any] | None]] = {}
+    groups: dict[tuple[str, ...], list[dict[str, Any] | None]] = {}
     for run, summary in found:
-        groups.setdefault(" | ".join(str(run.values[key]) for key in keys), []).append(summary)
+        groups.setdefault(tuple(str(run.values[key]) for key in keys), []).append(summary)
     lines = [f"# `{title}`", "", f"{sum(bool(s) for _, s in found)} of {len(runs)} runs finished.", ""]
     name = f"{words[0].upper()}{words[1:]}{' in percent' if unit else ''}"
     lines += [f"{name} of each run's best epoch: mean over the seeds (least to most).", ""]
@@ -209,7 +214,7 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
         done = [summary for summary in summaries if summary]
         count = f"{len(done)}" if len(done) == len(summaries) else f"{len(done)} of {len(summaries)}"
         gflops = f"{done[0]['gflops']:.4f}" if done else "-"
-        lines.append(f"| {values} | {count} | {gflops} | {spread(done, validation)} | {spread(done, test)} |")
+        lines.append(f"| {' | '.join([*values, count, gflops, spread(done, validation), spread(done, test)])} |")
     if failed:
         lines += ["", "## Failed", "", *(f"- `{name}`: {why}" for name, why in failed.items())]
     if task is CLASSIFICATION and {"schedule.lr"} <= {*keys} <= {"schedule.lr", "router"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -134,6 +135,12 @@ def test_what_a_data_set_has_no_setting_for_is_not_said_of_its_runs(tmp_path):
     digits = command(run("none", data="digits"), tmp_path, how)  # come with scikit-learn
     assert "data.num_workers=0" in digits
     assert not any(argument.startswith("data.root") for argument in digits)
+
+
+def test_what_is_not_trained_has_no_logger(tmp_path):
+    how = how_to_run(None, {"logger": "tensorboard"})
+    assert "logger=tensorboard" in command(run("none"), tmp_path, how)
+    assert "logger=tensorboard" not in command(replace(run("none"), script="untrained.py"), tmp_path, how)
 
 
 @pytest.mark.parametrize(

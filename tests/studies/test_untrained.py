@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,23 @@ def test_some_of_the_images_of_each_class(dense, tmp_path, capsys):
     assert "is finished and is not repeated" in capsys.readouterr().out
     with pytest.raises(UserError, match="images=400: there are 359 test images; choose at most that"):
         measured(tmp_path / "many", dense, "images=400")
+
+
+def test_the_summary_says_how_many_images_were_measured(dense, tmp_path):
+    short = ["schedule.eval_batch_size=20", "trainer.limit_test_batches=1"]
+    assert measured(tmp_path / "one", dense, "images=40", *short)["images"] == 20
+
+
+def test_a_folder_is_of_one_command(dense, tmp_path):
+    measured(tmp_path / "run", dense, "router=attention")
+    asked = [*DIGITS, f"model.checkpoint={dense}", f"run_dir={tmp_path / 'run'}", "router=attention"]
+    with pytest.raises(UserError, match=r"holds a run of src/untrained\.py; name another folder"):
+        check_train(compose_config("train", asked))
+    stopped = shutil.copytree(dense, tmp_path / "stopped")
+    (stopped / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"holds a run of src/train\.py; name another folder"):
+        measured(stopped, dense, "router=none", "schedule.epochs=1")
+    assert not (stopped / "summary.json").exists()
 
 
 def test_halting_tokens_cost_what_they_cost_on_images(dense, tmp_path):

@@ -137,6 +137,8 @@ def test_settings_of_hydra_that_would_do_nothing(override, multirun, words):
         ),
         ("callbacks=early_stopping trainer.limit_val_batches=0", "needs a validation at the end of an epoch"),
         ("callbacks=early_stopping trainer.val_check_interval=0.5", "needs a validation at the end of an epoch"),
+        ("callbacks=early_stopping trainer.check_val_every_n_epoch=3", "=3: schedule.epochs=2 end before the first"),
+        ("trainer.overfit_batches=2 trainer.limit_train_batches=5", "overfit_batches=2 is instead of it; leave one"),
         ("callbacks.name=early_stopping", "has settings of its own; choose it with callbacks=early_stopping"),
     ],
 )

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import fakes
 from amod.errors import UserError
 from amod.training.checks import check_checkpoint, check_evaluate, check_train
-from amod.training.command import jobs_of, message_of
+from amod.training.command import check_job, jobs_of, message_of
 from amod.training.compose import compose_config, train_config
 from amod.training.config import Data
 from amod.training.data import check_data
@@ -409,6 +409,17 @@ def test_a_sweep_is_checked_job_by_job():
     )
 
 
+def test_jobs_have_a_folder_each_by_the_time_or_are_refused(monkeypatch):
+    cfg, folders = OmegaConf.create({"run_dir": "runs/x"}), {"runs/x"}
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    check_job(cfg, folders, typed=False)  # the job has its own stamp, once it begins
+    with pytest.raises(UserError, match="two jobs have run_dir=runs/x"):
+        check_job(cfg, folders, typed=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UserError, match="two jobs have run_dir=runs/x"):
+        check_job(cfg, folders, typed=False)
+
+
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
@@ -443,6 +454,8 @@ WRONG = [
     ("train.py", "data=flowers", "data.root=/no/such"),
     ("train.py", "-m", *TINY, "capacity=0.1,2"),
     ("train.py", "-m", *TINY, "seed=0,1", "run_dir=x"),
+    ("train.py", "-m", *TINY, "seed=0,1", "--cfg", "job"),
+    ("untrained.py", *TINY, "logger=wandb"),
     ("train.py", "--foo"),
     ("train.py", *TINY, "router=tome", "capacity=0.3"),
     ("train.py", *TINY, "router=evit", "router.keep_rate=0.3", "budget=70%"),

@@ -113,6 +113,9 @@ def test_dynamicvit_has_two_learning_rates_and_a_backbone_that_waits():
     assert {*named.values()} - trained == {"cls_token", "pos_embed"}
     assert [recipe.factor("backbone", share) for share in (0.1, 0.5)] == [0.0, 0.01]
     assert recipe.factor("predictors", 0.1) == 1.0
+    for parameter in model.routers.parameters():  # the head alone, say
+        parameter.requires_grad_(False)
+    assert Recipe(model, Router(name="dynamicvit")).factor("backbone", 0.1) == 1.0
 
 
 def planned(folder, text, *overrides):

@@ -164,9 +164,12 @@ def test_a_run_goes_on_with_its_own_data_only(trained, tmp_path, change, words):
     root = shutil.copytree(trained[1], tmp_path / "moved")
     run(folder, root)  # the same images elsewhere
     (folder / "summary.json").unlink()
+    finished = shutil.copytree(trained[0], tmp_path / "finished")
+    run(finished, root)
     change(root)
-    with pytest.raises(UserError, match=rf"data\.root={root}: the run in {folder} was {words}; put them back"):
-        run(folder, root)
+    for began in (folder, finished):
+        with pytest.raises(UserError, match=rf"data\.root={root}: the run in {began} was {words}; put them back"):
+            run(began, root)
 
 
 def test_a_record_that_is_none_is_one_line(trained, tmp_path):
@@ -275,6 +278,13 @@ def test_accuracy_by_class_confusion_and_predictions(trained, tmp_path):
     right = sum(row[1] == row[2] for row in tables["predictions"][1:])
     assert 100 * right / 15 == pytest.approx(values["all/top1"], abs=1e-4)
     assert (tmp_path / "out/confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_place_for_the_details_that_cannot_be_written_is_said_before_the_measurement(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("amod.training.evaluation.Trainer.test", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"output={tmp_path}/file/x: cannot be written"):
+        measured(trained[0], f"output={tmp_path}/file/x")
 
 
 def test_about_counts_each_class(trained):

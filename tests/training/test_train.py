@@ -160,6 +160,21 @@ def test_a_finished_run_is_not_repeated(dense, capsys):
     assert (folder / "weights.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_a_summary_that_is_none_is_one_line(dense, tmp_path):
+    folder = shutil.copytree(dense[0], tmp_path / "run")
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json: is no run's summary; put the run's own file back"):
+        run(folder, "router=none", "schedule.epochs=3")
+
+
+@pytest.mark.parametrize("router", ["linear", "dynamicvit"])
+def test_a_head_is_not_trained_above_routers_that_are_random(dense, tmp_path, router):
+    asked = [f"router={router}", "schedule=probe", "schedule.epochs=1"]
+    with pytest.raises(UserError, match=rf"schedule.train=head: .* router={router} would be random \(routers\."):
+        run(tmp_path / "run", *asked, f"model.checkpoint={dense[0]}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_folder_of_another_config_is_not_taken_for_this_run(dense):
     folder, _ = dense
     with pytest.raises(UserError, match="seed=0, not 1"):

@@ -18,6 +18,7 @@ from amod.errors import UserError, one_line
 from amod.files import write_atomically
 from amod.studies.plan import Run
 from amod.studies.runner import finished, last_line
+from amod.training.folder import read_summary
 
 ROUTERS = (
     "isoflop",
@@ -111,7 +112,7 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
         row = row_of(run) | {"status": "failed" if run.name in failed else "not run", "note": failed.get(run.name, "")}
         if finished(run, root):
             folder = root / run.name
-            summary = json.loads((folder / "summary.json").read_text())
+            summary = read_summary(folder)
             environment = json.loads((folder / "environment.json").read_text())
             row |= {key: value for key, value in (environment | summary).items() if key in COLUMNS and key not in AXES}
             curve = curve_of(folder, summary.get("val_top1_untrained", summary.get("val_map_untrained")))
@@ -127,7 +128,7 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
 
 def accuracy_of(folder: Path) -> float | None:
     """What a finished run found on test images, in percent."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder)
     found = summary.get("test_top1", summary.get("test_map"))
     return None if found is None else float(found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from amod.errors import UserError
 from amod.studies.plan import Run
 from amod.training.compose import compose_config
 from amod.training.config import CONF
+from amod.training.folder import read_summary
 
 SCRIPTS = Path(__file__).parents[2]
 QUIET = 300.0  # seconds without news, after which the progress line is shown again
@@ -53,12 +53,13 @@ def how_to_run(launcher: str | None, extra: Mapping[str, Any] | None = None) -> 
 
 
 def arguments(run: Run, root: Path, how: Sequence[str]) -> list[str]:
-    """A run's overrides, those of ``how`` in the place of its own; what its data has no setting for is left out."""
+    """A run's overrides, those of ``how`` in the place of its own; what it has no use for is left out."""
     data = OmegaConf.load(CONF / "data" / f"{run.settings['data']}.yaml")
     said = {}
     for override in how:
         key = override.partition("=")[0]
-        if override != "-m" and not (key.startswith("data.") and key.removeprefix("data.") not in data):
+        of_other_data = key.startswith("data.") and key.removeprefix("data.") not in data
+        if override != "-m" and not of_other_data and not (key == "logger" and run.script != "train.py"):
             said[key] = override
     own = [override for override in run.arguments(root) if override.partition("=")[0] not in said]
     return [*said.values(), *own]
@@ -113,7 +114,7 @@ def execute(runs: Sequence[Run], root: Path, jobs: int, how: Sequence[str], fail
     seconds: dict[str, list[float]] = {}  # of the runs of a stage, by what their summaries say
     for run in runs:
         if finished(run, root):
-            spent = json.loads((root / run.name / "summary.json").read_text())["seconds"]
+            spent = read_summary(root / run.name).get("seconds", 0.0)
             seconds.setdefault(run.stage, []).append(spent)
 
     said = 0.0

@@ -14,9 +14,10 @@ from amod.errors import UserError
 from amod.files import write_atomically
 from amod.training.classification import Classifier, cost, measured
 from amod.training.config import UntrainedConfig
-from amod.training.folder import environment, saved_config
+from amod.training.folder import RunLock, environment, read_summary, saved_config
 from amod.training.loaders import DataModule, build_datamodule
-from amod.training.run import make_trainer
+from amod.training.run import make_trainer, say_measured
+from amod.training.tasks import CLASSIFICATION
 from amod.training.terminal import quiet, say, show
 from amod.training.weights import build, input_config
 
@@ -27,8 +28,16 @@ def measure(cfg: UntrainedConfig) -> None:
     folder = Path(cfg.run_dir)
     if (folder / "summary.json").exists():
         say(f"{folder} is finished and is not repeated; another run_dir starts a new run")
-        show(json.loads((folder / "summary.json").read_text()))
+        show(read_summary(folder))
         return
+    lock = RunLock(folder)
+    try:
+        _measure(cfg, folder, lock)
+    finally:
+        lock.release()
+
+
+def _measure(cfg: UntrainedConfig, folder: Path, lock: RunLock) -> None:
     since = time.monotonic()
     trainer = make_trainer(cfg.trainer, enable_progress_bar=sys.stdout.isatty())
     seed_everything(cfg.seed, verbose=False)
@@ -44,22 +53,25 @@ def measure(cfg: UntrainedConfig) -> None:
         )
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
     folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
     write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode())
-    (found,) = trainer.test(module, datamodule=data, verbose=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    found = {key: value.item() for key, value in trainer.callback_metrics.items()}
     summary = {
         "model": cfg.model.label,
         "data": cfg.data.name,
         **cost(built.model, cfg),
         **measured(built.model, data),
         "seed": cfg.seed,
-        "images": len(data.splits["test"]),
+        "images": int(found["test/images"]),
         "test_top1_untrained": float(f"{found['test/top1']:.6g}"),
         "test_top5_untrained": float(f"{found['test/top5']:.6g}"),
         "seconds": round(time.monotonic() - since, 3),
     }
     write_atomically(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     show(summary)
+    say_measured("test", found, CLASSIFICATION)
 
 
 def thin_out(data: DataModule, images: int | None) -> None:

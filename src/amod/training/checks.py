@@ -106,6 +106,11 @@ def check_train(composed: Any) -> TrainConfig:
                     f"trainer.{key}={shown(value)}: callbacks=early_stopping needs a validation at the end of an epoch "
                     "and none before; leave one of them out"
                 )
+        if (every := cfg.trainer.check_val_every_n_epoch or 1) > schedule.epochs:
+            raise UserError(
+                f"trainer.check_val_every_n_epoch={every}: schedule.epochs={schedule.epochs} end before the first "
+                "validation, which callbacks=early_stopping needs; leave one of them out"
+            )
     check_method(cfg)
     check_run_dir(cfg)
     if cfg.model.checkpoint is not None and not any(Path(cfg.run_dir).glob("checkpoints/*.ckpt")):
@@ -406,6 +411,12 @@ def check_trainer(trainer: TrainerArguments) -> None:
             f"trainer.log_every_n_steps={shown(trainer.log_every_n_steps)}: has no effect, metrics are logged once an "
             "epoch; leave it out"
         )
+    for key in ("limit_train_batches", "limit_val_batches") if trainer.overfit_batches else ():
+        if (value := getattr(trainer, key)) is not None:
+            raise UserError(
+                f"trainer.{key}={shown(value)}: trainer.overfit_batches={shown(trainer.overfit_batches)} is instead of "
+                "it; leave one of them out"
+            )
     limit = trainer.max_time
     if isinstance(limit, dict):
         known = {*limit} <= {"weeks", "days", "hours", "minutes", "seconds"}

@@ -66,6 +66,8 @@ def launch(
     with one_line_errors():
         args = parser.parse_args()
         if not (args.hydra_help or args.shell_completion or args.info or args.experimental_rerun):
+            if args.multirun and args.cfg:
+                raise UserError("--cfg: shows the config of one job; leave -m out")
             own = own_configs(args)
             check_hydra(args.overrides, args.multirun)
             jobs = jobs_of(args.overrides, args.multirun)
@@ -82,7 +84,7 @@ def launch(
                         raise UserError(f"{override}: src/{config_name}.py trains nothing; leave it out")
                 config = check(cfg)
                 if args.multirun:
-                    check_job(cfg, folders)
+                    check_job(cfg, folders, any(key_of(override) == "run_dir" for override in overrides))
                 else:
                     checked.append(cfg if config is None else config)
                     pin_run_dir(args.overrides, cfg.get("run_dir"))
@@ -249,10 +251,11 @@ def chosen(overrides: list[str], plugin: str) -> bool:
     return any(o.startswith(f"hydra/{plugin}=") and not o.endswith("=basic") for o in overrides)
 
 
-def check_job(cfg: DictConfig, folders: set[str]) -> None:
-    """One job of a sweep has a folder of its own (`folders`: those of the jobs before it)."""
+def check_job(cfg: DictConfig, folders: set[str], typed: bool) -> None:
+    """One job of a sweep has a folder of its own (`folders`: those of the jobs before it). Where it is not `typed`, the
+    time is in its name, unless a batch system's number is."""
     folder = cfg.get("run_dir")
-    if folder is not None and folder in folders:
+    if (typed or "SLURM_JOB_ID" in os.environ) and folder is not None and folder in folders:
         raise UserError(
             f"-m: two jobs have run_dir={folder}; leave run_dir out, or name what differs in it, as in "
             "run_dir='runs/my-${seed}'"

@@ -41,6 +41,8 @@ def evaluate(cfg: EvaluateConfig) -> Mapping[str, float]:
     trainer = make_trainer(
         run.trainer, callbacks=[predictions] if cfg.output else [], enable_progress_bar=sys.stdout.isatty()
     )
+    if cfg.output:
+        make_output(Path(cfg.output))  # before the minutes of a measurement
     with known_troubles("run the same command again"):
         trainer.test(module, datamodule=data, verbose=False)
     found = trainer.callback_metrics.items()  # what test() returns leaves out what no logger gets
@@ -84,12 +86,15 @@ class Predictions(Callback):
         self.rows = rows[rows[:, 0].argsort()]
 
 
+def make_output(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={folder}: cannot be written ({error.strerror}); name another folder") from error
+
+
 def write_details(output: Path, rows: Tensor, split: Split, classes: Sequence[str]) -> None:
     """predictions.csv, per_class.csv, confusion.csv and confusion.png."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output}: cannot be written ({error.strerror}); name another folder") from error
     labels, predicted = rows[:, 1].long(), rows[:, 2].long()
     matrix = MulticlassConfusionMatrix(len(classes), sync_on_compute=False)  # the rows are of all processes
     matrix.update(predicted, labels)

@@ -61,6 +61,17 @@ def read_config(file: Path) -> TrainConfig:
         raise UserError(f"{file}: {error}; put the run's own file back, or name another folder") from None
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a finished run found."""
+    file = folder / "summary.json"
+    try:
+        summary = json.loads(file.read_text())
+        assert isinstance(summary, dict)
+        return summary
+    except Exception:  # whatever the bytes make the reader raise
+        raise UserError(f"{file}: is no run's summary; put the run's own file back, or name another folder") from None
+
+
 def saved_config(cfg: TrainConfig, whole: bool = False) -> dict[str, Any]:
     """The config as the run folder keeps it: without the folder's own name, so that it can be moved, and with ``~`` for
     the home folder, whose name is often a person's. ``whole``: with the defaults of what it does not say.
@@ -98,6 +109,9 @@ def check_run_dir(cfg: TrainConfig) -> None:
                 raise UserError(f"run_dir={folder}: holds other files and no run; name a new folder")
             return
     run = read_config(saved)
+    if type(run) is not type(cfg):
+        made = "untrained" if isinstance(run, UntrainedConfig) else "train"
+        raise UserError(f"run_dir={folder}: holds a run of src/{made}.py; name another folder")
     before, now = (flat(saved_config(config, whole=True)) for config in (run, cfg))
     for key in sorted({*before, *now}, key=lambda key: (not key.endswith(".name"), key)):
         old, new = before.get(key), now.get(key)

@@ -39,6 +39,9 @@ class Recipe(nn.Module):
         plan: Plan = model.plan if isinstance(model, RoutedViT) else {}
         self.router, self.distil = router, distil
         self.ratios = [entry.keep for _, entry in sorted(plan.items()) if isinstance(entry, Predict)]
+        routers: Any = getattr(model, "routers", None)
+        self.leads = bool(self.ratios) and any(p.requires_grad for p in routers.parameters())
+        """Whether predictors are trained, whom the other weights follow."""
         self.teacher = teacher if teacher is None else teacher.requires_grad_(False).eval()
         if self.ratios:
             for name in ("cls_token", "pos_embed", "dist_token"):  # DynamicViT never trains them
@@ -87,7 +90,7 @@ class Recipe(nn.Module):
 
     def factor(self, part: str, share: float) -> float:
         """Of the learning rate of a group, ``share`` (0 to 1) into the training: the backbone's is lower and waits."""
-        if not self.ratios or part == "predictors":
+        if not self.leads or part == "predictors":
             return 1.0
         return 0.0 if share < self.router.frozen else self.router.backbone_lr
 

@@ -35,6 +35,7 @@ from amod.training.folder import (
     check_run_dir,
     flat,
     read_config,
+    read_summary,
     saved_config,
     start_folder,
     unfinished_twin,
@@ -47,7 +48,7 @@ from amod.training.record import check_same, read_record
 from amod.training.tasks import TASKS, Task
 from amod.training.terminal import quiet, say, show
 from amod.training.troubles import known_troubles
-from amod.training.weights import weightless
+from amod.training.weights import shortened, weightless
 
 # What decides the compute of a method in the place of a capacity.
 OWN = {"tome": "r", "merge": "r", "evit": "keep_rate", "dynamicvit": "keep_rate", "avit": "ponder", "plan": "file"}
@@ -64,6 +65,7 @@ def train(cfg: TrainConfig) -> float | None:
     rank_zero_only(check_run_dir)(cfg)  # a sweep's jobs before this one may have used the folder
     folder = Path(cfg.run_dir)
     if summary := finished(cfg, folder):
+        check_data_is_the_same(cfg, folder)
         say(f"{folder} is finished and is not repeated; another run_dir starts a new run")
         if summary.get("ended_by") == "trainer.max_time":
             say(f"trainer.max_time ended it after {summary['epochs']} epochs; with a longer one it goes on")
@@ -84,16 +86,22 @@ def go_on(folder: Path) -> str:
 
 def finished(cfg: TrainConfig, folder: Path) -> dict[str, Any] | None:
     """The summary of a run of which no more is asked."""
-    file = folder / "summary.json"
-    if not file.exists():
+    if not (folder / "summary.json").exists():
         return None
-    summary = json.loads(file.read_text())
+    summary = read_summary(folder)
     before = read_config(folder / "config.yaml")
     if summary.get("ended_by") == "trainer.max_time":
         more = seconds_of(cfg.trainer.max_time) > seconds_of(before.trainer.max_time)
     else:
         more = cfg.schedule.epochs > before.schedule.epochs
     return None if more else summary
+
+
+def check_data_is_the_same(cfg: TrainConfig, folder: Path) -> None:
+    """A finished run says nothing of other data, which are looked at where data.root is another one."""
+    if cfg.data.root != read_config(folder / "config.yaml").data.root:
+        found = TASKS[cfg.model.task].parts().read(cfg)
+        check_same(read_record(folder), found.record(), folder, cfg.data.root)
 
 
 def seconds_of(limit: Any) -> float:
@@ -134,6 +142,11 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
         raise UserError(
             f"schedule.train=routers: all other weights stay as they are, and of {cfg.model.label} for these data the "
             "head at least would be random; give model.checkpoint=RUN_FOLDER of a run on the same classes"
+        )
+    if schedule.train == "head" and built.fresh and not newest:
+        raise UserError(
+            f"schedule.train=head: all other weights stay as they are, and those of router={cfg.router.name} would be "
+            f"random ({shortened(built.fresh)}); give a model.checkpoint= that has them, or choose schedule.train=all"
         )
     trainable = freeze(built.model, schedule)
     module = parts.module(built.model, source, data)
@@ -258,8 +271,10 @@ def measure_untrained(trainer: Trainer, module: TaskModule, data: DataModule, re
         measure(module, datamodule=data, verbose=False)
         recorder.untrained |= {key: rounded(value) for key, value in trainer.callback_metrics.items()}
     key, (words, unit) = module.task.best, module.task.shown[module.task.best]
-    found = [f"{split} {words} {recorder.untrained.get(f'{split}/{key}')}{unit}" for split in ("val", "test")]
-    say(f"before training: {', '.join(found)}")
+    values = {split: recorder.untrained.get(f"{split}/{key}") for split in ("val", "test")}
+    found = [f"{split} {words} {value}{unit}" for split, value in values.items() if value is not None]
+    if found:
+        say(f"before training: {', '.join(found)}")
 
 
 def say_measured(split: str, values: Mapping[str, Any], task: Task) -> None:

@@ -36,10 +36,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """A model, and whether its head came with its weights: then its accuracy before any training means something."""
+    """A model, and whether its head came with its weights: then its accuracy before any training means something.
+
+    ``fresh``: its routers' weights that the checkpoint did not have.
+    """
 
     model: nn.Module
     adapted: bool
+    fresh: Sequence[str] = ()
 
 
 def create_vit(model: Model, num_classes: int, **pretrained: Any) -> Any:
@@ -103,9 +107,8 @@ def build(cfg: Variant, num_classes: int, classes: Sequence[str] | None = None) 
     if cfg.router.name != "isoflop":
         adapted = load_vit(vit, state, cfg.model) if state else pretrained_head
         model = variant(vit, cfg)
-        if state:
-            load_routers(model, routers, cfg.model)
-        return Built(model, adapted)
+        fresh = load_routers(model, routers, cfg.model) if state else router_names(model)
+        return Built(model, adapted, fresh)
 
     depth = isoflop_blocks(vit, cfg)
     blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -363,8 +366,12 @@ def load_vit(vit: Any, state: dict[str, Tensor], model: Model) -> bool:
     return adapted
 
 
-def load_routers(model: nn.Module, state: dict[str, Tensor], source: Model) -> None:
-    """The routers' own weights from a checkpoint; what a dense checkpoint lacks starts fresh, and is said so."""
+def router_names(model: nn.Module) -> list[str]:
+    return sorted(key for key in model.state_dict() if key.startswith("routers."))
+
+
+def load_routers(model: nn.Module, state: dict[str, Tensor], source: Model) -> list[str]:
+    """The routers' own weights from a checkpoint; those that it lacks start fresh, are said and returned."""
     wanted = {key: value for key, value in model.state_dict().items() if key.startswith("routers.")}
     if dropped := sorted(set(state) - set(wanted)):
         log.info("router weights of the checkpoint that this model does not use: %s", shortened(dropped))
@@ -376,7 +383,8 @@ def load_routers(model: nn.Module, state: dict[str, Tensor], source: Model) -> N
     if fresh := sorted(set(wanted) - set(state)):
         log.info("routers that start from fresh weights: %s", shortened(fresh))
     model.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
+    return fresh
 
 
-def shortened(items: list[str], most: int = 6) -> str:
+def shortened(items: Sequence[str], most: int = 6) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
