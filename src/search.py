@@ -136,6 +136,10 @@ def read_texts(cfg: SearchConfig) -> tuple[Any, Any, Any]:
     model = from_pretrained(str(cfg.run))
     if getattr(model, "main_input_name", None) != "input_ids":
         raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no text; leave texts= out")
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"run={cfg.run}: its tokenizer has no padding token; set tokenizer.pad_token, and save it again"
+        )
     drawn = random.Random(cfg.seed).sample(lines, min(cfg.images_max, len(lines)))
     inputs = tokenizer(drawn, padding=True, truncation=True, return_tensors="pt")
     return dense(model) if hasattr(model, "plan") else model, inputs, tokenizer

@@ -207,6 +207,8 @@ def test_parts_and_where_memory_is_scored(detr, images):
     assert torch.allclose(routing.memory[0].scores.sum(1), torch.ones(3))
     plan = DetrPlan(memory={0: Route(0.5)}, memory_from="encoder")  # nothing need be before it
     assert len(amod.convert(detr, plan=plan)(images, return_routing=True)[1].memory) == 1
+    learned = DetrPlan(memory={1: Route(0.5, "linear"), 2: Route(0.5)}, memory_from="encoder")  # none reads the other
+    assert len(amod.convert(detr, plan=learned)(images, return_routing=True)[1].memory) == 2
     late = amod.convert(detr, capacity=0.5, placement="late")(images, return_routing=True)[1]
     for part in late:  # scores behind a routed layer are refined and still sum to one
         assert [layer.layer for layer in part] == [2, 3]
@@ -305,6 +307,14 @@ def test_saved_and_loaded(detr, images, tmp_path, router):
         ({"placement": [0]}, "encoder: placement: block 0 has no block before it"),
         ({"plan": {1: Route(0.5)}}, "of a DETR it has encoder, queries, memory"),
         ({"plan": DetrPlan(queries={9: Route(0.5)})}, "queries: plan: block 9 is not one of 0 to 3"),
+        (
+            {"plan": DetrPlan(memory={4: Route(0.5)}, memory_from="encoder")},
+            "memory: plan: layer 4 is not one of 0 to 3",
+        ),
+        (
+            {"plan": DetrPlan({1: Route(0.5), 3: Route(0.5, "random")}, {}, {1: Route(0.5)}, "encoder")},
+            "memory: layer 1 (router=attention) has its scores of encoder layer 3, where router=random leaves none",
+        ),
         ({"plan": DetrPlan(), "capacity": 0.5}, "plan= says it already"),
         (
             {"plan": DetrPlan(encoder={1: Route(0.5, skip="mlp")})},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,14 @@ def test_a_dense_run_is_adapted_untrained(runs, tmp_path):
     assert "capacity 0.5 (13 of 26 tokens kept in a routed block)" in report
     assert "Dense model: the run itself" in report
     assert "digits, val images" in report
+
+
+def test_what_a_budget_picked_is_told(runs, tmp_path):
+    run(f"run={runs}/dense-0", "budget=75%", "images_max=2", "tokens=2", "shown=1", f"output={tmp_path}/out")
+    report = (tmp_path / "out/report.md").read_text()
+    told = re.search(r"capacity ([\d.]+) \((\d+) of 26 tokens kept", report)
+    assert told
+    assert math.floor(float(told[1]) * 26 + 1e-6) == int(told[2]) > 3  # not 0.125, which nobody asked for
 
 
 def test_your_own_pictures_without_the_data(runs, tmp_path):
@@ -236,6 +246,12 @@ WRONG = {
     "output": (["run={}/attention-0", "output={}/dense-0/config.yaml"], "is a file"),
     "mixed": (["run=[{0}/attention-0,{0}/other-size]"], "the runs differ in model.kwargs"),
     "mixed kinds": (["run=[{0}/attention-0,{0}/linear-1]"], "the runs differ in router.name"),
+    "mixed routers": (["run=[{0}/attention-0,{0}/kept-prefix]"], "the runs differ in router;"),
+    "other model": (
+        ["run={0}/attention-0", "mod={0}/other-mod"],
+        "mod={}/other-mod: differs from run= in model.kwargs",
+    ),
+    "no place": (["run={}/dense-0", "output={}/dense-0/config.yaml/x"], "dense-0/config.yaml/x: cannot be written"),
     "device": (["run={}/attention-0", "device=cuda"], "device=cuda: torch sees no CUDA device here"),
     "untrained": ([*MODEL, "data=digits"], "run: say which run folder"),
     "head": ([*MODEL, "data=digits", "model.checkpoint={}/headless.safetensors"], "have no head for the 10 classes"),
@@ -271,10 +287,12 @@ def test_a_mistake_is_said(case, runs, tmp_path):
     if not (runs / "unfinished").exists():
         make_run(runs / "unfinished", "router=attention").joinpath("weights.safetensors").unlink()
         make_run(runs / "other-size", "router=attention", "model.kwargs.embed_dim=16")
+        make_run(runs / "other-mod", "router=linear", "model.kwargs.depth=6")
+        make_run(runs / "kept-prefix", "router=attention", "router.keep_prefix=true")
         state = build(config("router=none"), 7).model.state_dict()
         save_file({key: value.contiguous() for key, value in state.items()}, runs / "headless.safetensors")
     overrides, message = WRONG[case]
-    out = [] if case == "output" else [f"output={tmp_path}/out"]
+    out = [] if case in ("output", "no place") else [f"output={tmp_path}/out"]
     with pytest.raises(UserError) as error:
         run(*(override.format(runs) for override in overrides), *out)
     assert message.format(runs) in str(error.value)

@@ -97,6 +97,8 @@ def test_half_precision_keeps_its_type(vit, images):
         (lambda vit, images: (vit, vit, images[: 2 * FOLDS - 1]), r"images: \(7, 3, 16, 16\); at least 8 prepared"),
         (lambda vit, images: (vit, vit, [*images]), "images: list; at least 8 prepared"),
         (lambda vit, images: (vit, vit, images / 0), "not finite"),
+        (lambda vit, images: (timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=1),
+                              vit, images), "has one output, .*; its head stays as it is"),
         (lambda vit, images: (vit, vit, torch.randn(8, 3, 24, 24)), r"images: \(8, 3, 24, 24\) do not fit the model"),
         (lambda vit, images: (timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0),
                               vit, images), "no linear layer"),

@@ -310,6 +310,10 @@ def test_images_of_transformers_models_are_searched_on():
     [
         ({"model": lambda: build("Bert", "ForMaskedLM")}, "gives no one answer"),
         ({"model": lambda: build("Bert", is_decoder=True)}, "as a decoder"),
+        (
+            {"model": lambda: build("Bert", "ForSequenceClassification", num_labels=1)},
+            "one output, .* with the base model",
+        ),
         ({"batch": torch.ones(16, 4)}, "images: Tensor; BertModel needs what its tokenizer gives"),
         ({"batch": {"attention_mask": torch.ones(16, 4)}}, "needs what its tokenizer gives"),
         ({"batch": {"input_ids": torch.ones(4, 4).long()}}, "4 of them; at least 8"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amod.errors import UserError
-from amod.plan import Plan, Route, as_data, check_plan, from_data, make_plan
+from amod.plan import READS_ATTENTION, Plan, Route, as_data, check_plan, from_data, make_plan
 
 PARTS = ("encoder", "queries", "memory")
 """The sequences: image tokens in the encoder, queries and memory in the decoder."""
@@ -87,13 +87,28 @@ def check_detr_plan(plan: Any, layers: tuple[int, int]) -> None:
             if entry.memory or entry.keep_prefix or entry.skip != "block":
                 name = "memory" if entry.memory else "keep_prefix" if entry.keep_prefix else f"skip={entry.skip!r}"
                 raise UserError(f"plan: {part} {i} has {name}, which a DETR does not have; leave it out")
-        if part == "memory" and plan.memory_from == "encoder":  # scored before the first layer
-            given = {i + 1: entry for i, entry in given.items()}
-            depth += 1
+        if part == "memory" and plan.memory_from == "encoder":
+            check_scored_by_encoder(plan, layers)
+            continue
         try:
             check_plan(given, depth)
         except UserError as error:
             raise UserError(f"{part}: {error}") from None
+
+
+def check_scored_by_encoder(plan: DetrPlan, layers: tuple[int, int]) -> None:
+    """Every layer of the decoder has the scores that the last encoder layer leaves, its first one too."""
+    last = layers[0] - 1
+    if odd := [i for i in plan.memory if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < layers[1]]:
+        raise UserError(f"memory: plan: layer {odd[0]!r} is not one of 0 to {layers[1] - 1}")
+    reading = {i: e.router for i, e in plan.memory.items() if isinstance(e, Route) and e.router in READS_ATTENTION}
+    before = plan.encoder.get(last)
+    if reading and isinstance(before, Route) and before.router not in READS_ATTENTION:
+        first = min(reading)
+        raise UserError(
+            f"memory: layer {first} (router={reading[first]}) has its scores of encoder layer {last}, where "
+            f"router={before.router} leaves none; choose memory_from='cross', or leave that layer dense"
+        )
 
 
 def detr_plan_from(data: Any) -> DetrPlan:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amod.errors import UserError, one_line
 from amod.huggingface import check_model, find_encoder, prefix_of, routed, tokens_of
-from amod.judge import Judge, check_images
+from amod.judge import Judge, check_images, refuse_one_output
 from amod.plan import Plan, Route
 
 IDS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
@@ -71,6 +71,7 @@ class EncoderJudge(Judge):
     def read_off(self, out: Any, images: Inputs) -> Tensor:
         """The answer in what the model gives."""
         if (logits := getattr(out, "logits", None)) is not None and logits.dim() == 2:
+            refuse_one_output(self.vit, logits.shape[1], "search with the base model, whose features are then compared")
             return logits
         hidden = getattr(out, "last_hidden_state", None)
         if logits is not None or hidden is None:

@@ -110,6 +110,7 @@ class Judge:
         self.depth, self.prefix = len(self.vit.blocks), self.vit.num_prefix_tokens
         self.tokens = tokens_at(self.vit, self.size)
         self.has_head = getattr(self.vit, "num_classes", 0) > 0
+        refuse_one_output(self.vit, getattr(self.vit, "num_classes", 0), "reset_classifier(0) leaves its features")
         try:
             class_tokens(self.vit)
             routed(self.bare, {self.depth - 1: ClassOnly()})
@@ -386,6 +387,14 @@ def check_images(images: Any, least: int) -> Tensor:
     if not images.isfinite().all():
         raise UserError("images: some pixels are not finite; prepare them as for the model")
     return images
+
+
+def refuse_one_output(model: Any, outputs: int, instead: str) -> None:
+    if outputs == 1:
+        raise UserError(
+            f"{type(model).__name__}: has one output, where plans are judged by how the shares of classes change; "
+            f"{instead}"
+        )
 
 
 class Given(nn.Module):

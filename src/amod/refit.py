@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from amod.errors import UserError, one_line
 from amod.flops import modes_kept
-from amod.judge import BATCH, check_images, disagreement
+from amod.judge import BATCH, check_images, disagreement, refuse_one_output
 
 RIDGES = [10.0 ** (k / 2) for k in range(-6, 7)]
 """Tried, in means of the squared features; beside them no slope at all, and the classifier as it is."""
@@ -145,4 +145,5 @@ def classifier_of(model: Any) -> nn.Linear:
         raise UserError(
             f"{type(model).__name__}: its classifier ({kind}) is no linear layer with a bias, so no head is fitted"
         )
+    refuse_one_output(model, found.out_features, "its head stays as it is")
     return found

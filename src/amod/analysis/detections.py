@@ -15,6 +15,7 @@ from amod.analysis.panels import as_shown, faded, figure_of, first_panel, outlin
 from amod.analysis.style import NAMES
 from amod.detection import dense
 from amod.detr_walk import DetrRouting
+from amod.hub import check_place
 from amod.training import coco, detecting
 from amod.training.config import UNROUTED, ExplainConfig
 from amod.training.record import classes_of
@@ -37,13 +38,14 @@ def explain_detections(cfg: ExplainConfig) -> None:
     if run.router.name in UNROUTED:
         model = detecting.variant(dense(model), cfg).eval()
         name = f"{NAMES[cfg.router.name]}, untrained"
+    output = Path(cfg.output or f"outputs/explain/{folder.resolve().name}")
+    check_place(output)
     samples = data.samples("test", train=False)
     images, masks, targets, _ = coco.join([samples[0, place] for place in range(min(cfg.shown, len(samples)))])
     torch.manual_seed(cfg.seed)
     with torch.inference_mode():
         out, routing = model(images, pixel_mask=masks, return_routing=True)
         grid = tuple(model.model.backbone(images, masks)[-1][0].shape[-2:])
-    output = Path(cfg.output or f"outputs/explain/{folder.resolve().name}")
     picture, classes = output / "detections.png", classes_of(folder) or []
     draw_detections(images, masks, targets, out, routing, grid, classes, picture, name)
     kept = [sum(layer.indices.shape[1] for layer in part) for part in routing]

@@ -16,6 +16,8 @@ from amod.analysis.routing_report import About, write_report
 from amod.analysis.subjects import data_pictures, device_of, own_pictures, subjects
 from amod.errors import UserError
 from amod.flops import count_flops
+from amod.hub import check_place
+from amod.plan import Plan, Route
 from amod.training.config import WITHOUT_CAPACITY, ExplainConfig
 from amod.training.folder import environment
 from amod.training.record import classes_of
@@ -27,6 +29,8 @@ def explain(cfg: ExplainConfig, command: str) -> None:
     quiet()
     device_of(cfg)  # before pictures are read
     runs = folders(cfg, "run")
+    output = Path(cfg.output or f"outputs/explain/{runs[0].resolve().name if runs else cfg.model.label}")
+    check_place(output)
     first = saved(runs[0]) if runs else cfg
     classes: int | None
     if cfg.images is None:
@@ -66,7 +70,8 @@ def explain(cfg: ExplainConfig, command: str) -> None:
     if config.router.name in WITHOUT_CAPACITY:
         amount = f"of {tokens} tokens {', '.join(map(str, dict.fromkeys(left.values())))} left"
     else:
-        amount = f"capacity {config.capacity:g} ({left[min(left)]} of {tokens} tokens kept in a routed block)"
+        granted = config.capacity if config.budget is None else capacity_of(found[0].models[config.router.name].plan)
+        amount = f"capacity {granted:g} ({left[min(left)]} of {tokens} tokens kept in a routed block)"
     about = About(
         subject=f"{config.model.label}, {'own pictures' if cfg.images else f'{config.data.name}, {cfg.split} images'}",
         amount=amount,
@@ -76,7 +81,6 @@ def explain(cfg: ExplainConfig, command: str) -> None:
         command=command,
         provenance=provenance(),
     )
-    output = Path(cfg.output or f"outputs/explain/{runs[0].resolve().name if runs else cfg.model.label}")
     shown = min(cfg.shown, count)
     heads = {}
     for router, model in found[0].models.items():
@@ -84,6 +88,11 @@ def explain(cfg: ExplainConfig, command: str) -> None:
             heads[router] = head_scores(model, pictures.images[:shown].to(next(dense.parameters()).device))
     write_report(output, about, measured, pictures.shown[:shown], pictures.names(run.predicted, shown), heads)
     say(f"{output}/report.md")
+
+
+def capacity_of(plan: Plan) -> float:
+    """What a budget has picked."""
+    return next(entry.capacity for entry in plan.values() if isinstance(entry, Route))
 
 
 def provenance() -> str:

@@ -211,8 +211,8 @@ def draw_correlation(
                 elinewidth=1,
                 markersize=5,
             )
-        points = [value for row in table if row.measure == measure for value in row.each]
-        if len(table[0].each) > 1:  # a long bar of few runs must not hide the rest
+        points = [value for row in table if row.measure == measure for value in row.each if value == value]  # not nan
+        if points and len(table[0].each) > 1:  # a long bar of few runs must not hide the rest
             room = 0.5 * (max(points) - min(points))
             axis.set_ylim(min(points) - room, max(points) + room)
         axis.set_title(f"{method}, {MEASURES[measure]}", fontsize=8)

@@ -21,7 +21,7 @@ from amod.analysis.style import NAMES
 from amod.deploy import picture, preparation
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
-from amod.hub import class_names_of
+from amod.hub import check_place, class_names_of
 from amod.image_files import images_below
 from amod.plan import halts
 from amod.routing import Routing
@@ -41,6 +41,8 @@ def explain_saved(cfg: ExplainConfig) -> None:
     files = images_below(Path(str(cfg.images)).expanduser())
     if not files:
         raise UserError(f"images={cfg.images}: holds no picture ({', '.join(IMG_EXTENSIONS)})")
+    output = Path(cfg.output or f"outputs/explain/{folder.resolve().name}")
+    check_place(output)
     images = torch.stack([picture(file, transform) for file in files[: cfg.shown]])
     saved = getattr(model, "plan", None)
     if not saved:
@@ -48,10 +50,10 @@ def explain_saved(cfg: ExplainConfig) -> None:
     torch.manual_seed(cfg.seed)
     logits, routing, grid = run(model, images)
     shown = images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    output = Path(cfg.output or f"outputs/explain/{folder.resolve().name}")
     output.mkdir(parents=True, exist_ok=True)
     name = "the saved plan" if saved else f"{NAMES[cfg.router.name]}, untrained"
-    asked = "" if saved else f", capacity {cfg.capacity:g}"
+    amount = f"capacity {cfg.capacity:g}" if cfg.budget is None else f"budget {cfg.budget}"
+    asked = "" if saved else f", {amount}"
     names = [file.stem for file in files] if logits is None else [f"read as {n}" for n in read(model, logits)]
     panels: Any = (grid, output / "kept.png", "Patches that each routed block kept", names, f"{folder.name}{asked}.")
     draw_kept_patches(shown, {name: routing}, *panels)

@@ -28,6 +28,8 @@ from amod.vit import RoutedViT, dense
 log = logging.getLogger(__name__)
 Trained = TrainConfig | ExplainConfig  # of a run folder, or of the command itself
 
+MODEL_AND_DATA = ("model.name", "model.kwargs", "data.name", "data.crop_pct")
+
 # --- models and images --------------------------------------------------------------------------------------------
 
 
@@ -64,6 +66,9 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
             if other.router.name in (*UNROUTED, config.router.name):
                 raise UserError(f"mod={mods[i]}: its router is {other.router.name}; name a run of another router")
             no_gates(other.router.name)
+            for key in MODEL_AND_DATA if runs else ():
+                if attrgetter(key)(other) != attrgetter(key)(config):
+                    raise UserError(f"mod={mods[i]}: differs from run= in {key}; name a run of the same model and data")
             models[other.router.name] = load(other, mods[i], num_classes)
             others.append((other.router.name, other.capacity))
             if others[i] != others[0]:
@@ -72,7 +77,7 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
             module.to(device).eval()
         found.append(Subject(config, models, vit, origin))
     for subject in found[1:]:
-        for key in ("model.name", "model.kwargs", "data.name", "router.name", "placement", "capacity", "budget"):
+        for key in (*MODEL_AND_DATA, "router.name", "router", "placement", "capacity", "budget"):
             one, other = (attrgetter(key)(s.config) for s in (found[0], subject))
             if one != other:
                 raise UserError(
