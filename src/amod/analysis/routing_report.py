@@ -67,6 +67,9 @@ def write_report(
         for router, layers in run.routing.items()
     }
     output.mkdir(parents=True, exist_ok=True)
+    table = correlations(runs)
+    write_correlations(table, output / "correlation.csv")
+    write_agreement(runs, output / "agreement.csv")
     panels = (run.grid, output / "kept.png", "Patches that each routed block kept", names, caption)
     pictures.draw_kept_patches(images, routings, *panels)
     panels = (run.grid, output / "scores.png", "Scores by which each routed block chose", names, caption)
@@ -87,7 +90,6 @@ def write_report(
     seeds = f"seed{'s' if len(runs) > 1 else ''} {', '.join(map(str, about.seeds))}"
     all_of_it = f"{about.subject}, {about.amount}, {seeds}, {measured} images."
     over = "the images" if len(runs) == 1 else f"{len(runs)} runs"
-    table = correlations(runs)
     labels = source_labels(run.scores)
     pictures.draw_correlation(
         table,
@@ -97,8 +99,6 @@ def write_report(
         f"{'; dashes: each run' * (len(runs) > 1)}.",
         labels,
     )
-    write_correlations(table, output / "correlation.csv")
-    write_agreement(runs, output / "agreement.csv")
     wanted = "the true class" if about.labelled else "the class that the dense model predicts"
     own = [*(["depths"] if halting else []), *(["heads"] if heads else [])]
     shown = ["kept", "scores", *own, "importance", "kept-often", "correlation"]
