@@ -20,6 +20,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
 
 
+def unreadable(path: object, error: BaseException | str) -> UserError:
+    """Of a file of results, which is damaged."""
+    said = error if isinstance(error, str) else one_line(error)
+    return UserError(f"{path}: cannot be read ({said}); bring it back from version control, or delete it")
+
+
 @contextmanager
 def reachable(place: str) -> Iterator[None]:
     """Around the first look at a place that was named: somebody else's folder, say, or a name that is too long."""

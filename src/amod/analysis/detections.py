@@ -13,9 +13,9 @@ from torch import Tensor
 from amod.analysis.explain_checks import data_config, folders, saved
 from amod.analysis.panels import as_shown, faded, figure_of, first_panel, outline, patch_pixels, save_figure
 from amod.analysis.style import NAMES
+from amod.analysis.subjects import output_of
 from amod.detection import dense
 from amod.detr_walk import DetrRouting
-from amod.hub import check_place
 from amod.training import coco, detecting
 from amod.training.config import UNROUTED, ExplainConfig
 from amod.training.record import classes_of
@@ -38,8 +38,7 @@ def explain_detections(cfg: ExplainConfig) -> None:
     if run.router.name in UNROUTED:
         model = detecting.variant(dense(model), cfg).eval()
         name = f"{NAMES[cfg.router.name]}, untrained"
-    output = Path(cfg.output or f"outputs/explain/{folder.resolve().name}")
-    check_place(output)
+    output = output_of(cfg, folder.resolve().name)
     samples = data.samples("test", train=False)
     images, masks, targets, _ = coco.join([samples[0, place] for place in range(min(cfg.shown, len(samples)))])
     torch.manual_seed(cfg.seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 from rich.progress import Progress, TimeRemainingColumn
@@ -13,10 +12,9 @@ from amod.analysis.explain_checks import folders, saved
 from amod.analysis.importance import cost
 from amod.analysis.measurement import blocks_of, grid_of, head_scores, measure
 from amod.analysis.routing_report import About, write_report
-from amod.analysis.subjects import data_pictures, device_of, own_pictures, subjects
+from amod.analysis.subjects import data_pictures, device_of, output_of, own_pictures, subjects
 from amod.errors import UserError
 from amod.flops import count_flops
-from amod.hub import check_place
 from amod.plan import Plan, Route
 from amod.training.config import WITHOUT_CAPACITY, ExplainConfig
 from amod.training.folder import environment
@@ -29,8 +27,7 @@ def explain(cfg: ExplainConfig, command: str) -> None:
     quiet()
     device_of(cfg)  # before pictures are read
     runs = folders(cfg, "run")
-    output = Path(cfg.output or f"outputs/explain/{runs[0].resolve().name if runs else cfg.model.label}")
-    check_place(output)
+    output = output_of(cfg, runs[0].resolve().name if runs else cfg.model.label)
     first = saved(runs[0]) if runs else cfg
     classes: int | None
     if cfg.images is None:

@@ -18,10 +18,11 @@ from amod.analysis.depths import draw_depths
 from amod.analysis.measurement import grid_of
 from amod.analysis.pictures import draw_kept_patches, draw_scores
 from amod.analysis.style import NAMES
+from amod.analysis.subjects import output_of
 from amod.deploy import picture, preparation
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
-from amod.hub import check_place, class_names_of
+from amod.hub import class_names_of
 from amod.image_files import images_below
 from amod.plan import halts
 from amod.routing import Routing
@@ -41,8 +42,7 @@ def explain_saved(cfg: ExplainConfig) -> None:
     files = images_below(Path(str(cfg.images)).expanduser())
     if not files:
         raise UserError(f"images={cfg.images}: holds no picture ({', '.join(IMG_EXTENSIONS)})")
-    output = Path(cfg.output or f"outputs/explain/{folder.resolve().name}")
-    check_place(output)
+    output = output_of(cfg, folder.resolve().name)
     images = torch.stack([picture(file, transform) for file in files[: cfg.shown]])
     saved = getattr(model, "plan", None)
     if not saved:

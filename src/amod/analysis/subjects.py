@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from amod.analysis.explain_checks import data_config, folders, saved
 from amod.errors import UserError, one_line, shown
+from amod.hub import check_place
 from amod.image_files import files_below, is_image, open_rgb
 from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
 from amod.training.images import transforms
@@ -90,6 +91,13 @@ def device_of(cfg: ExplainConfig) -> str:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu or auto")
     return "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def output_of(cfg: ExplainConfig, name: str) -> Path:
+    """Where the report goes; UserError, before anything is measured, where nothing can be written."""
+    folder = Path(cfg.output or f"outputs/explain/{name}")
+    check_place(folder)
+    return folder
 
 
 def no_gates(router: str) -> None:

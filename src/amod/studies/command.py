@@ -54,8 +54,7 @@ def reproduce(cfg: DictConfig) -> None:
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     from amod.studies import clock  # pandas takes a second
-    from amod.studies.report import place_of
-    from amod.studies.rows import Known, curves_of, known_in, reported, with_own
+    from amod.studies.rows import Known, curves_of, known_in, place_of, reported, with_own
 
     known: Known = ({}, curves_of(results / "none")) if cfg.fresh else known_in(results, scale["name"])
 
@@ -77,9 +76,8 @@ def reproduce(cfg: DictConfig) -> None:
 
     if cfg.report_only:
         found = {name: found_in(name) for name in plans}
-        there = [study for study in studies if study["name"] in found]
-        reports = [results / study["name"] / scale["name"] / "runs.csv" for study in there]
-        there = [s for s, file in zip(there, reports, strict=True) if is_there(s, studies, found, file.exists())]
+        measured = [study for study in studies if study["name"] in found]
+        there = [s for s in measured if is_there(s, measured, found, results / s["name"] / scale["name"])]
         report(there, scale, found, results)
         return
 
@@ -118,9 +116,9 @@ def is_there(
     study: Mapping[str, Any],
     studies: Sequence[Mapping[str, Any]],
     found: Mapping[str, tuple[Any, Any]],
-    before: bool,
+    folder: Path,
 ) -> bool:
-    """Whether a study can be reported: it was ``before``, is whole, or has a finished run that no other has as well."""
+    """Whether a study can be reported: it was before, is whole, or has a finished run that no other has as well."""
 
     def runs(name: str) -> tuple[set[str], set[str]]:
         rows, _ = found[name]
@@ -128,8 +126,8 @@ def is_there(
         return {*mine["run"]}, {*mine["run"][mine["status"] == "finished"]}
 
     asked, done = runs(study["name"])
-    others = [runs(other["name"])[0] for other in studies if other["name"] in found and other is not study]
-    return bool(done) and (before or done == asked or bool(done.difference(*others)))
+    others = [runs(other["name"])[0] for other in studies if other is not study]
+    return bool(done) and ((folder / "runs.csv").exists() or done == asked or bool(done.difference(*others)))
 
 
 def report(

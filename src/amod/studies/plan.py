@@ -86,7 +86,7 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
         raise UserError(
             f"study={here['name']}: needs the stage {here['stage']}, but scale={scale['name']} has {', '.join(stages)}"
         )
-    stage = stages[here["stage"]]
+    stage, recipe = stages[here["stage"]], recipe_of(here, scale)
     usual = scale["transfer"] if here["stage"] == "transfer" else [stage.get("data", scale["data"])]
     data = here.get("data") or usual
     variants = here.get("variants") or {"": []}
@@ -113,7 +113,6 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
                 of_router = scale.get("routers", {}).get(picked.get("router"), [])
                 of_router = of_router.get(model, []) if isinstance(of_router, Mapping) else of_router
                 own = [f"{key}={value}" for key, value in picked.items()]
-                recipe = recipe_of(here, scale)
                 add(here["stage"], variant, [f"data={name}", *common, *recipe, *of_router, *own], start)
     return list(ordered.values())
 

@@ -19,7 +19,7 @@ from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
 from amod.studies.clock import halting_section, with_speeds
 from amod.studies.plan import recipe_of
-from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, placed, read, write
+from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, place_of, placed, write
 from amod.training.compose import compose_config
 from amod.training.config import BY_THEMSELVES, UNROUTED
 
@@ -59,13 +59,6 @@ def write_report(
     report = output / "report.md"
     write_atomically(report, ("\n\n".join(parts) + "\n").encode())
     return report
-
-
-def place_of(rows: pd.DataFrame, output: Path) -> Path:
-    """`output`, or `output`/partial where the report that is there has finished runs which these rows have not."""
-    there = read(output / "runs.csv")
-    done = set(rows["run"][rows["status"] == "finished"])
-    return output if done >= set(there["run"][there["status"] == "finished"]) else output / "partial"
 
 
 def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame) -> str:

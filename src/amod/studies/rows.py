@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from amod.analysis import style
-from amod.errors import UserError, one_line
+from amod.errors import unreadable
 from amod.files import write_atomically
 from amod.studies.plan import Run
 from amod.studies.runner import finished, last_line
@@ -76,8 +76,9 @@ def read(path: Path) -> pd.DataFrame:
     """The rows of a runs.csv; none where there is no such file."""
     if not path.exists():
         return table_of([])
+    found = read_csv(path, dict.fromkeys(TEXT, "str"))
     try:
-        return table_of(read_csv(path, dict.fromkeys(TEXT, "str")))
+        return table_of(found)
     except ValueError as error:  # a word where a figure belongs
         raise unreadable(path, error) from error
 
@@ -93,13 +94,15 @@ def read_csv(path: Path, kinds: Mapping[str, str] | None = None) -> pd.DataFrame
     return found
 
 
-def unreadable(path: Path, error: Exception | str) -> UserError:
-    said = error if isinstance(error, str) else one_line(error)
-    return UserError(f"{path}: cannot be read ({said}); bring it back from version control, or delete it")
-
-
 def write(rows: pd.DataFrame, path: Path) -> None:
     write_atomically(path, rows.to_csv(index=False, lineterminator="\n").encode())
+
+
+def place_of(rows: pd.DataFrame, output: Path) -> Path:
+    """`output`, or `output`/partial where the report that is there has finished runs which these rows have not."""
+    there = read(output / "runs.csv")
+    done = set(rows["run"][rows["status"] == "finished"])
+    return output if done >= set(there["run"][there["status"] == "finished"]) else output / "partial"
 
 
 # --- from run folders -----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from amod.analysis.throughput.goals import Row, goals
 from amod.analysis.throughput.parts import PARTS
 from amod.analysis.throughput.pictures import draw
 from amod.analysis.throughput.timing import Quartiles
-from amod.errors import UserError, one_line
+from amod.errors import unreadable
 from amod.files import write_atomically
 
 
@@ -49,9 +49,7 @@ def cells_in(folder: Path) -> int:
     try:
         return len(json.loads(file.read_text())["cells"]) if file.exists() else 0
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({one_line(error)}); bring it back from version control, or delete it"
-        ) from error
+        raise unreadable(file, error) from error
 
 
 def report(
