@@ -128,7 +128,8 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     if damage == "run,seed\n":
         assert read(file).empty
         return
-    with pytest.raises(UserError, match=f"{file}: cannot be read .*; bring it back from version control, or delete it") as error:
+    said = f"{file}: cannot be read .*; bring it back from version control, or delete it"
+    with pytest.raises(UserError, match=said) as error:
         known_in(tmp_path, "small")
     assert str(error.value).count("cannot be read") == 1
 
