@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 
 from amod.errors import UserError
 from amod.runtimes import SUFFIXES
-from amod.training.checks import check_checkpoint, check_variant
+from amod.training.checks import check_checkpoint
 from amod.training.command import launch
 from amod.training.config import ExportConfig
 from amod.training.rules import parse
+from amod.training.variants import check_variant
 
 
 def check(composed: DictConfig) -> ExportConfig:

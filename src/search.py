@@ -9,11 +9,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from amod.errors import UserError, one_line
-from amod.training.checks import check_checkpoint, check_model
+from amod.training.checks import check_checkpoint
 from amod.training.command import launch
 from amod.training.config import SearchConfig, check_classifier
 from amod.training.data import check_data
 from amod.training.rules import parse
+from amod.training.variants import check_model
 
 
 def check(composed: DictConfig) -> SearchConfig:
@@ -168,11 +169,12 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
     import timm
 
     from amod.hub import classes_in, from_pretrained
+    from amod.timm_models import RoutedViT
     from amod.training.config import Placement, Router, Variant
     from amod.training.finished import load_run
     from amod.training.loaders import build_datamodule
     from amod.training.weights import build, input_config, read_state
-    from amod.vit import RoutedViT, dense
+    from amod.vit import dense
 
     data: Any = None
     if cfg.run is not None and cfg.images is not None:

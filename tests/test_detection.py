@@ -12,7 +12,7 @@ from transformers import DetrConfig, DetrForObjectDetection
 import amod
 from amod.detection import transformer_flops
 from amod.detr_plan import PARTS, DetrPlan
-from amod.plan import Route
+from amod.entries import Route
 
 SIZE = (64, 96)  # 2 x 3 image tokens
 

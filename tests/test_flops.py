@@ -131,7 +131,7 @@ def test_a_budget_is_met_from_below_and_the_next_token_exceeds_it(router):
 
 def test_every_k_can_be_granted_exactly():
     """The capacity K / N that a budget yields keeps K tokens again, for each K."""
-    from amod.plan import Route
+    from amod.entries import Route
 
     for n in (50, 197, 577, 4097):
         assert all(Route(k / n).kept(n) == k for k in range(1, n + 1))
@@ -213,8 +213,8 @@ SHARES = pytest.mark.parametrize("share", [0.75, 0.6])
 def counted(monkeypatch):
     """An item for each model that is counted while a budget is solved."""
     counts = []
-    real = amod.vit.count_on_meta
-    monkeypatch.setattr(amod.vit, "count_on_meta", lambda *args: counts.append(1) or real(*args))
+    real = amod.timm_models.count_on_meta
+    monkeypatch.setattr(amod.timm_models, "count_on_meta", lambda *args: counts.append(1) or real(*args))
     return counts
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 import amod
 from amod import reduce
+from amod.entries import Gate
 from amod.gates import kept_first, penalty, put_kept, straight_through
-from amod.plan import Gate, gated_blocks, make_plan
+from amod.plan import gated_blocks, make_plan
 from amod.routing import RoutedLayer
 
 SKIPS = ("attention", "mlp", "block")

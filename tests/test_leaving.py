@@ -15,7 +15,8 @@ import amod
 from amod import reduce
 from amod.analysis.depths import depths, draw_depths
 from amod.attention import attend_packed
-from amod.plan import Halt, Predict, make_plan
+from amod.entries import Halt, Predict
+from amod.plan import make_plan
 from amod.reduce import halt, masked_softmax, pack
 from amod.walk import Walk
 

@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 import yaml
 
+from amod.entries import ClassOnly, Merge, Prune, Route
 from amod.errors import UserError
-from amod.plan import (
-    ClassOnly,
-    Merge,
-    Prune,
-    Route,
-    as_data,
-    check_plan,
-    from_data,
-    make_plan,
-    read_plan,
-    routed_blocks,
-)
+from amod.plan import as_data, check_plan, from_data, make_plan, read_plan, routed_blocks
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 import amod
 import reference
+from amod.entries import Merge, Route
 from amod.errors import UserError
 from amod.exporting import Exported
-from amod.plan import Merge, Route
 from amod.reduce import Match, match, merge, merge_places, moved, prune, prune_places
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import amod
-from amod.judge import disagreement
+from amod.agreement import disagreement
 from amod.refit import FOLDS, head_fit, ridge_maps
 
 

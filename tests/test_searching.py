@@ -20,7 +20,8 @@ import amod
 import search as command
 import tiny
 from amod import ClassOnly, Merge, Prune, Route
-from amod.judge import Gene, Judge, Loss, Shape, disagreement
+from amod.agreement import Loss, disagreement
+from amod.judge import Gene, Judge, Shape
 from amod.plan import entries_of, read_plan
 from amod.searching import by_hand, changed
 from amod.training.compose import compose_config

@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 
 import amod
-from amod.judge import disagreement
+from amod.agreement import disagreement
 from amod.refit import classifier_of, fit_to, outputs_of, read_by_head
 from amod.training.finished import load_run
 

@@ -13,40 +13,42 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from amod.detr_plan import DetrPlan
+    from amod.entries import ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
     from amod.errors import UserError
     from amod.exporting import export
     from amod.flops import count_flops, image_flops
     from amod.hub import from_pretrained, push_to_hub, save_pretrained
-    from amod.plan import ClassOnly, Gate, Halt, Merge, Predict, Prune, Route, read_plan
+    from amod.plan import read_plan
     from amod.refit import fit_head
     from amod.routing import RoutedLayer, Routing
     from amod.searching import Found, search
-    from amod.vit import PAPER_DEPTHS, RoutedViT, convert, dense, isoflop_depth, truncate
+    from amod.timm_models import RoutedViT
+    from amod.vit import PAPER_DEPTHS, convert, dense, isoflop_depth, truncate
 
 _HOME = {
     "DetrPlan": "detr_plan",
+    "ClassOnly": "entries",
+    "Gate": "entries",
+    "Halt": "entries",
+    "Merge": "entries",
+    "Predict": "entries",
+    "Prune": "entries",
+    "Route": "entries",
     "UserError": "errors",
+    "export": "exporting",
     "count_flops": "flops",
     "image_flops": "flops",
     "from_pretrained": "hub",
     "push_to_hub": "hub",
     "save_pretrained": "hub",
-    "export": "exporting",
-    "ClassOnly": "plan",
-    "Gate": "plan",
-    "Halt": "plan",
-    "Merge": "plan",
-    "Predict": "plan",
-    "Prune": "plan",
-    "Route": "plan",
     "read_plan": "plan",
     "fit_head": "refit",
     "RoutedLayer": "routing",
     "Routing": "routing",
     "Found": "searching",
     "search": "searching",
+    "RoutedViT": "timm_models",
     "PAPER_DEPTHS": "vit",
-    "RoutedViT": "vit",
     "convert": "vit",
     "dense": "vit",
     "isoflop_depth": "vit",

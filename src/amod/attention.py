@@ -42,6 +42,7 @@ from torch.autograd import forward_ad
 from amod.dress import Dressed
 from amod.reduce import Packed, masked_softmax
 from amod.routing import no_autocast, wide
+from amod.tables import rows_and_columns
 
 SAMPLE_BYTES, TILE_BYTES = 1 << 20, 2 << 20
 """Sizes of a tile of the map, for each thread: whole samples share a tile up to the first, one sample's heads or rows
@@ -195,17 +196,6 @@ def logit_bias(attn: Any, request: Request, q: Tensor) -> Tensor | None:
         table = table[..., : request.rows, :] if table.shape[-2] > 1 else table
         bias = table if bias is None else table + bias
     return None if bias is None else bias.to(q)
-
-
-def rows_and_columns(table: Tensor, positions: Tensor) -> Tensor:
-    """(B or 1, H or 1, T or 1, T) and (B, N) -> (B, H or 1, N or 1, N): what those that are here say of each other."""
-    rows, columns = positions[:, :, None], positions[:, None, :]
-    if table.shape[-2] == 1:  # says the same to all, as padding does
-        rows = torch.zeros_like(rows[:, :1])
-    if table.shape[0] == 1:
-        return table[0][:, rows, columns].transpose(0, 1)
-    batch = torch.arange(positions.shape[0], device=positions.device)[:, None, None]
-    return table[batch, :, rows, columns].permute(0, 3, 1, 2)
 
 
 def attend(

@@ -7,6 +7,7 @@ for the parts of one half, which give zeros: x + 0 is x to the last bit. So no b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -88,3 +89,27 @@ class _Asking:
         """All tokens to whichever of the two comes first: the norm, or in post-norm blocks the attention."""
         first, self.whole = not self.whole, True
         return self.tokens if first else x
+
+
+class Steps:
+    """The steps in the place of timm's ``blocks``: they are counted, sliced, walked through, or called in a row."""
+
+    def __init__(self, steps: list[Callable[..., Tensor]]) -> None:
+        self.steps = steps
+
+    def __bool__(self) -> bool:
+        return True  # for torch.compile before 2.14, which asks this of an instance without attributes
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        return iter(self.steps)
+
+    def __getitem__(self, at: slice) -> Steps:
+        return Steps(self.steps[at])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x

@@ -21,10 +21,10 @@ from transformers import DetrForObjectDetection
 from amod.detr_plan import PARTS, DetrPlan, check_detr_plan, detr_plan_from, make_detr_plan
 from amod.detr_walk import DecoderStep, DetrWalk, RoutedDecoder, RoutedDecoderLayer, RoutedDetr, device_of, reads
 from amod.dress import Dressed, dress, undressed
+from amod.entries import Route
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, on_meta
 from amod.huggingface_walk import IMPLEMENTATION, RoutedEncoder, RoutedLayer, Step
-from amod.plan import Route
 from amod.routers import make_router
 
 FORMAT = 1

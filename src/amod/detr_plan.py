@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from amod.entries import READS_ATTENTION, Route
 from amod.errors import UserError
-from amod.plan import READS_ATTENTION, Plan, Route, as_data, check_plan, from_data, make_plan
+from amod.plan import Plan, as_data, check_plan, from_data, make_plan
 
 PARTS = ("encoder", "queries", "memory")
 """The sequences: image tokens in the encoder, queries and memory in the decoder."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from amod import padding
 from amod.dress import Dressed
+from amod.entries import READS_ATTENTION, Route
 from amod.errors import UserError
 from amod.huggingface_walk import HubRequest, RoutedEncoder, RoutedModel, Walk, pick
-from amod.plan import READS_ATTENTION, Route
 from amod.routers import Router
 from amod.routing import RoutedLayer, Routing, put, refine, take, weigh_update
 

@@ -22,14 +22,15 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from amod.dress import of_transformers
+from amod.entries import Halt, Merge, Predict, Prune, Route
 from amod.errors import UserError, one_line, reachable
 from amod.flops import Size, dtype_of, input_size_of, modes_kept
 from amod.gates import is_gated
 from amod.hub import class_names_of
-from amod.plan import Halt, Merge, Plan, Predict, Prune, Route, as_data
+from amod.plan import Plan, as_data
 from amod.routing import Routing
 from amod.runtimes import SUFFIXES, Session, needed, open_session
-from amod.vit import RoutedViT
+from amod.timm_models import RoutedViT
 from amod.walk import Walk
 
 TRACED, CHECKED = 2, (1, 3)

@@ -6,14 +6,15 @@ import inspect
 from typing import Any
 
 from timm.models import Beit, Eva, VisionTransformer, VisionTransformerRelPos
+from torch import nn
 
-from amod.attention import READABLE
+from amod.attention import READABLE, ReadableAttention
 from amod.dress import Dressed, check_own_forward, of_transformers
+from amod.entries import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
 from amod.errors import UserError
 from amod.flops import Size, default_input_size
-from amod.plan import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Plan, Predict, Prune, Route
+from amod.plan import Plan
 from amod.routers import ROUTERS
-from amod.walk import READ_CLASS, RELATIVE, class_tokens
 
 FAMILIES = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
 """timm's isotropic transformers whose forward loops over blocks of one kind."""
@@ -34,6 +35,12 @@ CUT = (Merge, Prune, ClassOnly)
 
 LEARNED = (Route, Gate, Predict)
 """What asks a module of ``routers``."""
+
+
+RELATIVE = (Beit, VisionTransformerRelPos)
+"""Models whose positions are a table of all pairs of tokens, which tokens of several images in a row do not have."""
+READ_CLASS = (ClassOnly, Predict, Halt)
+"""Entries for heads that read the class token alone."""
 
 
 def check_model(vit: Any) -> None:
@@ -127,6 +134,35 @@ def check_blocks(model: Any, plan: Plan) -> None:
                 f"plan: block {i}, {entry}: a fused token has no place in {type(model).__name__}'s relative "
                 "positions; use fuse=False"
             )
+
+
+def is_readable(block: nn.Module) -> bool:
+    return any(isinstance(module, ReadableAttention) for module in block.modules())
+
+
+def check_readable(i: int, block: nn.Module) -> None:
+    """UserError unless somewhere in the block, as it is now, is an attention that answers a request."""
+    if not is_readable(block):
+        attn = getattr(block, "attn", None)
+        raise UserError(
+            f"block {i}: {type(attn).__name__} was put there after convert, and its map cannot be read; wrap the "
+            "attention that convert left there, or use router=linear or random"
+        )
+
+
+def class_rows(model: Any) -> int:
+    """Class and distillation token."""
+    return 2 if hasattr(model, "head_dist") else 1
+
+
+def class_tokens(model: Any, entry: str = "ClassOnly") -> int:
+    """How many of the first tokens the head reads; UserError if it reads others, too, which this entry leaves out."""
+    if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
+        raise UserError(
+            f"{entry}: the head of this model reads all tokens (global_pool={model.global_pool!r}), not the class "
+            "token alone; leave the entry out"
+        )
+    return class_rows(model)
 
 
 def default_tokens(vit: Any) -> int:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from amod.blocks import Halves
+from amod.entries import Gate
 from amod.gates import hidden, kept_first, put_kept, straight_through
-from amod.plan import Gate
 from amod.reduce import pack
 from amod.routing import take, weigh_update
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amod.plan import Gate, entries_of
+from amod.entries import Gate
+from amod.plan import entries_of
 from amod.routing import RoutedLayer, put, take
 
 

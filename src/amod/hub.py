@@ -25,7 +25,8 @@ from amod.dress import of_transformers, served_by
 from amod.errors import UserError, misfits, one_line, reachable
 from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS
 from amod.plan import as_data, from_data
-from amod.vit import RoutedViT, convert, dense
+from amod.timm_models import RoutedViT
+from amod.vit import convert, dense
 
 OF_TRANSFORMERS = ("generation_config.json", f"{WEIGHTS}.index.json", "model-*.safetensors")
 """What its models have beside the files of others: where generation ends, and the parts of large files."""

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from amod import text
 from amod.dress import Dressed, dress, undressed
+from amod.entries import READS_ATTENTION, Route
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, input_size_of, on_meta, within_budget
 from amod.huggingface_walk import IMPLEMENTATION, RoutedBaseModel, RoutedEncoder, RoutedLayer, RoutedModel, Step
-from amod.plan import READS_ATTENTION, Plan, Route, as_data, check_plan, from_data, make_plan
+from amod.plan import Plan, as_data, check_plan, from_data, make_plan
 from amod.routers import ROUTERS, make_router
 
 SERVED = {

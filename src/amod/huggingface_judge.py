@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amod.agreement import check_images, refuse_one_output
+from amod.entries import Route
 from amod.errors import UserError, one_line
 from amod.huggingface import check_model, find_encoder, prefix_of, routed, tokens_of
-from amod.judge import Judge, check_images, refuse_one_output
-from amod.plan import Plan, Route
+from amod.judge import Judge
+from amod.plan import Plan
 
 IDS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
 

@@ -28,13 +28,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from amod import padding, routing
-from amod.attention import Request, attend, class_scores, rows_and_columns
+from amod.attention import Request, attend, class_scores
 from amod.dress import Dressed
+from amod.entries import Route, fraction
 from amod.errors import UserError
 from amod.gates import is_gated
-from amod.plan import Plan, Route, fraction
+from amod.plan import Plan
 from amod.routers import Router
 from amod.routing import put, take, weigh_update
+from amod.tables import rows_and_columns
 
 IMPLEMENTATION = "amod"
 """The name of :func:`attention` among transformers' attention implementations."""

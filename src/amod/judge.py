@@ -17,44 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from amod.agreement import BATCH, Loss, disagreement, refuse_one_output
+from amod.entries import MERGE_BY, READS_ATTENTION, ClassOnly, Entry, Merge, Prune, Route
 from amod.errors import UserError
-from amod.families import tokens_at
+from amod.families import class_tokens, tokens_at
 from amod.files import Ledger
 from amod.flops import count_on_meta, on_meta
-from amod.plan import (
-    MERGE_BY,
-    READS_ATTENTION,
-    ClassOnly,
-    Entry,
-    Merge,
-    Plan,
-    Prune,
-    Route,
-    as_data,
-    check_plan,
-    from_data,
-)
-from amod.vit import dense, routed
-from amod.walk import class_tokens
+from amod.plan import Plan, as_data, check_plan, from_data
+from amod.timm_models import routed
+from amod.vit import dense
 
-BATCH, CACHE_BYTES = 32, 1 << 30
-"""Images at once; features of the dense model that are kept."""
+CACHE_BYTES = 1 << 30
+"""Of the dense model's features that are kept."""
 KINDS = ("merge_tokens", "merge", "fuse", "prune", "class_attention")
 """What a block of a shape may do: Merge by tokens in two rounds, and as ToMe does, Prune with and without the fused
 token, Route by class attention."""
 
 MERGES: dict[str, tuple[str, int]] = {"merge": ("keys", 1), "merge_tokens": ("tokens", 2)}
 """Kinds of a gene that merge: by what, in how many rounds."""
-
-
-class Loss(NamedTuple):
-    """How far a plan's model is from the dense one, mean over images."""
-
-    disagreement: float
-    """Kullback-Leibler divergence of the classes in nats, or 1 - cosine of the features."""
-    distance: float
-    """The mean of its root, which plans are ranked by: nearly all of the divergence of images that a model was trained
-    on is a few images', and its root lets the others speak (docs/untrained.md)."""
 
 
 class Gene(NamedTuple):
@@ -375,28 +355,6 @@ class Judge:
             self.ledger.add({"plan": name_of(plan), **found})
 
 
-def check_images(images: Any, least: int) -> Tensor:
-    """The images; UserError unless these are prepared images, at least so many."""
-    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < least:
-        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f"images: {given}; at least {least} prepared images are needed as a tensor (B, C, H, W)")
-    if not images.is_floating_point():
-        raise UserError(
-            f"images: are {images.dtype}; prepare them as for the model, which takes floating-point numbers"
-        )
-    if not images.isfinite().all():
-        raise UserError("images: some pixels are not finite; prepare them as for the model")
-    return images
-
-
-def refuse_one_output(model: Any, outputs: int, instead: str) -> None:
-    if outputs == 1:
-        raise UserError(
-            f"{type(model).__name__}: has one output, where plans are judged by how the shares of classes change; "
-            f"{instead}"
-        )
-
-
 class Given(nn.Module):
     """In the place of blocks whose outcome is known."""
 
@@ -404,11 +362,3 @@ class Given(nn.Module):
 
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         return self.x
-
-
-def disagreement(dense: Tensor, other: Tensor, has_head: bool) -> Tensor:
-    """(B, C) logits or features, twice -> (B,): Kullback-Leibler divergence in nats, or 1 - cosine; 0 if the same."""
-    if has_head:
-        wanted, found = dense.float().log_softmax(-1), other.float().log_softmax(-1)
-        return (wanted.exp() * (wanted - found)).sum(-1)
-    return 1 - torch.cosine_similarity(dense.float(), other.float(), dim=-1)

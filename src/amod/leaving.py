@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amod.entries import Halt, Predict
 from amod.errors import UserError
-from amod.plan import Halt, Predict
 from amod.reduce import decide, halt, pack
 from amod.routing import RoutedLayer, leaving_torch, take, top_k, wide
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amod.plan import fraction
+from amod.entries import fraction
 from amod.routing import put, refine, take
 
 NEVER = -torch.inf

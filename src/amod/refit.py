@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from amod.agreement import BATCH, check_images, disagreement, refuse_one_output
 from amod.errors import UserError, one_line
 from amod.flops import modes_kept
-from amod.judge import BATCH, check_images, disagreement, refuse_one_output
 
 RIDGES = [10.0 ** (k / 2) for k in range(-6, 7)]
 """Tried, in means of the squared features; beside them no slope at all, and the classifier as it is."""

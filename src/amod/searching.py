@@ -4,7 +4,7 @@ What is searched are *shapes*: which blocks merge, prune or route, and how stron
 that all of a shape's blocks share, its strength, follows from the budget, so every candidate spends all of it. The
 search starts from the plans that people make by hand, changes the best ones a little at a time, looks at a quarter of
 the images first, and at the others only where the quarter looks as good as the best so far. Plans are ranked by the
-mean root of their images' disagreement with the dense model (``judge.Loss``). The class token is alone in
+mean root of their images' disagreement with the dense model (``agreement.Loss``). The class token is alone in
 the last block wherever the head reads nothing else: that costs nothing.
 
 B counts images. Costs and losses of a plan are ``judge.py``'s.
@@ -24,11 +24,13 @@ import yaml
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from amod.agreement import check_images
 from amod.dress import of_transformers
+from amod.entries import READS_ATTENTION
 from amod.errors import UserError, reachable
 from amod.families import check_model
-from amod.judge import KINDS, Gene, Judge, Shape, check_images, name_of
-from amod.plan import MERGING, READS_ATTENTION, Plan, as_data
+from amod.judge import KINDS, Gene, Judge, Shape, name_of
+from amod.plan import MERGING, Plan, as_data
 from amod.vit import convert
 
 PROPORTIONAL = (0.0, 0.75, 0.9, 1.0)

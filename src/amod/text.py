@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 
 from amod.dress import Dressed, dress, undressed
+from amod.entries import Gate
 from amod.errors import UserError
 from amod.huggingface_walk import RoutedModel
-from amod.plan import LANGUAGE_MODELS, Gate, Plan, as_data
+from amod.plan import LANGUAGE_MODELS, Plan, as_data
 from amod.routers import GateRouter
 from amod.text_walk import GatedLayer
 

@@ -22,10 +22,10 @@ from transformers.cache_utils import DynamicLayer
 
 from amod import padding
 from amod.dress import Dressed
+from amod.entries import Gate
 from amod.errors import UserError
 from amod.gates import kept_first, put_kept, straight_through
 from amod.huggingface_walk import Walk, reentrant, refuse_part
-from amod.plan import Gate
 from amod.routers import GateRouter
 from amod.routing import RoutedLayer, take
 

@@ -9,56 +9,30 @@ see in timm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from timm.models import Beit, VisionTransformer, VisionTransformerRelPos
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amod import leaving
-from amod.attention import ReadableAttention, Request, rows_and_columns
-from amod.blocks import Halves
+from amod.attention import Request
+from amod.blocks import Halves, Steps
+from amod.entries import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
 from amod.errors import UserError
+from amod.families import READ_CLASS, RELATIVE, check_readable, class_rows, class_tokens, is_readable
 from amod.gated import GatedStep
-from amod.plan import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
 from amod.reduce import Reduction, merge_in_rounds, merged_places, moved, prune, prune_places
 from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take, tokens_in, top_k, weigh_update
+from amod.tables import additive, rotary_rows, rows_and_columns
 
 CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep")
 """The tensors of a ``Walk`` that go from block to block beside the tokens."""
-RELATIVE = (Beit, VisionTransformerRelPos)
-"""Models whose positions are a table of all pairs of tokens, which tokens of several images in a row do not have."""
-READ_CLASS = (ClassOnly, Predict, Halt)
-"""Entries for heads that read the class token alone."""
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 """What the families call the tensor that a block hands on to its attention, to be added to the logits."""
-
-
-class Steps:
-    """The steps in the place of timm's ``blocks``: they are counted, sliced, walked through, or called in a row."""
-
-    def __init__(self, steps: list[Callable[..., Tensor]]) -> None:
-        self.steps = steps
-
-    def __bool__(self) -> bool:
-        return True  # for torch.compile before 2.14, which asks this of an instance without attributes
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
-        return iter(self.steps)
-
-    def __getitem__(self, at: slice) -> Steps:
-        return Steps(self.steps[at])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for step in self.steps:
-            x = step(x)
-        return x
 
 
 class Walk:
@@ -416,62 +390,3 @@ class Walk:
         if not done:
             raise UserError(f"block {i}: {type(block).__name__} was put there after convert and has no halves")
         return x
-
-
-def is_readable(block: nn.Module) -> bool:
-    return any(isinstance(module, ReadableAttention) for module in block.modules())
-
-
-def check_readable(i: int, block: nn.Module) -> None:
-    """UserError unless somewhere in the block, as it is now, is an attention that answers a request."""
-    if not is_readable(block):
-        attn = getattr(block, "attn", None)
-        raise UserError(
-            f"block {i}: {type(attn).__name__} was put there after convert, and its map cannot be read; wrap the "
-            "attention that convert left there, or use router=linear or random"
-        )
-
-
-def class_rows(model: Any) -> int:
-    """Class and distillation token."""
-    return 2 if hasattr(model, "head_dist") else 1
-
-
-def class_tokens(model: Any, entry: str = "ClassOnly") -> int:
-    """How many of the first tokens the head reads; UserError if it reads others, too, which this entry leaves out."""
-    if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:
-        raise UserError(
-            f"{entry}: the head of this model reads all tokens (global_pool={model.global_pool!r}), not the class "
-            "token alone; leave the entry out"
-        )
-    return class_rows(model)
-
-
-def additive(mask: Tensor | None) -> Tensor | None:
-    """A mask of timm's, boolean or not, as (B or 1, H or 1, N, N) to be added to the logits."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
-    return mask.view(*[1] * (4 - mask.dim()), *mask.shape)
-
-
-def rotary_rows(rope: Tensor, positions: Tensor, prefix: int) -> Tensor:
-    """The rows of a rotary table for the tokens that are here; a prefix token's and a fused token's turn nothing.
-
-    Args:
-        rope: (N - prefix, 2 d), (H, N - prefix, 2 d), or with a batch (B, 1 or H, N - prefix, 2 d); sine, then cosine.
-        positions: (B, n) among the N tokens, -1 for a fused one.
-    Returns:
-        (B, 1 or H, n, 2 d).
-    """
-    half = rope.new_zeros(rope.shape[-1] // 2)
-    still = torch.cat([half, half + 1])
-    shape = (*rope.shape[:-2], 1, rope.shape[-1])
-    table = torch.cat([still.expand(*shape[:-2], prefix, -1), rope, still.expand(shape)], dim=-2)  # -1 is the last
-    if rope.dim() == 4:
-        batch = torch.arange(positions.shape[0], device=positions.device).unsqueeze(1)
-        return table.transpose(1, 2)[batch, positions].transpose(1, 2)
-    if rope.dim() == 3:
-        return table[:, positions].transpose(0, 1)
-    return table[positions].unsqueeze(1)

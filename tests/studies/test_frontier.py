@@ -13,8 +13,9 @@ from timm.models import VisionTransformer
 import amod
 import frontier as command
 import tiny
-from amod.judge import Judge, disagreement
-from amod.plan import ClassOnly, Merge, Prune, Route
+from amod.agreement import disagreement
+from amod.entries import ClassOnly, Merge, Prune, Route
+from amod.judge import Judge
 from amod.studies import frontier
 from amod.studies.frontier import as_near
 from amod.studies.frontier_report import in_words, interval

@@ -13,9 +13,10 @@ from amod.analysis.importance import cost
 from amod.analysis.measurement import blocks_of, grid_of, head_scores, measure
 from amod.analysis.routing_report import About, write_report
 from amod.analysis.subjects import data_pictures, device_of, output_of, own_pictures, subjects
+from amod.entries import Route
 from amod.errors import UserError
 from amod.flops import count_flops
-from amod.plan import Plan, Route
+from amod.plan import Plan
 from amod.training.config import WITHOUT_CAPACITY, ExplainConfig
 from amod.training.folder import environment
 from amod.training.record import classes_of

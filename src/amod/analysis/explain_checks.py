@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from amod.entries import READS_ATTENTION
 from amod.errors import UserError, shown
-from amod.plan import READS_ATTENTION
-from amod.training.checks import check_checkpoint, check_variant
+from amod.training.checks import check_checkpoint
 from amod.training.command import is_among
 from amod.training.compose import compose_config
 from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig, check_classifier
 from amod.training.data import check_data
 from amod.training.folder import flat, read_config
 from amod.training.rules import parse
+from amod.training.variants import check_variant
 
 ROUTING = ("router", "placement", "capacity", "budget")
 ROUTED = (*READS_ATTENTION, "random")

@@ -25,9 +25,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from amod.attention import READABLE, ReadableAttention
+from amod.entries import Route
 from amod.errors import UserError
 from amod.families import FAMILIES
-from amod.plan import Route
 from amod.vit import convert
 
 CHUNK_ELEMENTS = 1 << 20

@@ -22,10 +22,10 @@ from amod.analysis.routing_statistics import (
     seen,
 )
 from amod.attention import Request, explicit, logit_bias, project, request_in
+from amod.entries import ClassOnly, Predict, Route
 from amod.errors import UserError
-from amod.plan import ClassOnly, Predict, Route
 from amod.routing import RoutedLayer, Routing, take
-from amod.vit import RoutedViT
+from amod.timm_models import RoutedViT
 
 BATCH = 16
 DENSE_MAPS, CONTRAST = "dense maps", "contrast"

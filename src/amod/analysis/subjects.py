@@ -19,12 +19,13 @@ from amod.analysis.explain_checks import data_config, folders, saved
 from amod.errors import UserError, one_line, shown
 from amod.hub import check_place
 from amod.image_files import files_below, is_image, open_rgb
+from amod.timm_models import RoutedViT
 from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
 from amod.training.images import transforms
 from amod.training.loaders import ImageData, Loader, collate
 from amod.training.sources import load_one
 from amod.training.weights import build, input_config, read_state, variant
-from amod.vit import RoutedViT, dense
+from amod.vit import dense
 
 log = logging.getLogger(__name__)
 Trained = TrainConfig | ExplainConfig  # of a run folder, or of the command itself

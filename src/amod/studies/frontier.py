@@ -19,18 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amod.agreement import disagreement
+from amod.entries import Merge
 from amod.errors import UserError
 from amod.files import Ledger
-from amod.judge import Gene, Judge, Shape, disagreement, name_of
-from amod.plan import MERGING, Merge, Plan, as_data, from_data
+from amod.judge import Gene, Judge, Shape, name_of
+from amod.plan import MERGING, Plan, as_data, from_data
 from amod.refit import HeadFit, head_fit, listen
 from amod.searching import runner, search
 from amod.studies.frontier_report import FITTED, write_report
+from amod.timm_models import plan_for_budget
 from amod.training.config import FrontierConfig
 from amod.training.finished import load_run
 from amod.training.folder import environment
 from amod.training.loaders import Samples
-from amod.vit import convert, plan_for_budget
+from amod.vit import convert
 
 Key = tuple[str, float]
 """A method, and the share of the dense cost that it was made for."""

@@ -15,8 +15,9 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from amod.analysis.style import COLOURS, MARKERS
+from amod.entries import ClassOnly, Gate, Halt, Merge, Predict, Prune
 from amod.files import write_atomically
-from amod.plan import ClassOnly, Gate, Halt, Merge, Plan, Predict, Prune, from_data
+from amod.plan import Plan, from_data
 
 NAMES = {
     "dense": "dense",

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from amod.entries import ClassOnly, Route
 from amod.errors import UserError
 from amod.families import default_tokens
 from amod.flops import count_flops
 from amod.gates import is_gated, penalty, share_kept
-from amod.plan import ClassOnly, Plan, Route
+from amod.plan import Plan
+from amod.timm_models import RoutedViT
 from amod.training.config import Schedule, TrainConfig, Variant
 from amod.training.costs import halting_cost
 from amod.training.finished import classes_in, load_model, weights_of
@@ -32,7 +34,7 @@ from amod.training.tasks import CLASSIFICATION
 from amod.training.terminal import say
 from amod.training.weights import Built, input_config, teacher_of
 from amod.training.weights import build as build_vit
-from amod.vit import RoutedViT, dense
+from amod.vit import dense
 
 
 class Classifier(TaskModule):

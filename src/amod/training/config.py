@@ -1,7 +1,8 @@
 """What a config may say: a class for each group of conf/, a field for each setting.
 
 A field's annotation is its rule (``rules.py``). A new setting is a field here and a line in its file of conf/; what a
-config of before it lacks has the default here. What several settings must satisfy together is in ``checks.py``.
+config of before it lacks has the default here. What several settings must satisfy together is in ``variants.py`` and
+``checks.py``.
 """
 
 from __future__ import annotations
@@ -12,19 +13,9 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from amod.entries import MERGE_BY, Entry, Halt, Predict, Prune
 from amod.errors import UserError
-from amod.plan import (
-    BY_THEMSELVES,
-    MERGE_BY,
-    PLACEMENTS,
-    Entry,
-    Halt,
-    Predict,
-    Prune,
-    as_data,
-    from_data,
-    read_plan,
-)
+from amod.plan import BY_THEMSELVES, PLACEMENTS, as_data, from_data, read_plan
 from amod.training.rules import (
     Ascending,
     Batches,

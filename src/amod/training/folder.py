@@ -22,9 +22,9 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from amod.entries import Predict
 from amod.errors import UserError, one_line, reachable, shown
 from amod.files import write_atomically
-from amod.plan import Predict
 from amod.training.compose import FREE_TO_CHANGE, expand_paths
 from amod.training.config import CONF, TrainConfig, UntrainedConfig
 from amod.training.rules import parse

@@ -19,7 +19,6 @@ from torchmetrics import Metric
 from amod.errors import UserError, one_line
 from amod.flops import count_flops
 from amod.gates import is_gated, penalty, share_kept
-from amod.training.checks import gates_of
 from amod.training.config import Data, TrainConfig, Variant
 from amod.training.data import locate
 from amod.training.finished import with_weights
@@ -27,6 +26,7 @@ from amod.training.loaders import DataModule, Key, Samples
 from amod.training.module import Batch, TaskModule
 from amod.training.splits import draw_of
 from amod.training.tasks import LANGUAGE
+from amod.training.variants import gates_of
 from amod.training.weights import Built
 from amod.vit import convert, dense
 

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from amod.entries import Halt, Predict, Prune
 from amod.gates import is_gated, penalty
-from amod.plan import Halt, Plan, Predict, Prune, entries_of
+from amod.plan import Plan, entries_of
+from amod.timm_models import RoutedViT
 from amod.training.config import Router
-from amod.vit import RoutedViT
 from amod.walk import Walk
 
 

@@ -26,9 +26,9 @@ from amod.families import check_model
 from amod.files import CONFIG, ROUTERS, WEIGHTS
 from amod.flops import count_flops
 from amod.plan import MERGING, from_data
-from amod.training.checks import gates_of
 from amod.training.config import WITHOUT_CAPACITY, Model, Placement, Router, Variant
 from amod.training.record import classes_of, differ
+from amod.training.variants import gates_of
 from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
 log = logging.getLogger(__name__)
