@@ -21,12 +21,13 @@ from timm.data import resolve_model_data_config
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from amod.agreement import check_images as check_prepared
 from amod.dress import of_transformers
 from amod.entries import Halt, Merge, Predict, Prune, Route
 from amod.errors import UserError, one_line, reachable
 from amod.flops import Size, dtype_of, input_size_of, modes_kept
 from amod.gates import is_gated
-from amod.hub import class_names_of
+from amod.hub import check_place, class_names_of
 from amod.plan import Plan, as_data
 from amod.routing import Routing
 from amod.runtimes import SUFFIXES, Session, needed, open_session
@@ -123,9 +124,10 @@ def export(
     form = format_of(path, format)
     check(model, path, form, int8, images)
     size = input_size_of(model, input_size)
-    check_images(images, None if any_size(model, form) else size)
+    images = check_images(images, None if any_size(model, form) else size)
     needed(form, int8)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_place(path.parent)
+    path.parent.mkdir(exist_ok=True)
     device = next(model.parameters()).device
     with ExitStack() as after:
         after.enter_context(modes_kept(model))
@@ -147,7 +149,7 @@ def export(
 
                 quantise(new, form, images)
             session = open_session(new, form)
-            agreement = compare(exported, session, images.float(), strict=not int8)
+            agreement = compare(exported, session, images, strict=not int8)
             if dynamic:
                 rows, columns = model.patch_embed.patch_size
                 larger = (size[0], size[1] + rows, size[2] + 2 * columns)
@@ -196,16 +198,16 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
         raise UserError(f"export: the weights are {dtype}, and files are of float32; give model.float()")
 
 
-def check_images(images: Any, size: Size | None) -> None:
-    """``size`` None: the file takes any."""
+def check_images(images: Any, size: Size | None) -> Tensor | None:
+    """The images where the check needs them. ``size`` None: the file takes any."""
     if images is None:
-        return
-    given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-    if not isinstance(images, Tensor) or images.dim() != 4 or (size is not None and given[1:] != tuple(size)):
-        of = "C, H, W" if size is None else ", ".join(map(str, size))
-        raise UserError(f"images: {given}; the check needs a tensor (B, {of}) of prepared images")
-    if len(images) < sum(CHECKED):
-        raise UserError(f"images: {len(images)} are too few for the check; give at least {sum(CHECKED)}")
+        return None
+    images = check_prepared(images, sum(CHECKED)).detach().cpu()
+    if size is not None and images.shape[1:] != tuple(size):
+        raise UserError(
+            f"images: {tuple(images.shape)}; the check needs prepared images (B, {', '.join(map(str, size))})"
+        )
+    return images.float()
 
 
 def any_size(model: Any, form: str) -> bool:

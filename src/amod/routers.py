@@ -1,8 +1,8 @@
 """The ways to score tokens. A new router is one small class here, its name in ``ROUTERS``, and one YAML file.
 
-A router sees the tokens that enter its block, x (B, N, D), and, if it is listed in ``plan.READS_ATTENTION``, what the
-attention of the block before left of it (B, N); it returns scores (B, N) in float32. Only their order decides which
-tokens are kept.
+A router sees the tokens that enter its block, x (B, N, D), and, if it is listed in ``entries.READS_ATTENTION``, what
+the attention of the block before left of it (B, N); it returns scores (B, N) in float32. Only their order decides
+which tokens are kept.
 """
 
 from __future__ import annotations
