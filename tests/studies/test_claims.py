@@ -123,6 +123,13 @@ def test_a_claim_about_the_dense_model_meets_it_at_every_capacity():
     assert examine(claim, both, "test_top1").verdict == "held"
 
 
+def test_a_method_with_blocks_of_its_own_meets_every_placement():
+    claim = {"text": "", "higher": "attention", "lower": "tome"}
+    both = pd.concat([rows(attention=[70, 71], tome=[75, 76]), rows(changes={"placement": "late"}, attention=[79, 80])])
+    found = {cell.where: cell.differences for cell in examine(claim, both, "test_top1").cells}
+    assert found == {"C = 0.5": (-5, -5), "late, C = 0.5": (4, 4)}
+
+
 def test_the_dense_model_is_that_of_the_same_rate_or_the_one_before():
     claim = {"text": "", "higher": "attention", "lower": "none"}
     before = rows(1.0, {"lr": "0.02"}, none=[70, 71])

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from amod.plan import BY_THEMSELVES
 from amod.studies.rows import AXES, describe, measured
 
 MOST_SEEDS = 100  # no more are suggested
@@ -124,6 +125,8 @@ def examine(claim: Mapping[str, Any], rows: pd.DataFrame, metric: str) -> Findin
         if not set(above["lr"]) & set(below["lr"]):  # no dense model was tuned like these: it is the one before
             unlike.add("lr")
         others = [name for name in others if name not in unlike]
+    if claim["lower"] in BY_THEMSELVES:  # it has blocks of its own, wherever the other one routes
+        others.remove("placement")
     paired = above.merge(below[[*others, "seed", metric]], on=[*others, "seed"], how="left", suffixes=("", "_below"))
     paired["difference"] = paired[metric] - paired[f"{metric}_below"]
     cells = []
