@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from fakes_studies import SCALE, STUDY, finish, rows
 
+from amod.studies import figures
 from amod.studies.paper import ACCURACY
 from amod.studies.report import beginnings, beside_the_paper, table, write_report
 from amod.studies.rows import COLUMNS, read, rows_of
@@ -24,6 +25,15 @@ def test_a_placement_is_told_of_routers_that_are_placed_by_it():
     text = table(pd.concat([late, rows(attention=[71]), everywhere]), ["test_top1"])
     for line in ("placement | C | configuration", "alternate | 0.5 | A-MoD", "late | 0.5 | A-MoD", "- | - | ToMe"):
         assert f"| {line} |" in text
+
+
+def test_accuracy_against_compute_is_shown_before_and_after_training(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_finish", lambda figure, *_: drawn.extend(figure.axes))
+    found = rows(none=[90], attention=[73], avit=[80]).assign(test_top1_untrained=[pd.NA, 60, 88])
+    study = STUDY | {"metrics": ["test_top1_untrained", "test_top1"]}
+    figures.pareto(found, found, study, "", tmp_path)
+    assert [[float(bar[0].get_ydata()[0]) for bar in axis.containers] for axis in drawn] == [[60], [90, 73, 80]]
 
 
 def test_the_files_of_a_report(tmp_path):

@@ -64,29 +64,36 @@ def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], cap
 
 
 def pareto(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
-    """Accuracy against compute (Fig. 1) and, where models were timed, against images per second (Fig. 27)."""
-    found = measured(rows, study["metric"])
-    costs = {"gflops": "GFLOPs (multiply-accumulates, forward, one image)"}
-    costs |= {"speedup": METRICS["speedup"]} if found["speedup"].notna().any() else {}
-    size = (2 + 4.5 * len(costs), 4.6)
-    figure, axes = plt.subplots(1, len(costs), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for axis, (cost, label) in zip(axes[0], costs.items(), strict=True):
+    """Accuracy against compute (Fig. 1), untrained, too, where the study measures that, and where models were timed
+    against images per second (Fig. 27)."""
+    last = study["metric"]
+    untrained = [
+        name for name in study.get("metrics") or () if name.endswith("_untrained") and len(measured(rows, name))
+    ]
+    panels = [(name, "gflops") for name in [*untrained, last]]
+    panels += [(last, "speedup")] if measured(rows, last)["speedup"].notna().any() else []
+    labels = {"gflops": "GFLOPs (multiply-accumulates, forward, one image)", "speedup": METRICS["speedup"]}
+    size = (2 + 4.5 * len(panels), 4.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (metric, cost) in zip(axes[0], panels, strict=True):
+        found = measured(rows, metric)
+        if metric in untrained:  # what A-ViT cost was measured once it was trained
+            found = found[found["router"] != "avit"]
         for (router, style), mine in _lines(found):
             points = [
-                (float(cell[cost].mean()), *interval([float(value) for value in cell[study["metric"]]]))
+                (float(cell[cost].mean()), *interval([float(value) for value in cell[metric]]))
                 for _, cell in mine.groupby(mine.apply(_group, axis=1))
                 if cell[cost].notna().any()
             ]
             if points:
                 x, y, error = zip(*sorted(points), strict=True)
                 axis.errorbar(x, y, yerr=error, capsize=2, **look(router) | style)
-        axis.set_xlabel(label)
+        room = 0.08 * float(found[metric].max() - found[metric].min()) or 1.0  # two seeds can have bars beyond 100 %
+        axis.set_ylim(float(found[metric].min()) - room, float(found[metric].max()) + room)
+        axis.set_xlabel(labels[cost])
+        axis.set_ylabel(METRICS[metric])
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
-    values = found[study["metric"]]
-    room = 0.08 * float(values.max() - values.min()) or 1.0
-    axes[0][0].set_ylim(float(values.min()) - room, float(values.max()) + room)  # two seeds can have bars beyond 100 %
-    axes[0][0].set_ylabel(METRICS[study["metric"]])
     _finish(figure, study, caption + "; bars: 95 % interval, cut off at the edge, none of one seed", path)
 
 
