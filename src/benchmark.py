@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, did_you_mean
-from amod.files import Ledger
+from amod.files import Ledger, expanded
 from amod.training.command import launch
 from amod.training.config import choices, model_file
 from amod.training.folder import git
@@ -119,7 +119,7 @@ def output_of(cfg: DictConfig) -> Path:
     if cfg.output is not None:
         return Path(cfg.output)
     if asked := hub_models(cfg):  # a report of other cells does not replace that of the goals
-        return Path("outputs/benchmark") / Path(asked[0].removeprefix("hf:")).expanduser().name
+        return Path("outputs/benchmark") / expanded(asked[0].removeprefix("hf:")).name
     plain = cfg.preset == "goals" and all(cfg[key] is None for key in OVERRIDABLE)
     return Path("results/benchmark" if plain else f"outputs/benchmark/{cfg.preset}")
 

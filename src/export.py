@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from amod.errors import UserError
+from amod.files import expanded
 from amod.runtimes import SUFFIXES
 from amod.training.checks import check_checkpoint
 from amod.training.command import launch
@@ -24,13 +25,13 @@ def check(composed: DictConfig) -> ExportConfig:
         check_variant(cfg)
         if cfg.model.checkpoint is not None:
             check_checkpoint(cfg.model.checkpoint)
-    if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
+    if cfg.images is not None and not expanded(cfg.images).is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     if cfg.int8 and cfg.images is None:
         raise UserError("int8=true: needs images=FOLDER to calibrate on, pictures like those that the model will see")
     if cfg.int8 and cfg.format == "torch":
         raise UserError("int8=true: format=torch has no quantiser here; choose onnx or openvino")
-    if cfg.example is not None and not Path(cfg.example).expanduser().is_file():
+    if cfg.example is not None and not expanded(cfg.example).is_file():
         raise UserError(f"example={cfg.example}: no such file; name a picture")
     return cfg
 
@@ -42,9 +43,9 @@ def job(cfg: ExportConfig) -> None:
 
     needed(cfg.format, cfg.int8)
     if cfg.example is not None:
-        picture(Path(cfg.example).expanduser(), lambda image: image)  # it can be read
+        picture(expanded(cfg.example), lambda image: image)  # it can be read
     model = model_of(cfg)
-    images = None if cfg.images is None else calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
+    images = None if cfg.images is None else calibration_images(model, expanded(cfg.images), cfg.images_max)
     path = output_of(cfg)
     files = [(path, False), *([(path.with_stem(f"{path.stem}-int8"), True)] if cfg.int8 else [])]
     for file, int8 in files:
@@ -55,7 +56,7 @@ def job(cfg: ExportConfig) -> None:
         print(line)
     if cfg.example is not None:
         print(f"{cfg.example}, by {files[-1][0]}:")
-        for name, share in predict(open_session(files[-1][0], batch=1), Path(cfg.example).expanduser()):
+        for name, share in predict(open_session(files[-1][0], batch=1), expanded(cfg.example)):
             print(f"  {share:6.1%}  {name}")
 
 

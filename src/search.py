@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from amod.errors import UserError, one_line
+from amod.files import expanded
 from amod.training.checks import check_checkpoint
 from amod.training.command import launch
 from amod.training.config import SearchConfig, check_classifier
@@ -34,12 +35,12 @@ def check(composed: DictConfig) -> SearchConfig:
             f"run={cfg.run}: is no run of src/train.py, whose images could be had; name images=FOLDER, or for a "
             "model of text texts=FILE"
         )
-    if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
+    if cfg.images is not None and not expanded(cfg.images).is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     output = output_of(cfg)
     if output.is_dir() or output.suffix not in (".yaml", ".yml"):
         raise UserError(f"output={output}: must be a file that ends in .yaml")
-    if cfg.save is not None and Path(cfg.save).expanduser().is_file():
+    if cfg.save is not None and expanded(cfg.save).is_file():
         raise UserError(f"save={cfg.save}: is a file; name a folder for the model")
     return cfg
 
@@ -50,17 +51,17 @@ def check_texts(cfg: SearchConfig) -> None:
             f"texts={cfg.texts}: goes with run=FOLDER, where transformers saved a model and its tokenizer, without "
             "images= and runtime="
         )
-    file = Path(cfg.texts or "").expanduser()
+    file = expanded(cfg.texts or "")
     if not file.is_file():
         raise UserError(f"texts={cfg.texts}: is no file; name one with a text in each line")
 
 
 def job(cfg: SearchConfig) -> None:
-    from amod.hub import check_place
+    from amod.files import check_place
     from amod.searching import search
 
     if cfg.save is not None:  # before the minutes of a search
-        check_place(Path(cfg.save).expanduser())
+        check_place(expanded(cfg.save))
     model, images, tokenizer = read_texts(cfg) if cfg.texts is not None else (*read_images(cfg), None)
     gflops = cfg.runtime == "flops" and cfg.budget >= 1
     output = output_of(cfg)
@@ -102,7 +103,7 @@ def save(cfg: SearchConfig, model: Any, found: Any, images: Any) -> None:
         except UserError as error:  # two heads
             learned["head"] = str(error)
         print(learned["head"])
-    folder = save_pretrained(fast, Path(str(cfg.save)).expanduser(), training=learned)
+    folder = save_pretrained(fast, expanded(str(cfg.save)), training=learned)
     print(f"{folder}: the model, for amod.from_pretrained and src/export.py run={cfg.save}")
 
 
@@ -111,7 +112,7 @@ def save_with_words(cfg: SearchConfig, model: Any, found: Any, tokenizer: Any) -
     from amod.hub import save_pretrained
     from amod.vit import convert
 
-    folder = save_pretrained(convert(model, plan=found.plan), Path(str(cfg.save)).expanduser())
+    folder = save_pretrained(convert(model, plan=found.plan), expanded(str(cfg.save)))
     tokenizer.save_pretrained(folder)
     print(f"{folder}: the model and its tokenizer, for amod.from_pretrained")
 
@@ -126,7 +127,7 @@ def read_texts(cfg: SearchConfig) -> tuple[Any, Any, Any]:
     from amod.vit import dense
 
     quiet()
-    file = Path(str(cfg.texts)).expanduser()
+    file = expanded(str(cfg.texts))
     try:
         lines = sorted({line.strip() for line in file.read_text(encoding="utf-8").splitlines()} - {""})
     except (OSError, UnicodeError) as error:
@@ -158,7 +159,7 @@ def read_images(cfg: SearchConfig) -> tuple[Any, Any]:
             "in Python"
         )
     if cfg.images is not None:
-        return model, calibration_images(model, Path(cfg.images).expanduser(), cfg.images_max)
+        return model, calibration_images(model, expanded(cfg.images), cfg.images_max)
     samples = Samples(split, transform, None, False, False)
     images, _ = samples.stacked(samples.drawn(cfg.images_max, cfg.seed))
     return model, images
@@ -202,7 +203,7 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
 
 def output_of(cfg: SearchConfig) -> Path:
     if cfg.output is not None:
-        return Path(cfg.output).expanduser()
+        return expanded(cfg.output)
     unit = "" if cfg.budget < 1 else "GFLOPs" if cfg.runtime == "flops" else "ms"
     runtime = "" if cfg.runtime == "flops" else f"-{cfg.runtime}"
     return Path("plans") / f"{Path(cfg.run).name if cfg.run else cfg.model.label}-{cfg.budget:g}{unit}{runtime}.yaml"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -176,6 +178,30 @@ def test_a_wrong_number_of_names_and_a_file_in_the_way(tmp_path):
     save_file({}, tmp_path / "file")
     with pytest.raises(amod.UserError, match="is a file"):
         amod.save_pretrained(model({}), tmp_path / "file")
+
+
+def test_a_save_that_is_cut_off_leaves_no_mixture_of_two_models(saved, monkeypatch):
+    move = Path.replace
+
+    def full(self, target):
+        if self.name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(amod.UserError, match=r"saved: cannot be written \(No space left on device\)"):
+        amod.save_pretrained(model(PLANS["attention"]), saved)
+    _refused(saved, "no saved model")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second disk")
+def test_a_folder_of_another_disk(saved, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as there:
+        (tmp_path / "link").symlink_to(there)
+        amod.save_pretrained(amod.from_pretrained(saved), tmp_path / "link")
+        amod.save_pretrained(model(PLANS["attention"]), tmp_path / "link")
+        assert amod.from_pretrained(tmp_path / "link").plan == PLANS["attention"]
+        assert not [*Path(there).glob(".amod-*")]
 
 
 def test_names_go_with_the_head_that_they_are_of(tmp_path):

@@ -17,6 +17,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from amod.analysis.stability import draw_stability
 from amod.errors import UserError
+from amod.studies.runner import arguments as arguments_of
+from amod.studies.runner import execute
 from amod.sweeps import arguments, combinations, fixed_arguments, read_sweep, runs_of, sample, write_report
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
@@ -35,6 +37,15 @@ MISTAKES = [
     (
         "command: ['${args_no_hyphens}']\nmethod: random\nrun_cap: 1\nparameters: {schedule.lr: {min: 1e-5, max: 1}}",
         "in YAML 1e-5 is a word",
+    ),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{distribution: int_uniform, min: 10, max: 1}}}}",
+        "seed: min=10: is above max=1",
+    ),
+    (f"{A}method: grid\nprogram: src/untrained.py\nparameters: {{seed: {{value: 1}}}}", "a sweep is of src/train.py"),
+    (
+        "command: [python, src/untrained.py, '${args_no_hyphens}']\nparameters: {seed: {value: 1}}",
+        "program: src/untrained.py",
     ),
     (f"{A}method: random\nrun_cap: 1\nparametrs: 1\nparameters: {{seed: {{value: 1}}}}", "did you mean parameters?"),
     (
@@ -154,6 +165,21 @@ def test_a_mistake_in_a_file_is_named(tmp_path, text, said):
     with pytest.raises(UserError) as error:
         runs_of(file, {})
     assert said in str(error.value)
+
+
+def test_a_file_that_is_no_text_and_a_place_that_is_no_folder(tmp_path, monkeypatch):
+    file = tmp_path / "sweep.yaml"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        runs_of(file, {})
+    command = "[python, src/train.py, logger=wandb, logger.project=mine, router=none, '${args_no_hyphens}']"
+    file.write_text(f"command: {command}\nmethod: grid\nparameters: {{seed: {{value: 1}}}}\n")
+    (one,) = runs_of(file, {})
+    assert one.settings == {"router": "none", "seed": "1"}
+    assert "router=none" in arguments_of(one, tmp_path, [])  # without data=, which has a default
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match="taken: cannot be written"):
+        execute([one], tmp_path / "taken", 1, [], {})
 
 
 def test_probabilities_are_those_of_the_draws(tmp_path):

@@ -25,9 +25,10 @@ from amod.agreement import check_images as check_prepared
 from amod.dress import of_transformers
 from amod.entries import Halt, Merge, Predict, Prune, Route
 from amod.errors import UserError, one_line, reachable
+from amod.files import check_place
 from amod.flops import Size, dtype_of, input_size_of, modes_kept
 from amod.gates import is_gated
-from amod.hub import check_place, class_names_of
+from amod.hub import class_names_of
 from amod.plan import Plan, as_data
 from amod.routing import Routing
 from amod.runtimes import SUFFIXES, Session, needed, open_session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,20 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
             f"{path}: cannot be written ({error.strerror}); make room or make it writable, and run the same command "
             "again; what was written before is intact"
         ) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder for its ``~``; as it is where nobody of that name has one."""
+    return Path(os.path.expanduser(path))
+
+
+def check_place(folder: Path) -> None:
+    """UserError unless a model can be written there."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
 
 
 class Ledger:

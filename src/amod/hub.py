@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from amod.dress import of_transformers, served_by
 from amod.errors import UserError, misfits, one_line, reachable
-from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS
+from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS, check_place
 from amod.plan import as_data, from_data
 from amod.timm_models import RoutedViT
 from amod.vit import convert, dense
@@ -76,7 +76,8 @@ def save_pretrained(
     ours = {"format": FORMAT, "version": _version(), "plan": as_data(plan), "training": learned}
     plain: Any = dense(model) if isinstance(model, RoutedViT) else model
     check_place(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".amod-") as made:
+    place = folder if folder.exists() else folder.parent  # of the same disk, which a link or a mount need not share
+    with tempfile.TemporaryDirectory(dir=place, prefix=".amod-") as made:
         new = Path(made)
         config = {"amod": ours, **({"label_names": names} if names else {})}
         try:
@@ -90,10 +91,14 @@ def save_pretrained(
             save_file(routers, new / ROUTERS)
         (new / CARD).write_text(model_card(plain, plan, learned, folder.name), encoding="utf-8")
         from_pretrained(new)  # what cannot be read again is not called saved
-        folder.mkdir(exist_ok=True)
-        (folder / ROUTERS).unlink(missing_ok=True)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):  # the config makes it whole
-            file.replace(folder / file.name)
+        try:
+            folder.mkdir(exist_ok=True)
+            for name in (CONFIG, ROUTERS):  # without a config it is no model, until all of the new one is there
+                (folder / name).unlink(missing_ok=True)
+            for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):
+                file.replace(folder / file.name)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
     return folder
 
 
@@ -101,15 +106,6 @@ def class_names_of(model: Any) -> list[str] | None:
     """The names that a timm model was loaded with; None: there are none, or its head is another one by now."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
     return [*names] if names and len(names) == model.num_classes else None
-
-
-def check_place(folder: Path) -> None:
-    """UserError unless a model can be written there."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent).close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
 
 
 def from_pretrained(source: str | Path) -> Any:
@@ -132,7 +128,7 @@ def from_pretrained(source: str | Path) -> Any:
             f"{source}: no saved model (config.json: {one_line(error)}); name a folder of save_pretrained, a hub id "
             "or a finished run"
         ) from None
-    if form > FORMAT:
+    if not isinstance(form, int) or form > FORMAT:
         raise UserError(
             f"{source}: its plan is of format {form}, saved by amod {ours.get('version')}; this is amod {_version()}, "
             f"which reads up to format {FORMAT}: install a newer amod"

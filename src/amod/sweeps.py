@@ -7,6 +7,7 @@ here works there. The runs are made like a study's: each a process, finished one
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import math
 import random
@@ -20,13 +21,14 @@ from typing import Any
 import yaml
 
 from amod.errors import UserError, did_you_mean
+from amod.files import write_atomically
 from amod.studies.plan import Run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
 from amod.training.folder import read_summary
 from amod.training.tasks import CLASSIFICATION, TASKS
 
-METHODS = ("grid", "random")
+METHODS, PROGRAM = ("grid", "random"), "src/train.py"
 # W&B's keys that mean something here, or nothing to a run; others are refused.
 KEYS = ("project", "entity", "name", "description", "program", "method", "run_cap", "metric", "command", "parameters")
 PARAMETER_KEYS = ("value", "values", "probabilities", "distribution", "min", "max")
@@ -62,7 +64,9 @@ class SweepRun(Run):
 def read_sweep(file: Path) -> dict[str, Any]:
     """The file's content. What W&B or Hydra would stumble over later is a UserError."""
     try:
-        sweep = yaml.safe_load(file.read_text())
+        sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not UTF-8 text; save it as that") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); name a file such as sweeps/lr.yaml") from None
     except yaml.YAMLError as error:
@@ -72,6 +76,9 @@ def read_sweep(file: Path) -> dict[str, Any]:
     if "${args_no_hyphens}" not in (sweep.get("command") or []):
         raise UserError(f"{file}: the command needs ${{args_no_hyphens}}: Hydra reads key=value, not --key=value")
     refuse_unknown(sweep, KEYS, str(file))
+    for program in (sweep.get("program", PROGRAM), *(c for c in map(str, sweep["command"]) if c.endswith(".py"))):
+        if Path(str(program)) != Path(PROGRAM):
+            raise UserError(f"{file}: program: {program}: without W&B a sweep is of {PROGRAM}")
     for key, parameter in sweep["parameters"].items():
         if not isinstance(parameter, dict) or "parameters" in parameter:
             raise UserError(f"{file}: {key}: nested keys arrive as one dictionary; write them flat, as in schedule.lr")
@@ -111,7 +118,7 @@ def arguments(values: Mapping[str, Any]) -> dict[str, str]:
 def fixed_arguments(sweep: Mapping[str, Any]) -> dict[str, str]:
     """The settings in the file's command that hold without W&B as well."""
     given = dict(c.partition("=")[::2] for c in map(str, sweep["command"]) if "=" in c and not c.startswith("${"))
-    return {key: value for key, value in given.items() if key not in ("logger", "run_dir")}
+    return {key: value for key, value in given.items() if key.partition(".")[0] not in ("logger", "run_dir")}
 
 
 def combinations(sweep: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
@@ -150,6 +157,8 @@ def sample(parameter: Mapping[str, Any], draw: random.Random, where: str) -> Any
     low, high = parameter.get("min"), parameter.get("max")
     if not (isinstance(low, (int, float)) and isinstance(high, (int, float))):
         raise UserError(f"{where}: needs values, or min and max as numbers (1.0e-5: in YAML 1e-5 is a word)")
+    if low > high:
+        raise UserError(f"{where}: min={low}: is above max={high}")
     whole = isinstance(low, int) and isinstance(high, int)
     match parameter.get("distribution", "int_uniform" if whole else "uniform"):
         case "int_uniform":
@@ -195,12 +204,13 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
     task = TASKS[compose_config("train", runs[0].arguments(root)).model.get("task", "classification")]
     validation, test, (words, unit) = f"val_{task.best}", f"test_{task.best}", task.shown[task.best]
     columns = ("gflops", validation, test, "epochs", "seconds")  # of summary.json
-    with open(root / "runs.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*runs[0].values, "state", *columns, "run"])
-        for run, summary in found:
-            state = "finished" if summary else "failed" if run.name in failed else "not run"
-            writer.writerow([*run.values.values(), state, *((summary or {}).get(key) for key in columns), run.name])
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*runs[0].values, "state", *columns, "run"])
+    for run, summary in found:
+        state = "finished" if summary else "failed" if run.name in failed else "not run"
+        writer.writerow([*run.values.values(), state, *((summary or {}).get(key) for key in columns), run.name])
+    write_atomically(root / "runs.csv", table.getvalue().encode())
 
     keys = [key for key in runs[0].values if key != "seed"]
     groups: dict[tuple[str, ...], list[dict[str, Any] | None]] = {}
@@ -221,7 +231,7 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
         draw([(run, summary) for run, summary in found if summary or run.name in failed], root)
         lines += ["", "![Accuracy against the learning rate](stability.png)"]
     report = root / "report.md"
-    report.write_text("\n".join(lines) + "\n")
+    write_atomically(report, ("\n".join(lines) + "\n").encode())
     return report
 
 

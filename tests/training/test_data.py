@@ -28,6 +28,7 @@ from amod.training.data import LAYOUTS, check_data
 from amod.training.images import kept_rng
 from amod.training.loaders import EpochSampler, build_datamodule
 from amod.training.rules import parse
+from amod.training.sources import aligned
 from amod.training.splits import Source, Split, draw_of
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -256,6 +257,13 @@ def test_small_images_are_not_cropped_in_evaluation(tmp_path):
     cropped = build("fashion_mnist", root=str(tmp_path), crop_pct=None)
     assert len(whole.eval_transform.transforms) == len(cropped.eval_transform.transforms)
     assert not torch.equal(next(iter(whole.test_dataloader()))[0], next(iter(cropped.test_dataloader()))[0])
+
+
+def test_jitter_that_timm_leaves_out_is_said(caplog):
+    build("digits", {"auto_augment": "rand-m9"})
+    assert not caplog.messages
+    build("digits", {"auto_augment": "rand-m9", "color_jitter": 0.4})
+    assert "color_jitter=0.4: timm leaves it out beside auto_augment" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -782,6 +790,45 @@ def test_16_bit_grey_keeps_its_greys(tmp_path):
     image = np.asarray(open_rgb(str(tmp_path / "a.png")))
     assert image.shape == (8, 8, 3)
     assert np.array_equal(image[..., 0], (ramp >> 8).astype(np.uint8))
+
+
+def test_a_class_without_images_in_a_part_is_said(tmp_path, caplog):
+    shades = {"common": 40, "rare": 1}
+    for name, count in shades.items():
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{name}/{number}.png")
+    build("folder", root=str(tmp_path))
+    said = [line for line in caplog.messages if "images of rare" in line]
+    assert len(said) == 2  # of two of the three parts
+
+
+def test_a_link_that_leads_back_is_refused(tmp_path):
+    folder = fakes.image_folder(tmp_path / "images")
+    place = next(path for path in sorted(folder.rglob("*")) if path.suffix == ".png" or path.is_file()).parent
+    (place / "all").symlink_to(tmp_path / "images", target_is_directory=True)
+    with pytest.raises(UserError, match="once more, by a link; remove the link"):
+        build("folder", root=str(folder))
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    folder, walk = fakes.image_folder(tmp_path), os.walk
+
+    def refused(top, onerror=None, **kwargs):
+        if onerror is not None:
+            onerror(PermissionError(13, "Permission denied", str(top)))
+        return walk(top, **kwargs)
+
+    monkeypatch.setattr(os, "walk", refused)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); make it readable"):
+        build("folder", root=str(folder))
+
+
+def test_a_name_of_two_classes_of_the_model_is_not_guessed(tmp_path):
+    source = Source(["a", "b"], np.array([0, 1]), ["tench", "crane"])
+    assert aligned(source, ["crane", "tench"], tmp_path).labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match="crane names two classes of the model"):
+        aligned(source, ["tench", "crane", "crane"], tmp_path)
 
 
 @pytest.mark.parametrize(

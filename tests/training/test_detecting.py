@@ -245,6 +245,16 @@ def test_detections_are_in_pixels_of_the_image():
     torch.testing.assert_close(found["scores"], out.logits[0].softmax(-1)[..., :2].amax(-1))
 
 
+def test_images_are_told_apart_in_half_precision():
+    metric, boxes = detecting.MeanAP(), torch.tensor([[1.0, 1.0, 5.0, 5.0]]).bfloat16()
+    for image in range(300, 303):
+        found = {"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.5]).bfloat16()}
+        target = {"xyxy": boxes, "kinds": torch.tensor([1]), "iscrowd": torch.tensor([0])}
+        metric.update([found], [target], torch.tensor([image]))
+    assert torch.stack(metric.found)[:, 0].tolist() == [300, 301, 302]
+    assert metric.compute()["map"] == 1
+
+
 def test_crowds_are_not_learnt_from_and_no_mistake(tmp_path):
     root = tmp_path / "coco"
     data = make(root, "val", 2)
@@ -321,6 +331,7 @@ def test_annotations_that_do_not_fit(tmp_path, change, says):
     [
         (["data=folder"], "data=folder: is not for model=detr_pico, whose task is detection; choose one of coco"),
         (["data.root=nowhere"], "no data in"),
+        (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: a detector's boxes are compared in float32"),
         (["distil=1"], "distil=1.0: model=detr_pico is a detector, whose training has no such thing; leave it out"),
         (["schedule=finetune"], "schedule.mixup=0.8: model=detr_pico is a detector"),
         (["+schedule.augment.auto_augment=rand"], "set schedule.augment.auto_augment=null"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from timm.models import VisionTransformer
 
 import fakes
 from amod.analysis.explain_checks import check_explain
@@ -241,6 +242,14 @@ def test_other_images_of_the_same_classes_are_said(trained, tmp_path, capsys):
     assert "they are not the run's own test images (it had " in capsys.readouterr().out
 
 
+def test_images_of_its_training_among_others_are_said(trained, tmp_path, capsys):
+    folder, root = trained
+    more = shutil.copytree(root, tmp_path / "more")
+    shades(more, SHADES, 1, first=100)
+    measured(folder, f"data.root={more}", "split=all")
+    assert "warning: it may have been trained on some of these images" in capsys.readouterr().out
+
+
 def test_a_folder_with_test_alone_is_measured(trained, tmp_path):
     folder, _ = trained
     shades(tmp_path / "other/test", SHADES, 4, first=100)
@@ -278,6 +287,24 @@ def test_accuracy_by_class_confusion_and_predictions(trained, tmp_path):
     right = sum(row[1] == row[2] for row in tables["predictions"][1:])
     assert 100 * right / 15 == pytest.approx(values["all/top1"], abs=1e-4)
     assert (tmp_path / "out/confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_that_are_none_and_names_that_are_no_text(trained, tmp_path, monkeypatch, capsys):
+    folder, _ = trained
+    forward = VisionTransformer.forward
+
+    def none_of_the_first(self, images):
+        logits = forward(self, images)
+        logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(VisionTransformer, "forward", none_of_the_first)
+    monkeypatch.setattr("amod.training.loaders.ImageData.class_names", ["ant", "gr\udcfcn", "cat"])
+    measured(folder, f"output={tmp_path / 'out'}")
+    assert "warning: the test loss is not finite" in capsys.readouterr().out
+    predictions = [*csv.reader((tmp_path / "out/predictions.csv").open(errors="surrogateescape"))]
+    assert [row[3] for row in predictions].count("nan") == 1
+    assert (tmp_path / "out/confusion.png").is_file()
 
 
 def test_a_place_for_the_details_that_cannot_be_written_is_said_before_the_measurement(trained, tmp_path, monkeypatch):

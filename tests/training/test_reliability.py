@@ -385,6 +385,24 @@ def test_a_damaged_best_checkpoint(never_killed, tmp_path, monkeypatch, capsys, 
         assert all(torch.equal(value, last[f"ema.module.{key}"]) for key, value in kept.items())
 
 
+def test_a_whole_best_checkpoint_of_another_epoch_is_taken_and_said(never_killed, tmp_path, monkeypatch, capsys):
+    """An epoch that was cut off behind best.ckpt and repeated a little worse: nothing has the best row's weights."""
+    folder = shutil.copytree(never_killed, tmp_path / "run")
+    for name in ("summary.json", "checkpoints/previous.ckpt"):
+        (folder / name).unlink()
+    shutil.copy(folder / "checkpoints/last.ckpt", folder / "checkpoints/best.ckpt")
+    load = RunRecorder.load_state_dict
+
+    def load_and_rank(self, state):
+        load(self, state)
+        self.rows[0]["val/top1"] = 100.0
+
+    monkeypatch.setattr(RunRecorder, "load_state_dict", load_and_rank)
+    run(folder, *STATEFUL)
+    assert "no checkpoint has the weights of step" in capsys.readouterr().out
+    assert json.loads((folder / "summary.json").read_text())["best_epoch"] == 1
+
+
 # --- disks --------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from amod.entries import READS_ATTENTION
 from amod.errors import UserError, shown
+from amod.files import expanded
 from amod.training.checks import check_checkpoint
 from amod.training.command import is_among
 from amod.training.compose import compose_config
@@ -53,7 +54,7 @@ def check_explain(composed: Any) -> ExplainConfig:
         elif not cfg.model.pretrained:
             raise UserError("run: say which run folder, or model=... with model.checkpoint=... or pretrained weights")
     check_output(cfg)
-    if cfg.images is not None and not Path(cfg.images).expanduser().is_dir():
+    if cfg.images is not None and not expanded(cfg.images).is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     if cfg.images is None:
         check_data(data_config(cfg, saved(runs[0]) if runs else cfg), test_only=cfg.split == "test")
@@ -62,7 +63,7 @@ def check_explain(composed: Any) -> ExplainConfig:
 
 def is_saved_model(run: str | list[str] | None) -> bool:
     """Whether it is a folder of save_pretrained, and no run's."""
-    folder = Path(run).expanduser() if isinstance(run, str) else None
+    folder = expanded(run) if isinstance(run, str) else None
     return folder is not None and (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
 
 
@@ -70,7 +71,7 @@ def check_saved(cfg: ExplainConfig) -> ExplainConfig:
     for key in ("mod", "dense"):
         if getattr(cfg, key) is not None:
             raise UserError(f"{key}={shown(getattr(cfg, key))}: is for run folders of src/train.py; leave it out")
-    if cfg.images is None or not Path(cfg.images).expanduser().is_dir():
+    if cfg.images is None or not expanded(cfg.images).is_dir():
         raise UserError(
             f"images={shown(cfg.images)}: run={cfg.run} is a saved model without data; name a folder of pictures"
         )
@@ -111,7 +112,7 @@ def check_text(cfg: ExplainConfig) -> ExplainConfig:
     for key in ("mod", "dense", "images"):
         if getattr(cfg, key) is not None:
             raise UserError(f"{key}={shown(getattr(cfg, key))}: is of images, text= of words; leave one of them out")
-    if not isinstance(cfg.run, str) or not (Path(cfg.run).expanduser() / "config.json").is_file():
+    if not isinstance(cfg.run, str) or not (expanded(cfg.run) / "config.json").is_file():
         raise UserError(f"run={shown(cfg.run)}: name the folder of a text model of transformers', with its tokenizer")
     if cfg.router.name not in ROUTED:
         raise UserError(f"router={cfg.router.name}: keeps no words; choose one of {', '.join(ROUTED)}")
@@ -149,7 +150,7 @@ def decided(composed: Any) -> tuple[str, ...]:
     if cfg.text is not None:
         return ("model", "data", "schedule")
     if is_saved_model(cfg.run):
-        about = json.loads((Path(str(cfg.run)).expanduser() / "config.json").read_text())
+        about = json.loads((expanded(str(cfg.run)) / "config.json").read_text())
         return of_run(dense=not about.get("amod", {}).get("plan"))
     return of_run(dense=saved(folders(cfg, "run")[0]).router.name in UNROUTED)
 

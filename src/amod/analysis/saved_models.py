@@ -22,6 +22,7 @@ from amod.analysis.subjects import output_of
 from amod.deploy import picture, preparation
 from amod.dress import of_transformers
 from amod.errors import UserError, one_line
+from amod.files import expanded
 from amod.hub import class_names_of
 from amod.image_files import images_below
 from amod.plan import halts
@@ -34,12 +35,12 @@ from amod.training.weights import variant
 def explain_saved(cfg: ExplainConfig) -> None:
     """What ``src/explain.py`` does with such a folder as run=: kept.png and scores.png of the first pictures."""
     quiet()
-    folder = Path(str(cfg.run)).expanduser()
+    folder = expanded(str(cfg.run))
     model = amod.from_pretrained(folder)
     if of_transformers(model) and model.main_input_name != "pixel_values":
         raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no images alone; text= is for models of text")
     transform, mean, std = prepare(model, folder)
-    files = images_below(Path(str(cfg.images)).expanduser())
+    files = images_below(expanded(str(cfg.images)))
     if not files:
         raise UserError(f"images={cfg.images}: holds no picture ({', '.join(IMG_EXTENSIONS)})")
     output = output_of(cfg, folder.resolve().name)

@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from amod.analysis.explain_checks import data_config, folders, saved
 from amod.errors import UserError, one_line, shown
-from amod.hub import check_place
+from amod.files import check_place, expanded
 from amod.image_files import files_below, is_image, open_rgb
 from amod.timm_models import RoutedViT
 from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
@@ -165,7 +165,7 @@ class Pictures:
 
 def own_pictures(cfg: ExplainConfig, run: Trained) -> Pictures:
     """The first images_max pictures of images=, in the order of their names."""
-    folder = Path(cfg.images or "").expanduser()
+    folder = expanded(cfg.images or "")
     files = files_below(folder)
     others = [file for file in files if not is_image(file.name)]
     files = [file for file in files if is_image(file.name)]

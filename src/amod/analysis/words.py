@@ -11,6 +11,7 @@ from rich.text import Text
 
 import amod
 from amod.errors import UserError, one_line
+from amod.files import expanded
 from amod.training.config import ExplainConfig
 from amod.training.terminal import quiet
 from amod.training.weights import variant
@@ -21,7 +22,7 @@ KEPT, SKIPPED = "bold green", "dim"
 def explain_text(cfg: ExplainConfig) -> None:
     """What ``src/explain.py`` does with text=: print the lines of the model in the folder run=."""
     quiet()
-    folder = Path(str(cfg.run)).expanduser()
+    folder = expanded(str(cfg.run))
     tokenizer = tokenizer_of(folder)
     model = amod.from_pretrained(folder)
     if getattr(model, "main_input_name", None) != "input_ids":

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from amod.errors import UserError
+from amod.files import check_place
 from amod.studies.plan import Run
 from amod.training.compose import compose_config
 from amod.training.config import CONF
@@ -54,7 +55,8 @@ def how_to_run(launcher: str | None, extra: Mapping[str, Any] | None = None) -> 
 
 def arguments(run: Run, root: Path, how: Sequence[str]) -> list[str]:
     """A run's overrides, those of ``how`` in the place of its own; what it has no use for is left out."""
-    data = OmegaConf.load(CONF / "data" / f"{run.settings['data']}.yaml")
+    named = run.settings.get("data") or compose_config("train", []).data.name  # a sweep may leave it to its default
+    data = OmegaConf.load(CONF / "data" / f"{named}.yaml")
     said = {}
     for override in how:
         key = override.partition("=")[0]
@@ -107,7 +109,8 @@ def execute(runs: Sequence[Run], root: Path, jobs: int, how: Sequence[str], fail
     A run whose start failed is not run. An interrupt or SIGTERM stops the running ones, which leave a checkpoint if
     they can; the same command goes on.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    check_place(root)
+    root.mkdir(exist_ok=True)
     waiting = [run for run in runs if not finished(run, root)]
     done, total = len(runs) - len(waiting), len(runs)
     running: list[Job] = []

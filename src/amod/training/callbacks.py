@@ -61,6 +61,7 @@ class RunRecorder(Checkpoint):
         self.every_steps = every_steps
         self.print_rows = print_rows
         self.rows: list[dict[str, float]] = []
+        self.kept: dict[str, float] = {}  # the row of the weights that are kept, once that is known
         self.untrained: dict[str, float] = {}  # of a model adapted from a checkpoint, before training
         self.seconds = 0.0  # of training and validation, over all the times the run was resumed
         self._since = time.perf_counter()
@@ -75,7 +76,7 @@ class RunRecorder(Checkpoint):
 
     @property
     def best(self) -> dict[str, float]:
-        return self.task.best_of(self.rows)
+        return self.kept or self.task.best_of(self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "untrained": self.untrained, "seconds": self._elapsed()}

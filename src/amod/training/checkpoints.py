@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def best_checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """The checkpoint after optimiser step ``step``: best.ckpt, or where that is damaged another of that step."""
+def best_checkpoint(folder: Path, step: int, steps: Collection[int]) -> dict[str, Any]:
+    """The checkpoint after optimiser step ``step``: best.ckpt, or where that is damaged another of that step.
+
+    A best.ckpt of another one of ``steps``, those of the epochs, is taken as it is: an epoch that was cut off between
+    the two checkpoints and repeated, on a GPU say, need not be as good again.
+    """
     best, *others = [folder / f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")]
     for path in (best, *others):
         if is_whole(path) and (checkpoint := read_checkpoint(path))["global_step"] == step:
@@ -77,6 +82,12 @@ def best_checkpoint(folder: Path, step: int) -> dict[str, Any]:
                 state = "damaged" if best.exists() else "missing"
                 log.warning("warning: %s is %s; %s has the same weights", best, state, path)
             return checkpoint
+    if is_whole(best) and (checkpoint := read_checkpoint(best))["global_step"] in steps:
+        log.warning(
+            "warning: no checkpoint has the weights of step %d, the best epoch's; those of step %d in %s are taken",
+            step, checkpoint["global_step"], best,
+        )  # fmt: skip
+        return checkpoint
     if not best.exists():
         raise UserError(
             f"{best}: is missing, and no other checkpoint has the best epoch's weights; put it back, or see to it that "

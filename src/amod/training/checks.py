@@ -86,6 +86,11 @@ def check_train(composed: Any) -> TrainConfig:
             "schedule.train=head: all other weights stay as they are, and they would be random; give "
             "model.checkpoint=RUN_FOLDER, or model.pretrained=true"
         )
+    for key in ("crop_pct", "crop_mode", "crop_border_pixels", "no_aug"):
+        if (value := dict(schedule.augment).get(key)) not in (None, False):
+            raise UserError(f"schedule.augment.{key}={shown(value)}: is not of training images; leave it out")
+    if (least := cfg.trainer.min_epochs) is not None and least > schedule.epochs:
+        raise UserError(f"trainer.min_epochs={least}: schedule.epochs={schedule.epochs} are fewer; raise them")
     if schedule.min_lr > schedule.lr:
         raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")
     if (schedule.mixup or schedule.cutmix) and schedule.batch_size % 2:
@@ -140,6 +145,15 @@ def check_detection(cfg: TrainConfig) -> None:
     unused |= {f"schedule.{key}": getattr(schedule, key) for key in ("mixup", "cutmix", "label_smoothing")}
     unused |= {f"schedule.augment.{key}": value for key, value in schedule.augment if key not in used}
     check_unused(unused, f"model={cfg.model.label} is a detector, whose training has no such thing")
+    check_whole_boxes(cfg)
+
+
+def check_whole_boxes(cfg: TrainConfig) -> None:
+    if cfg.trainer.precision in ("16-true", "bf16-true"):
+        raise UserError(
+            f"trainer.precision={cfg.trainer.precision}: a detector's boxes are compared in float32; choose 32-true or "
+            "bf16-mixed"
+        )
 
 
 def check_language(cfg: TrainConfig) -> None:
@@ -219,6 +233,8 @@ def check_evaluate(composed: Any) -> EvaluateConfig:
         raise UserError(f"run={cfg.run}: no config.yaml there; name the folder of a run that src/train.py made")
     run = evaluation_config(cfg)
     check_data(run.data, test_only=cfg.split == "test")
+    if run.model.task == "detection":
+        check_whole_boxes(run)
     if cfg.output is not None and run.model.task != "classification":
         raise UserError(
             f"output={cfg.output}: tells classes apart, which a run of {run.model.task} has none of; leave it out"

@@ -191,6 +191,8 @@ def say_origin(images: Split, split: str, record: Mapping[str, Any], run: TrainC
             return
         if fingerprint(seen) == record["splits"]["train"]["fingerprint"]:
             say(f"warning: it was trained on {len(seen)} of these images")
+        else:
+            say("warning: it may have been trained on some of these images, which are not all as they were then")
     elif about(images) != record["splits"][split]:
         by_order = run.data.split_by == "order" and len(images) < len(images.source.labels)
         trained = ", and it may have been trained on some of them" if by_order else ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amod.errors import UserError, reachable
+from amod.files import expanded
 from amod.training.config import Data
 
 
@@ -101,11 +102,11 @@ def locate(cfg: Data, test_only: bool = False) -> Path:
     files = (test_only and layout.test_files) or layout.files
     if not files:
         return Path()
-    root = Path(cfg.root).expanduser().absolute()
+    root = expanded(cfg.root).absolute()
     places = [root / layout.folder]
     if layout.folder and (layout.any_name or root.name == places[0].name):
         places.append(root)
-    places += [Path(place).expanduser() for place in cfg.fallback]
+    places += [expanded(place) for place in cfg.fallback]
     with reachable(f"data.root={root}"):
         for place in places:
             if all(_found(place, pattern) for pattern in files):

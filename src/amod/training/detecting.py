@@ -76,7 +76,7 @@ class MeanAP(Metric):
 
 def _rows(image: Tensor, boxes: Tensor, kinds: Tensor, last: Tensor) -> Tensor:
     columns = [image.expand(len(kinds)), *boxes.unbind(1), kinds, last]
-    return torch.stack([column.to(boxes) for column in columns], dim=1).flatten()
+    return torch.stack([column.float() for column in columns], dim=1).flatten()  # bfloat16 counts images up to 256
 
 
 def _split(rows: Tensor, images: Tensor) -> Sequence[Tensor]:

@@ -67,7 +67,8 @@ class Predictions(Callback):
     rows: Tensor
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.metric = CatMetric().set_dtype(torch.float64).to(pl_module.device)
+        # by default it leaves NaN out, and the rest would shift
+        self.metric = CatMetric(nan_strategy="disable").to(pl_module.device)
 
     def on_test_batch_end(
         self,
@@ -78,8 +79,8 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        probability, predicted = outputs.double().softmax(1).max(1)
-        self.metric.update(torch.stack([batch[2].double(), batch[1].double(), predicted.double(), probability], 1))
+        probability, predicted = outputs.float().softmax(1).max(1)
+        self.metric.update(torch.stack([batch[2], batch[1], predicted, probability], 1))  # whole up to 2^24 images
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = self.metric.compute().reshape(-1, 4).cpu()
@@ -136,7 +137,8 @@ def picture(matrix: MulticlassConfusionMatrix, classes: Sequence[str]) -> bytes:
 
     few = len(classes) <= 40
     figure, axis = plt.subplots(figsize=(max(4, min(14, 0.5 * len(classes) + 2)),) * 2, layout="constrained")
-    names = [name.replace("$", r"\$") for name in classes]  # no formula
+    known = [name.encode(errors="surrogateescape").decode(errors="replace") for name in classes]
+    names = [name.replace("$", r"\$") for name in known]  # no formula
     matrix.plot(ax=axis, add_text=few, labels=names if few else None, cmap="Blues")
     if not few:
         axis.set_xticks([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from amod.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -41,6 +44,8 @@ def transforms(input_cfg: Mapping[str, Any], augment: Mapping[str, Any], crop_pc
     augment = {k: v if isinstance(v, (str, float, int)) else tuple(v) for k, v in augment.items() if v is not None}
     if not augment:
         return evaluation, evaluation
+    if augment.get("auto_augment") and (jitter := augment.get("color_jitter")):
+        log.warning("warning: schedule.augment.color_jitter=%s: timm leaves it out beside auto_augment", jitter)
     off = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None}
     try:
         training = create_transform(**{**geometry, **off, **augment}, is_training=True)

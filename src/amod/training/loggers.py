@@ -28,13 +28,10 @@ class WandbRows(WandbLogger):
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step, commit="train/loss" in metrics)
 
     def send_again(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """The rows of a resumed run: W&B's client sends every 15 seconds, and what was waiting died with the process.
-
-        Offline there is nobody to ask what is known already.
-        """
-        if not self.experiment.offline:
-            for row in rows:
-                self.log_metrics({key: row[key] for key in row if key != "step"}, int(row["step"]) - 1)
+        """The rows of a resumed run: W&B's client sends every 15 seconds, and what was waiting died with the process;
+        offline it begins a new file, and what of the old one was written to disk is not known."""
+        for row in rows:
+            self.log_metrics({key: row[key] for key in row if key != "step"}, int(row["step"]) - 1)
 
 
 @rank_zero_only

@@ -173,7 +173,8 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
                 f"trainer.max_time={shown(cfg.trainer.max_time)}: ended inside the first epoch, with a checkpoint; the "
                 f"same command with a longer one and run_dir={folder} goes on"
             )
-        kept = best_checkpoint(folder, int(recorder.best["step"]))
+        kept = best_checkpoint(folder, int(recorder.best["step"]), {int(row["step"]) for row in recorder.rows})
+        recorder.kept = next(row for row in recorder.rows if row["step"] == kept["global_step"])
         module.check_weights(kept["state_dict"], folder / "checkpoints/best.ckpt")
         module.load_state_dict(kept["state_dict"])
         trainer.test(module, datamodule=data, verbose=False)
@@ -278,7 +279,9 @@ def measure_untrained(trainer: Trainer, module: TaskModule, data: DataModule, re
 
 
 def say_measured(split: str, values: Mapping[str, Any], task: Task) -> None:
-    """What a measurement leaves out, if anything."""
+    """What a measurement leaves out, if anything, and where it is of no numbers."""
+    if not math.isfinite(values.get(f"{split}/loss", 0.0)):
+        say(f"warning: the {split} loss is not finite: the model gives no numbers for some {task.samples}")
     if left := int(values.get(f"{split}/unreadable", 0)):
         read = int(values[f"{split}/{task.samples}"])
         of = f"{left} of {read + left} {split} {task.samples}"
@@ -301,7 +304,7 @@ def make_trainer(arguments: TrainerArguments, folder: Path | None = None, **ours
         environment = trainer._accelerator_connector.cluster_environment
         if environment is not None and environment.creates_processes_externally:
             environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
-    except (MisconfigurationException, AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: Lightning refuses these arguments ({one_line(error)}){srun}") from error
     if trainer.world_size > 1 and isinstance(environment, SLURMEnvironment) and "SLURM_STEP_ID" not in os.environ:
         raise UserError(

@@ -25,6 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import META_FILE, load_meta_file
 
 from amod.errors import UserError, one_line
+from amod.files import expanded
 from amod.image_files import hidden, is_image
 from amod.training.config import Data
 from amod.training.data import locate
@@ -49,6 +50,11 @@ def load(cfg: Data, classes: Sequence[str] | None = None) -> dict[str, Split]:
                 splits["train"], splits[key] = whole.cut(fraction, cfg.split_seed)
             if not (len(splits["train"]) and len(splits[key])):
                 raise UserError(f"data.{key}_fraction={fraction}: leaves {key} or train empty, of {len(whole)} images")
+    for key, split in splits.items() if classes is None else ():
+        seen = {*split.labels.tolist()}
+        if bare := [name for label, name in enumerate(split.source.classes) if label not in seen]:
+            more = f", ... ({len(bare)} in all)" if len(bare) > 5 else ""
+            log.warning("warning: no %s images of %s%s", key, ", ".join(bare[:5]), more)
     return {key: splits[key] for key in ("train", "val", "test")}
 
 
@@ -82,7 +88,7 @@ def read_parts(cfg: Data, classes: Sequence[str] | None, only: str | None = None
     except UserError:
         if not cfg.download:
             raise
-        _download(name, Path(cfg.root).expanduser())
+        _download(name, expanded(cfg.root))
         folder = locate(cfg)
     try:
         parts = _folder(folder, cfg, partial=only is not None) if name == "folder" else READERS[name](folder, cfg)
@@ -110,6 +116,11 @@ def aligned(source: Source, classes: Sequence[str], folder: Path) -> Source:
         raise UserError(
             f"data.root: {folder} has classes that the model does not know ({', '.join(unknown[:5])}); it knows "
             f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}; rename or leave out the class folders"
+        )
+    if twice := [name for name in source.classes if list(classes).count(name) > 1]:
+        raise UserError(
+            f"data.root: {folder}: {twice[0]} names two classes of the model, and nothing tells which is meant; leave "
+            "it out, or give all of the model's classes"
         )
     place = np.array([classes.index(name) for name in source.classes])
     return replace(source, labels=place[source.labels], classes=list(classes))
@@ -291,6 +302,21 @@ class VisibleFolders(datasets.ImageFolder):
         if not names:
             raise FileNotFoundError(f"no class folder in {directory}")
         return names, {name: label for label, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(directory: Any, class_to_idx: dict[str, int], *args: Any, **kwargs: Any) -> list[tuple[str, int]]:
+        """torchvision's, which would pass over folders that cannot be read, and follow a link that leads back."""
+        seen = {os.path.realpath(directory)}
+        for name in class_to_idx:
+            for place, _, _ in os.walk(os.path.join(directory, name), onerror=_unreadable, followlinks=True):
+                if (real := os.path.realpath(place)) in seen:
+                    raise UserError(f"{place}: is {real} once more, by a link; remove the link")
+                seen.add(real)
+        return datasets.ImageFolder.make_dataset(directory, class_to_idx, *args, **kwargs)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable, or leave it out")
 
 
 def _folder_source(folder: Path) -> Source:

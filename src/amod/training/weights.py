@@ -281,6 +281,8 @@ def read_state(path: Path, prefixes: Sequence[str] = ("ema.module.", "model.")) 
         if not found:
             raise UserError(f"model.checkpoint={path}: this run has no checkpoint yet")
         path = found[0]
+        if path.suffix == ".ckpt":
+            log.warning("warning: %s is not finished; its weights so far are taken, of %s", path.parents[1], path.name)
     try:
         state = load_state_dict(str(path), weights_only=True)
     except FileNotFoundError as error:
