@@ -116,7 +116,7 @@ TABLE = [
     (["trainer.min_epochs=9", "schedule.epochs=2"], ["trainer.min_epochs=9", "schedule.epochs=2"]),
     (["+schedule.augment.crop_pct=0.3"], ["schedule.augment.crop_pct=0.3", "not of training images"]),
     (["+schedule.augment.no_aug=true"], ["schedule.augment.no_aug=true", "leave it out"]),
-    (["data=folder", "data.root=~nobody-of-that-name/x"], ["no data in", "~nobody-of-that-name/x"]),
+    (["data=folder", 'data.root="~nobody-of-that-name/x"'], ["no data in", "~nobody-of-that-name/x"]),
     (["trainer.min_steps=abc"], ["trainer.min_steps=abc"]),
     (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches=0", "at least 1"]),
     (["trainer.accumulate_grad_batches=1.5"], ["trainer.accumulate_grad_batches=1.5", "whole number"]),

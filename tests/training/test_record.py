@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from timm.models import VisionTransformer
 
 import fakes
 from amod.analysis.explain_checks import check_explain
 from amod.analysis.subjects import data_pictures
 from amod.errors import UserError
 from amod.training.checks import check_evaluate, check_train
+from amod.training.classification import Classifier
 from amod.training.compose import compose_config
 from amod.training.config import Data
 from amod.training.evaluation import evaluate
@@ -291,14 +291,14 @@ def test_accuracy_by_class_confusion_and_predictions(trained, tmp_path):
 
 def test_numbers_that_are_none_and_names_that_are_no_text(trained, tmp_path, monkeypatch, capsys):
     folder, _ = trained
-    forward = VisionTransformer.forward
+    measure = Classifier.measure
 
-    def none_of_the_first(self, images):
-        logits = forward(self, images)
+    def none_of_the_first(self, metrics, batch):
+        loss, logits = measure(self, metrics, batch)
         logits[0] = float("nan")
-        return logits
+        return loss * float("nan"), logits
 
-    monkeypatch.setattr(VisionTransformer, "forward", none_of_the_first)
+    monkeypatch.setattr(Classifier, "measure", none_of_the_first)
     monkeypatch.setattr("amod.training.loaders.ImageData.class_names", ["ant", "gr\udcfcn", "cat"])
     measured(folder, f"output={tmp_path / 'out'}")
     assert "warning: the test loss is not finite" in capsys.readouterr().out
