@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from amod.training.compose import compose_config, train_config
 from amod.training.evaluation import evaluate, picture
 from amod.training.folder import check_run_dir, saved_config
 from amod.training.loaders import DataModule, build_datamodule
+from amod.training.loggers import WandbRows
 from amod.training.module import lr_factor
 from amod.training.run import train
 from amod.training.weights import build, input_config
@@ -389,6 +391,15 @@ def test_wandb_offline(tmp_path, monkeypatch):
     for name in (b"some-host", b"some-user", socket.gethostname().encode() + b"\n"):
         assert name not in text
     assert len(rows(tmp_path / "run")) == 1
+
+
+def test_a_resumed_run_sends_all_its_rows_offline_too(monkeypatch):
+    """Its new file begins empty, and what of the one before was on the disk nobody knows."""
+    sent = []
+    experiment = SimpleNamespace(offline=True, log=lambda row, **how: sent.append((row, how)))
+    monkeypatch.setattr(WandbRows, "experiment", experiment)
+    WandbRows.__new__(WandbRows).send_again([{"epoch": 0, "step": 20, "train/loss": 1.0}])
+    assert sent == [({"epoch": 0, "train/loss": 1.0, "trainer/global_step": 19}, {"step": 19, "commit": True})]
 
 
 def command(folder: Path, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
