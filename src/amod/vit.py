@@ -22,6 +22,7 @@ from amod.families import check_model
 from amod.flops import Size, count_on_meta, input_size_of, on_meta
 from amod.plan import BY_THEMSELVES, MERGING, check_plan, make_plan, read_plan
 from amod.routers import ROUTERS
+from amod.timm_models import RoutedViT as RoutedViT  # where models that were pickled before look for it
 
 ViT = TypeVar("ViT", bound=nn.Module)
 
