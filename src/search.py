@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from amod.errors import UserError, one_line
-from amod.files import expanded
+from amod.files import check_place, expanded
 from amod.training.checks import check_checkpoint
 from amod.training.command import launch
 from amod.training.config import SearchConfig, check_classifier
@@ -57,7 +57,6 @@ def check_texts(cfg: SearchConfig) -> None:
 
 
 def job(cfg: SearchConfig) -> None:
-    from amod.files import check_place
     from amod.searching import search
 
     if cfg.save is not None:  # before the minutes of a search

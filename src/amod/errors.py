@@ -35,6 +35,15 @@ def reachable(place: str) -> Iterator[None]:
         raise UserError(f"{place}: cannot be looked at ({error.strerror}); name a place that you may read") from error
 
 
+@contextmanager
+def writable(place: str) -> Iterator[None]:
+    """Around the first writing in a place that was named."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written ({error.strerror}); name another folder") from error
+
+
 def shown(value: object) -> str:
     """A setting's value as one would type it."""
     if value is None:

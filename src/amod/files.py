@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from amod.errors import UserError, reachable
+from amod.errors import UserError, reachable, writable
 
 WEIGHTS, ROUTERS, CONFIG, CARD = "model.safetensors", "routers.safetensors", "config.json", "README.md"
 """Of a saved model: for whoever writes them and whoever reads them."""
@@ -40,18 +42,25 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
         ) from error
 
 
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A .csv, by ``write_atomically``; names of files that are no UTF-8 are written as the bytes that they are."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+
+
 def expanded(path: str | Path) -> Path:
     """The path with the home folder for its ``~``; as it is where nobody of that name has one."""
     return Path(os.path.expanduser(path))
 
 
 def check_place(folder: Path) -> None:
-    """UserError unless a model can be written there."""
-    try:
+    """UserError unless a folder can be made or written in there; the folders above it are made."""
+    with writable(f"{folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent).close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
 
 
 class Ledger:

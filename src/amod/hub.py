@@ -22,7 +22,7 @@ from timm.models._hub import generate_readme, save_for_hf
 from torch import Tensor, nn
 
 from amod.dress import of_transformers, served_by
-from amod.errors import UserError, misfits, one_line, reachable
+from amod.errors import UserError, misfits, one_line, reachable, writable
 from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS, check_place
 from amod.plan import as_data, from_data
 from amod.timm_models import RoutedViT
@@ -91,14 +91,12 @@ def save_pretrained(
             save_file(routers, new / ROUTERS)
         (new / CARD).write_text(model_card(plain, plan, learned, folder.name), encoding="utf-8")
         from_pretrained(new)  # what cannot be read again is not called saved
-        try:
+        with writable(f"{folder}"):
             folder.mkdir(exist_ok=True)
             for name in (CONFIG, ROUTERS):  # without a config it is no model, until all of the new one is there
                 (folder / name).unlink(missing_ok=True)
             for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):
                 file.replace(folder / file.name)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
     return folder
 
 

@@ -6,8 +6,6 @@ here works there. The runs are made like a study's: each a process, finished one
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 import random
@@ -21,7 +19,7 @@ from typing import Any
 import yaml
 
 from amod.errors import UserError, did_you_mean
-from amod.files import write_atomically
+from amod.files import write_atomically, write_table
 from amod.studies.plan import Run
 from amod.training.checks import check_train
 from amod.training.compose import compose_config
@@ -204,13 +202,11 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
     task = TASKS[compose_config("train", runs[0].arguments(root)).model.get("task", "classification")]
     validation, test, (words, unit) = f"val_{task.best}", f"test_{task.best}", task.shown[task.best]
     columns = ("gflops", validation, test, "epochs", "seconds")  # of summary.json
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*runs[0].values, "state", *columns, "run"])
+    table = []
     for run, summary in found:
         state = "finished" if summary else "failed" if run.name in failed else "not run"
-        writer.writerow([*run.values.values(), state, *((summary or {}).get(key) for key in columns), run.name])
-    write_atomically(root / "runs.csv", table.getvalue().encode())
+        table.append([*run.values.values(), state, *((summary or {}).get(key) for key in columns), run.name])
+    write_table(root / "runs.csv", [*runs[0].values, "state", *columns, "run"], table)
 
     keys = [key for key in runs[0].values if key != "seed"]
     groups: dict[tuple[str, ...], list[dict[str, Any] | None]] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import signal
 import sys
@@ -20,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amod.errors import UserError
-from amod.files import write_atomically
+from amod.files import write_table
 from amod.training.command import SIGNALS
 from amod.training.loggers import WandbRows
 from amod.training.tasks import CLASSIFICATION, Task, said
@@ -216,11 +214,8 @@ class RunRecorder(Checkpoint):
         trainer.save_checkpoint(self.folder / "checkpoints" / f"{name}.ckpt")
 
     def _write_rows(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.task.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        columns = self.task.columns
+        write_table(self.folder / "metrics.csv", columns, ([row.get(name) for name in columns] for row in self.rows))
 
 
 def _say_at_once(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ from torch import Tensor
 from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from amod.errors import UserError
-from amod.files import write_atomically
+from amod.errors import writable
+from amod.files import write_atomically, write_table
 from amod.training.checks import evaluation_config
 from amod.training.config import EvaluateConfig
 from amod.training.run import make_trainer, say_measured
@@ -42,7 +41,8 @@ def evaluate(cfg: EvaluateConfig) -> Mapping[str, float]:
         run.trainer, callbacks=[predictions] if cfg.output else [], enable_progress_bar=sys.stdout.isatty()
     )
     if cfg.output:
-        make_output(Path(cfg.output))  # before the minutes of a measurement
+        with writable(f"output={cfg.output}"):  # before the minutes of a measurement
+            Path(cfg.output).mkdir(parents=True, exist_ok=True)
     with known_troubles("run the same command again"):
         trainer.test(module, datamodule=data, verbose=False)
     found = trainer.callback_metrics.items()  # what test() returns leaves out what no logger gets
@@ -87,20 +87,13 @@ class Predictions(Callback):
         self.rows = rows[rows[:, 0].argsort()]
 
 
-def make_output(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={folder}: cannot be written ({error.strerror}); name another folder") from error
-
-
 def write_details(output: Path, rows: Tensor, split: Split, classes: Sequence[str]) -> None:
     """predictions.csv, per_class.csv, confusion.csv and confusion.png."""
     labels, predicted = rows[:, 1].long(), rows[:, 2].long()
     matrix = MulticlassConfusionMatrix(len(classes), sync_on_compute=False)  # the rows are of all processes
     matrix.update(predicted, labels)
     counts = matrix.compute()
-    table(
+    write_table(
         output / "predictions.csv",
         ["image", "class", "predicted", "probability"],
         (
@@ -108,7 +101,7 @@ def write_details(output: Path, rows: Tensor, split: Split, classes: Sequence[st
             for index, label, guess, probability in rows.tolist()
         ),
     )
-    table(
+    write_table(
         output / "per_class.csv",
         ["class", "images", "correct", "top1"],
         (
@@ -117,16 +110,8 @@ def write_details(output: Path, rows: Tensor, split: Split, classes: Sequence[st
         ),
     )
     rows_of = ([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
-    table(output / "confusion.csv", ["class, read as", *classes], rows_of)
+    write_table(output / "confusion.csv", ["class, read as", *classes], rows_of)
     write_atomically(output / "confusion.png", picture(matrix, classes))
-
-
-def table(file: Path, header: Sequence[str], rows: Any) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(file, text.getvalue().encode(errors="surrogateescape"))
 
 
 def picture(matrix: MulticlassConfusionMatrix, classes: Sequence[str]) -> bytes:

@@ -51,8 +51,8 @@ def load(cfg: Data, classes: Sequence[str] | None = None) -> dict[str, Split]:
             if not (len(splits["train"]) and len(splits[key])):
                 raise UserError(f"data.{key}_fraction={fraction}: leaves {key} or train empty, of {len(whole)} images")
     for key, split in splits.items() if classes is None else ():
-        seen = {*split.labels.tolist()}
-        if bare := [name for label, name in enumerate(split.source.classes) if label not in seen]:
+        counts = np.bincount(split.labels, minlength=len(split.source.classes))
+        if bare := [name for name, count in zip(split.source.classes, counts, strict=True) if not count]:
             more = f", ... ({len(bare)} in all)" if len(bare) > 5 else ""
             log.warning("warning: no %s images of %s%s", key, ", ".join(bare[:5]), more)
     return {key: splits[key] for key in ("train", "val", "test")}
