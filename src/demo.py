@@ -67,7 +67,7 @@ def write_table() -> None:
         table.add_row(*row)
     Console(width=max(100, Console().width)).print(table)
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    (FOLDER / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    (FOLDER / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
 
 
 def draw(cfg, model, data) -> None:

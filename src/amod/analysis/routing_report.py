@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from amod.analysis.depths import draw_depths
 from amod.analysis.measurement import CONTRAST, DENSE_MAPS, Measured, correlations
 from amod.analysis.routing_statistics import AGREEMENT, MEASURES, METHODS, Correlation, agreement, estimate
 from amod.analysis.style import NAMES
+from amod.files import write_atomically, write_table
 from amod.routing import RoutedLayer
 
 
@@ -119,7 +119,7 @@ def write_report(
         "## Which tokens are kept\n",
         agreement_tables(runs),
     ]
-    (output / "report.md").write_text("\n".join(lines))
+    write_atomically(output / "report.md", "\n".join(lines).encode())
 
 
 def source_labels(sources: Iterable[str]) -> dict[str, str]:
@@ -209,36 +209,28 @@ def kept_by(router: str, run: Measured) -> list[dict[str, float]]:
 
 
 def write_correlations(table: Sequence[Correlation], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        statistics = [
-            "mean",
-            "low",
-            "high",
-            "p",
-            "each_run",
-            "over",
-            "median_p_of_an_image",
-            "share_of_images_below_5_percent",
-        ]
-        writer.writerow(["measure", "scores", "block", "method", *statistics])
-        for row in table:
-            v = row.value
-            numbers = [f"{x:.6g}" for x in (v.mean, v.low, v.high, v.p)]
-            chance = [f"{x:.6g}" for x in (row.median_p, row.significant)]
-            each = " ".join(f"{x:.6g}" for x in row.each)
-            writer.writerow([row.measure, row.router, row.block, row.method, *numbers, each, row.over, *chance])
+    """correlation.csv: a row per measure, scores, block and method."""
+    statistics = ["mean", "low", "high", "p", "each_run", "over", "median_p_of_an_image"]
+    header = ["measure", "scores", "block", "method", *statistics, "share_of_images_below_5_percent"]
+    rows = []
+    for row in table:
+        v = row.value
+        numbers = [f"{x:.6g}" for x in (v.mean, v.low, v.high, v.p)]
+        chance = [f"{x:.6g}" for x in (row.median_p, row.significant)]
+        each = " ".join(f"{x:.6g}" for x in row.each)
+        rows.append([row.measure, row.router, row.block, row.method, *numbers, each, row.over, *chance])
+    write_table(path, header, rows)
 
 
 def write_agreement(runs: Sequence[Measured], path: Path) -> None:
     """agreement.csv: a row per run (numbered from 0), router and block."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "router", "block", *AGREEMENT])
-        for number, run in enumerate(runs):
-            for router in run.routing:
-                for row in kept_by(router, run):
-                    writer.writerow([number, router, int(row["block"]), *(f"{row[key]:.6g}" for key in AGREEMENT)])
+    rows = [
+        [number, router, int(row["block"]), *(f"{row[key]:.6g}" for key in AGREEMENT)]
+        for number, run in enumerate(runs)
+        for router in run.routing
+        for row in kept_by(router, run)
+    ]
+    write_table(path, ["run", "router", "block", *AGREEMENT], rows)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

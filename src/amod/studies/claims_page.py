@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from amod.files import write_atomically
 from amod.studies.claims import HOW, Finding, examine, verdict_of
 from amod.studies.plan import at_scale
 from amod.studies.rows import METRICS, markdown, ours_of, read
@@ -47,7 +48,7 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
     output.mkdir(parents=True, exist_ok=True)
     path = output / "claims.md"
     about = "; ".join(f"*{scale['name']}*: {scale['about']}" for scale in shown)
-    path.write_text(
+    text = (
         "# What held\n\nEvery claim of the paper, and ours where it says so, with the differences that were seen "
         f"(points of top-1 accuracy, of detectors of mAP, or epochs) at the scales that were run. {about}.\n\n"
         f"{summary(verdicts)}\n\n"
@@ -55,6 +56,7 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
         "yet.\n\n"
         f"{markdown(lines)}\n"
     )
+    write_atomically(path, text.encode())
     return path
 
 
