@@ -120,7 +120,7 @@ def reference(model, inputs, router, blocks, capacity, weights=None, prefix=0):
                 state["left"] = maps[:, row].reshape(maps.shape[0], -1, maps.shape[-1]).mean(dim=(0, 1))
                 return None
             kept, scores = decisions[i]
-            if "left" in state:
+            if "left" in state and not (router == "class_attention" and 0 not in kept):
                 left = state["left"].clone()
                 among = maps[:, kept][:, :, kept]
                 among = among[:, row].reshape(maps.shape[0], -1, len(kept)).mean(dim=(0, 1))

@@ -67,17 +67,20 @@ def forward(vit, images, router, blocks, k, keep_prefix=False, weights=None, sig
 
     def after(i):
         def mix(block, args, kwargs, out):
-            maps = state["maps"]
+            maps, by_class = state["maps"], router == "class_attention"
             if i not in blocks:
-                state["left"] = maps.mean(dim=(1, 2))
+                state["left"] = maps[:, :, 0].mean(dim=1) if by_class else maps.mean(dim=(1, 2))
                 return None
             seen, scores = state["seen"], state["scores"]
             if state["left"] is not None:
                 left = state["left"].clone()
                 for image in range(len(seen)):
                     rows = seen[image]
+                    if by_class and not rows[0]:
+                        continue  # the class token was not there to ask
                     share = sum(left[image, j] for j in rows.nonzero().flatten())
-                    left[image, rows] = share * maps[image][:, rows][:, :, rows].mean(dim=(0, 1))
+                    among = maps[image][:, rows][:, :, rows]
+                    left[image, rows] = share * (among[:, 0].mean(dim=0) if by_class else among.mean(dim=(0, 1)))
                 state["left"] = left
             x, r = args[0], 1.0
             if router in ("linear", "attention_weighted"):

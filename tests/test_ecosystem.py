@@ -127,6 +127,21 @@ def test_hooks_on_blocks_and_attentions_fire_and_act(plan):
     assert torch.equal(model(IMAGES), before)
 
 
+@every_plan
+def test_hooks_on_the_blocks_as_a_whole_fire_and_act(plan):
+    model, seen = amod.convert(small(), plan=plan), []
+    before = model(IMAGES)
+    hooks = [
+        model.blocks.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)),
+        model.blocks.register_forward_hook(lambda module, args, out: (seen.append(type(module)), out * 0)[1]),
+    ]
+    assert not torch.allclose(model(IMAGES), before)
+    assert seen == [(*IMAGES.shape[:1], 17, 32), nn.Sequential]
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(model(IMAGES), before)
+
+
 class Adapter(nn.Module):
     """Put around a block's attention, as adapters are: it hands on whatever its block gives it."""
 

@@ -188,11 +188,40 @@ def test_any_model_of_timms_is_counted():
     assert f"{amod.count_flops(meta('resnet18')) / 1e9:.2f}" == "1.82"  # its 1.81 G of products, and the norms
 
 
+def test_a_transposed_convolution_multiplies_each_of_its_inputs():
+    count = amod.count_flops(torch.nn.ConvTranspose2d(8, 4, kernel_size=2, stride=2), (8, 5, 5))
+    assert count == 25 * 8 * 4 * 2 * 2
+
+
 @pytest.mark.parametrize("said", [("attention", 0.4), ("linear", 0.4), ("tome",), ("evit",)])
 def test_counting_on_images_agrees_with_counting_on_the_meta_device(said):
     vit, size = build("augreg")
-    model = amod.convert(vit, *said)
-    assert amod.count_flops(model, torch.randn(3, *size)) == amod.count_flops(model, size)
+    model, images = amod.convert(vit, *said), torch.randn(3, *size)
+    assert amod.image_flops(model, images).tolist() == [amod.count_flops(model, size)] * 3
+    assert amod.count_flops(model, images) == amod.count_flops(model, size)
+
+
+@pytest.mark.parametrize(
+    "given", [torch.zeros(0, 3, 32, 32), torch.zeros(3, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)]
+)
+@pytest.mark.parametrize("count", [amod.count_flops, amod.image_flops])
+def test_what_is_no_batch_of_images_is_one_line(given, count):
+    with pytest.raises(amod.UserError, match=r"input_size=a tensor .* takes floats \(B, channels, height, width\)"):
+        count(build("augreg")[0], given)
+
+
+@pytest.mark.parametrize("router", ["attention", "avit"])
+def test_images_of_another_size_than_the_models_are_one_line(router):
+    model = amod.convert(meta("deit_tiny_patch16_224"), router)
+    for count in (amod.count_flops, amod.image_flops):
+        with pytest.raises(amod.UserError, match=r"input_size=\(3, 32, 32\): this model refuses"):
+            count(model, torch.zeros(2, 3, 32, 32, device="meta"))
+
+
+@pytest.mark.parametrize("verb", [amod.count_flops, amod.dense, amod.convert, lambda vit: amod.truncate(vit, 2)])
+def test_what_is_no_model_is_one_line(verb):
+    with pytest.raises(amod.UserError, match="model='vit': is no model"):
+        verb("vit")
 
 
 @pytest.mark.parametrize(("router", "field"), [("tome", "r"), ("evit", "keep")])

@@ -241,7 +241,12 @@ def test_plans_and_budgets():
         ({"plan": {0: Halt()}}, "Halt stands in every block"),
         ({"plan": {1: Predict(0.5), 3: Predict(0.7)}}, "keeps more than an earlier one"),
         ({"plan": {1: Predict(0.5), 3: amod.Merge(2)}}, "beside Predict and ClassOnly alone"),
-        ({"router": "dynamicvit", "keep_rate": 0.1}, "keeps no patch"),
+        ({"router": "dynamicvit", "keep_rate": 0.1}, "keeps no patch .* keep_rate has the stage as its power"),
+        ({"router": "dynamicvit", "keep_rate": "0.5"}, "keep_rate='0.5': must be a number"),
+        ({"router": "evit", "keep_rate": 2}, "keep_rate=2: must be a number"),
+        ({"router": "avit", "halt_shift": "a"}, "halt_shift='a': must be a number"),
+        ({"router": "avit", "budget": "75%"}, "budget='75%': must be a number"),
+        ({"router": ["attention"]}, "router=.'attention'.: choose one of"),
         ({"router": "dynamicvit", "r": 3}, "has no r"),
     ],
 )
@@ -262,7 +267,10 @@ def test_another_head_is_refused_where_it_is_asked_and_by_the_entrys_name(router
     model.reset_classifier(5, "avg")
     with pytest.raises(amod.UserError, match=f"{entry}: the head of this model reads all tokens"):
         model(images)
-    assert model.forward_features(images).shape[2] == 32
+    features = model.forward_features(images)
+    assert features.shape[2] == 32
+    with pytest.raises(amod.UserError, match=f"{entry}: the head of this model reads all tokens"):
+        model.forward_head(features)
     if router != "none":
         model.prune_intermediate_layers([3], prune_head=True)
         assert len(model.forward_intermediates(images, indices=[3], intermediates_only=True)) == 1

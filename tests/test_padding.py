@@ -68,6 +68,9 @@ def test_fillers_keep_the_score_they_had():
     indices, among = torch.tensor([[0, 1, 3]]), torch.tensor([[True, False, True]])
     refined = refine_among(scores, indices, torch.tensor([[0.8, 0.0, 0.2]]), among)
     assert_close(refined, torch.tensor([[0.4, 0.2, 0.3, 0.1]]))  # 0.1 + 0.4 shared 4 to 1
+    for row, expected in ((0, refined), (1, scores), (2, scores)):  # 1 is a filler, 2 was skipped
+        left = refine_among(scores, indices, torch.tensor([[0.8, 0.0, 0.2]]), among, torch.tensor([[row]]))
+        assert_close(left, expected)
 
 
 def test_where_texts_begin():

@@ -123,6 +123,23 @@ def test_entries_that_cannot_stand_together_are_refused(plan, words):
         check_plan(plan, 12)
 
 
+def test_a_block_whose_attention_saw_all_tokens_scores_them():
+    check_plan({1: Route(router="linear", skip="mlp"), 2: Route(router="attention")}, 12)
+    with pytest.raises(UserError, match="sees its kept tokens alone"):
+        check_plan({1: Route(router="linear", skip="attention"), 2: Route(router="attention")}, 12)
+
+
+def test_a_share_of_numpys_stands_for_what_it_prints():
+    assert Route(np.float32(0.29)).kept(100) == 29
+    assert Route(np.float16(0.7)).kept(10) == 7
+    assert Prune(np.float32(0.1)).kept(11, 1) == 1
+
+
+def test_a_field_that_is_missing_is_named():
+    with pytest.raises(UserError, match=r"plan: block 1, Merge: has no r; write Merge: \{r: ...\}"):
+        from_data({1: "Merge"})
+
+
 def test_flags_are_true_or_false():
     for entry, field in ((Prune, "fuse"), (Route, "keep_prefix"), (Merge, "norm")):
         with pytest.raises(UserError, match=f"{field}='false': must be true or false"):

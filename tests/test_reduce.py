@@ -5,14 +5,17 @@ import math
 import pytest
 import timm
 import torch
+from timm.models import Eva, VisionTransformer
 from torch.testing import assert_close
 
 import amod
 import reference
-from amod.entries import Merge, Route
+from amod import attention
+from amod.entries import Merge, Prune, Route
 from amod.errors import UserError
 from amod.exporting import Exported
 from amod.reduce import Match, match, merge, merge_places, moved, prune, prune_places
+from amod.walk import Walk
 
 
 def vit(**changes):
@@ -143,6 +146,73 @@ def test_an_average_over_patches_counts_a_merged_one_as_all_that_it_stands_for()
     assert_close(Exported(model).eval()(x)[0], dense(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pool", ["avg", "avgmax", "max", "map", "prr"])
+@pytest.mark.parametrize("family", [VisionTransformer, Eva])
+@torch.no_grad()
+def test_every_pool_counts_a_merged_patch_as_all_that_it_stands_for(family, pool):
+    """Equal patches that merge change nothing, where nothing tells where one stood."""
+    if family is Eva and pool == "prr":
+        pytest.skip("timm's Eva has no such pool")
+    torch.manual_seed(0)
+    nowhere = {"use_abs_pos_emb": False} if family is Eva else {"pos_embed": "none"}
+    dense = family(img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=4, global_pool=pool, **nowhere).eval()
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    x = torch.randn(3, 3, 1, 4, 1, 4).expand(3, 3, 4, 4, 4, 4).clone()
+    x[:, :, 0, :, 0] = torch.randn(3, 3, 4, 4)  # 14 equal patches, two others
+    x[:, :, 1, :, 0] = torch.randn(3, 3, 4, 4)
+    x = x.reshape(3, 3, 16, 16)
+    model = amod.convert(dense, plan={0: Merge(6), 1: Merge(3)})
+    assert model.forward_features(x).shape[1] == 16 + dense.num_prefix_tokens - 6 - 3
+    assert_close(model(x), dense(x), atol=1e-5, rtol=1e-4)
+    assert_close(Exported(model).eval()(x)[0], dense(x), atol=1e-5, rtol=1e-4)
+    if pool in ("map", "prr", "avgmax"):
+        with pytest.raises(UserError, match=f"global_pool='{pool}' counts a merged token"):
+            amod.convert(dense, plan={0: Merge(6), 1: Prune(0.5)})
+
+
+def test_a_fused_token_counts_once_whatever_merges_beside_it():
+    def sizes(plan):
+        walk = Walk(amod.convert(vit(), plan=plan))
+        walk.forward_features(images())
+        return walk.size.sort(dim=1).values
+
+    before, behind = sizes({0: Merge(1), 1: Prune(0.5)}), sizes({1: Prune(0.5), 2: Merge(1)})
+    assert behind.tolist() == [[1] * 8 + [2]] * 2
+    assert all(row in ([1] * 10, [1] * 9 + [2]) for row in before.tolist())  # of 17: the dropped ones are gone
+
+
+def test_a_fused_tokens_weights_have_their_gradient_whoever_reads_the_attention_beside():
+    """A block that keeps all tokens changes nothing, and so no gradient."""
+    gradients = []
+    for later in ({}, {2: Route(1.0)}, {2: Route(1.0, "class_attention")}):
+        model = amod.convert(vit().double(), plan={1: Prune(0.3)} | later).train()
+        weight = model.blocks[1].attn.qkv.weight
+        gradients.append(torch.autograd.grad(model(images().double()).square().sum(), weight)[0])
+    for other in gradients[1:]:
+        assert_close(other, gradients[0])
+    fixed = amod.convert(vit().double(), plan={1: Prune(0.3, fuse=False)}).train()
+    (without,) = torch.autograd.grad(fixed(images().double()).square().sum(), fixed.blocks[1].attn.qkv.weight)
+    assert not torch.allclose(without, gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("plan", "maps"),
+    [
+        (dict.fromkeys(range(3), Merge(3)), 0),
+        ({1: Merge(3, by="tokens", rounds=2)}, 0),
+        ({1: Prune(0.5, fuse=False)}, 0),
+        ({1: Prune(0.5)}, 1),
+    ],
+)
+def test_only_a_fused_token_asks_training_for_a_map(plan, maps, monkeypatch):
+    made = []
+    explicit = attention.explicit
+    monkeypatch.setattr(attention, "explicit", lambda *args, **kwargs: made.append(1) or explicit(*args, **kwargs))
+    amod.convert(vit(), plan=plan).train()(images()).sum().backward()
+    assert len(made) == maps
+
+
 def test_every_block_loses_r_tokens_and_the_last_ones_at_most_half():
     model = amod.convert(vit(depth=4), "tome", r=6)
     seen = []
@@ -209,7 +279,9 @@ def test_pruning_by_hand():
     assert_close(fused.flatten(), torch.tensor([10.0, 1.0, 4.0, 0.1 * 2 + 0.2 * 3]))
     assert prune(x, None, scores, 2, prefix=1, fuse=False)[0].flatten().tolist() == [10, 1, 4]
     sizes = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
-    assert prune(x, sizes, scores, 2, prefix=1, fuse=True)[1].tolist() == [[1, 2, 5, 7]]
+    assert prune(x, sizes, scores, 2, prefix=1, fuse=True)[1].tolist() == [
+        [1, 2, 5, 1]
+    ]  # the fused one is no mean of the others
     assert prune_places(kept, 5, 4).owner.tolist() == [[0, 1, 3, 3, 2]]
     assert prune_places(kept, 5, 4).kept.tolist() == [[0, 1, 4, -1]]
     assert prune_places(kept, 5, 3).owner.tolist() == [[0, 1, -1, -1, 2]]

@@ -42,6 +42,8 @@ def test_refine_by_hand():
     # tokens 0 and 3 were seen: together 0.7, which their own map divides 1 : 3
     new = refine(scores, torch.tensor([[0, 3]]), torch.tensor([[0.25, 0.75]]))
     torch.testing.assert_close(new, torch.tensor([[0.175, 0.1, 0.2, 0.525]]))
+    by_the_first = refine(scores.expand(2, 4), torch.tensor([[0, 3], [1, 3]]), torch.tensor([[0.25, 0.75]] * 2), row=0)
+    torch.testing.assert_close(by_the_first, torch.stack([new[0], scores[0]]))  # in the second nobody asked
     everything = refine(scores, torch.arange(4)[None], torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
     torch.testing.assert_close(everything, torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
 

@@ -10,6 +10,7 @@ import timm.data
 import timm.optim
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import amod
 import reference
@@ -115,10 +116,11 @@ def test_merging_nothing_is_dense_and_merging_keeps_all_intermediates(family):
 
 @pytest.mark.parametrize("blocks", [[1, 2, 3], [1, 2, 4, 5], [5], [2, 3, 4, 5]])
 @pytest.mark.parametrize("options", [{}, {"keep_prefix": True}])
-@pytest.mark.parametrize("router", ["attention", "linear"])
+@pytest.mark.parametrize("router", ["attention", "class_attention", "linear"])
 @torch.no_grad()
 def test_any_placement_agrees_with_the_obvious_implementation(blocks, options, router):
     """Consecutive routed blocks use the scores as ``routing.refine`` defines them."""
+    torch.manual_seed(2)  # class_attention keeps the class token of one image and skips those of the others
     vit = small(reg_tokens=1)
     model = amod.convert(vit, router, 0.4, blocks, **options)
     weights = {i: model.routers[str(i)].weight for i in blocks} if router == "linear" else None
@@ -129,8 +131,10 @@ def test_any_placement_agrees_with_the_obvious_implementation(blocks, options, r
         assert [row.tolist() for row in layer.indices] == [kept for kept, _ in decisions[layer.layer]]
         if options:
             assert (layer.indices[:, :2] == torch.tensor([0, 1])).all()
-        if router == "attention":
+        if router != "linear":
             torch.testing.assert_close(layer.scores.sum(dim=1), torch.ones(3))
+    if router == "class_attention" and blocks in ([1, 2, 3], [2, 3, 4, 5]) and not options:
+        assert (routing[0].indices[:, 0] == 0).sum() == 1
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -430,10 +434,11 @@ def test_a_forward_that_would_not_be_run_is_refused():
     for kind, words in ((Scaled, "defines forward itself"), (Noted, "defines forward_features with super")):
         with pytest.raises(amod.UserError, match=words):
             amod.convert(kind(**shape), capacity=0.5)
-    hooked = VisionTransformer(**shape)
-    hooked.forward = hooked.forward
-    with pytest.raises(amod.UserError, match="was replaced on this object"):
-        amod.convert(hooked, capacity=0.5)
+    for name in ("forward", "forward_features", "forward_intermediates"):
+        hooked = VisionTransformer(**shape)
+        setattr(hooked, name, getattr(hooked, name))
+        with pytest.raises(amod.UserError, match=f"its {name} was replaced on this object"):
+            amod.convert(hooked, capacity=0.5)
     placed = Placed(**shape).eval()
     torch.testing.assert_close(amod.convert(placed, plan={1: amod.Route(1.0)})(IMAGES), placed(IMAGES))
 
@@ -477,3 +482,47 @@ def test_the_record_of_no_images():
     model = amod.convert(small(), plan={1: amod.Merge(4), 2: amod.Prune(0.5)})
     _, routing = model(IMAGES[:0], return_routing=True)
     assert [layer.tokens(17).shape for layer in routing] == [(0, 17), (0, 17)]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {},
+        {1: amod.Route(0.5), 2: amod.Route(0.5), 3: amod.Route(0.5, skip="attention")},
+        {1: amod.Route(0.5, "linear"), 3: amod.Route(0.5, "linear")},
+        {0: amod.Merge(3), 1: amod.Merge(1), 2: amod.Merge(2)},
+        {1: amod.Prune(0.5), 2: amod.Route(0.5, memory=0.5), 3: amod.Route(0.5, memory=0.5), 5: amod.ClassOnly()},
+    ],
+)
+def test_blocks_may_live_on_several_devices(plan):
+    """Two pretended GPUs, whose tensors have devices and no numbers; accelerate's hooks move what a block is given."""
+    model = amod.convert(small(), plan=plan)
+
+    def move(module, args, kwargs):
+        def moved(value):
+            return value.to("cuda:1") if isinstance(value, torch.Tensor) else value
+
+        return tuple(map(moved, args)), {name: moved(value) for name, value in kwargs.items()}
+
+    later = [*model.blocks[2:], model.norm, model.head]
+    with FakeTensorMode(), torch.no_grad():
+        for part, device in [(model, "cuda:0"), *((part, "cuda:1") for part in later)]:
+            for module in part.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape, device=device))
+        for part in later:
+            part.register_forward_pre_hook(move, with_kwargs=True)
+        images = torch.empty(3, 3, 32, 32, device="cuda:0")
+        assert model(images).device == torch.device("cuda:1")
+        features, intermediates = model.forward_intermediates(images)
+        assert [f.device.index for f in intermediates] == [0, 0, 1, 1, 1, 1]
+        assert features.device.index == 1
+
+
+@pytest.mark.parametrize("router", ["attention", "linear", "tuning", "tome", "evit", "dynamicvit"])
+def test_a_model_of_double_precision_stays_one(router):
+    vit = small().double()
+    model = amod.convert(vit, router)
+    assert model(IMAGES.double()).dtype == torch.float64
+    model.train()(IMAGES.double()).sum().backward()

@@ -2,7 +2,7 @@
 
     A_h = softmax(Q_h K_h^T / sqrt(d) + bias)                                  Eq. 3
     column mean      R_j = 1/(H N) sum_h sum_i A_h[i, j]                       Eq. 4: "how much the others look at j"
-    class attention  R_j = 1/H sum_h A_h[c, j]                                 c the class token
+    class attention  R_j = 1/H sum_h A_h[c, j]                                 c the class token, if it is here
     ... with values  R_j = sum_h A_h[c, j] |v_hj|, divided by its sum over j   what the class token really takes from j
 
 Axes: B batch, H heads, N tokens, R query rows (N, or the class token's alone), d head width.

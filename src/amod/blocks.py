@@ -7,10 +7,11 @@ for the parts of one half, which give zeros: x + 0 is x to the last bit. So no b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from amod.attention import request_in
 from amod.dress import Dressed
@@ -92,10 +93,14 @@ class _Asking:
 
 
 class Steps:
-    """The steps in the place of timm's ``blocks``: they are counted, sliced, walked through, or called in a row."""
+    """The steps in the place of timm's ``blocks``: they are counted, sliced, walked through, or called in a row.
 
-    def __init__(self, steps: list[Callable[..., Tensor]]) -> None:
-        self.steps = steps
+    Args:
+        blocks: the module that they are in the place of, whose own hooks are called where timm calls it as a whole.
+    """
+
+    def __init__(self, steps: list[Callable[..., Tensor]], blocks: nn.Module | None = None) -> None:
+        self.steps, self.blocks = steps, blocks
 
     def __bool__(self) -> bool:
         return True  # for torch.compile before 2.14, which asks this of an instance without attributes
@@ -110,6 +115,13 @@ class Steps:
         return Steps(self.steps[at])
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.blocks is not None and (self.blocks._forward_hooks or self.blocks._forward_pre_hooks):
+            watched = copy.copy(self.blocks)
+            watched.forward = self.in_a_row  # type: ignore[method-assign]
+            return watched(x)
+        return self.in_a_row(x)
+
+    def in_a_row(self, x: Tensor) -> Tensor:
         for step in self.steps:
             x = step(x)
         return x

@@ -49,11 +49,11 @@ def dress(module: nn.Module, over: type[Dressed]) -> None:
         module.__class__ = dressed(over, type(module))
 
 
-def check_own_forward(module: nn.Module) -> None:
+def check_own_forward(module: nn.Module, name: str = "forward") -> None:
     """UserError for a forward that was set on the object, which goes before that of any class."""
-    if "forward" in vars(module):
+    if name in vars(module):
         raise UserError(
-            f"{type(module).__name__}: its forward was replaced on this object (by hooks of accelerate's, for one), "
+            f"{type(module).__name__}: its {name} was replaced on this object (by hooks of accelerate's, for one), "
             "and a routed model would not run it; convert first"
         )
 

@@ -87,7 +87,7 @@ class Merge:
 
     r: int
     proportional: float = 1.0
-    """Later attention counts a token that stands for s patches as s ** proportional tokens: by default as all of them,
+    """Later attention counts a token that merged from s patches as s ** proportional tokens: by default as all of them,
     ToMe's setting for models trained on labels; 0: as one. True and False are 1 and 0."""
     by: str = "keys"
     """Which of them are similar: their ``keys``, the mean over heads (ToMe), or the ``tokens`` behind the attention."""
@@ -199,7 +199,8 @@ class Predict:
         part, whole = fraction(self.keep)
         kept = patches * part // whole
         if kept < 1:
-            raise UserError(f"keep={self.keep!r} keeps no patch of {patches}: use at least {1 / patches:.4g}")
+            least = f"use at least {1 / patches:.4g} (dynamicvit's keep_rate has the stage as its power)"
+            raise UserError(f"keep={self.keep!r} keeps no patch of {patches}: {least}")
         return kept
 
     def remain(self, tokens: int, prefix: int, whole: int | None = None) -> int:
@@ -257,7 +258,9 @@ def _as_python(entry: Any) -> None:
         if isinstance(field.default, str) and not isinstance(getattr(entry, field.name), str):
             raise UserError(f"{field.name}={getattr(entry, field.name)!r}: must be a name, e.g. {field.default}")
         if _is_number(value := getattr(entry, field.name)):
-            object.__setattr__(entry, field.name, int(value) if isinstance(value, Integral) else float(value))
+            short = hasattr(value, "dtype")  # numpy's float32 of 0.29 stands for 0.29, as it is printed
+            number = int(value) if isinstance(value, Integral) else float(str(value) if short else value)
+            object.__setattr__(entry, field.name, number)
 
 
 def _check_bool(name: str, value: Any) -> None:

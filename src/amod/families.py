@@ -12,7 +12,7 @@ from amod.attention import READABLE, ReadableAttention
 from amod.dress import Dressed, check_own_forward, of_transformers
 from amod.entries import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
 from amod.errors import UserError
-from amod.flops import Size, default_input_size
+from amod.flops import Size, check_module, default_input_size
 from amod.plan import Plan
 from amod.routers import ROUTERS
 
@@ -39,6 +39,8 @@ LEARNED = (Route, Gate, Predict)
 
 RELATIVE = (Beit, VisionTransformerRelPos)
 """Models whose positions are a table of all pairs of tokens, which tokens of several images in a row do not have."""
+POOLS_EACH = ("map", "prr", "avgmax")
+"""Values of ``global_pool`` by which a patch that is there twice counts twice, beside the plain average."""
 READ_CLASS = (ClassOnly, Predict, Halt)
 """Entries for heads that read the class token alone."""
 
@@ -50,12 +52,14 @@ def check_model(vit: Any) -> None:
                 "the model is routed already: convert the timm model it was made from, or amod.dense(model)"
             )
         return check_forward(vit)
-    kind = f"{type(vit).__module__.partition('.')[0]}'s {type(vit).__name__}"
+    check_module(vit)
+    library = type(vit).__module__.partition(".")[0]
+    kind = f"{library}'{'' if library.endswith('s') else 's'} {type(vit).__name__}"
     reason = "it does not pass one sequence of tokens through like blocks"
     if type(vit).__name__ in {family.__name__ for family in FAMILIES}:
         reason = "it is not timm's class of that name; load its weights into timm's model"
     elif of_transformers(vit):
-        reason = "of transformers' models, convert alone takes some"
+        reason = "amod.convert takes some of transformers' models, this takes timm's alone"
     elif type(vit).__name__ in REFUSED:
         reason = REFUSED[type(vit).__name__]
     names = ", ".join(family.__name__ for family in FAMILIES)
@@ -64,8 +68,8 @@ def check_model(vit: Any) -> None:
 
 def check_forward(vit: Any) -> None:
     """UserError for a forward of the user's own that a routed model would not run, or could not."""
-    check_own_forward(vit)
     for name in ("forward", "forward_features", "forward_intermediates"):
+        check_own_forward(vit, name)
         function = inspect.unwrap(getattr(type(vit), name))
         upwards = "__class__" in getattr(getattr(function, "__code__", None), "co_freevars", ())  # it says super()
         if function.__module__.partition(".")[0] != "timm" and (name == "forward" or upwards):
@@ -101,6 +105,12 @@ def check_blocks(model: Any, plan: Plan) -> None:
                 f"block {i} ({type(block).__name__} with {type(attn).__name__}) has no attention map that could be "
                 "read for routing, merging or pruning; use router=linear or random, or another placement"
             )
+    prunes = next((entry for entry in plan.values() if isinstance(entry, Prune)), None)
+    if prunes and model.global_pool in POOLS_EACH and any(isinstance(entry, Merge) for entry in plan.values()):
+        raise UserError(
+            f"plan: {prunes} beside Merge: a head with global_pool={model.global_pool!r} counts a merged token as all "
+            "of its patches, and knows no such number of pruned ones; leave one out"
+        )
     for i, entry in plan.items():
         if isinstance(entry, Route):
             if entry.router not in ROUTERS:

@@ -43,7 +43,8 @@ def _attention(args: Any, out: Any) -> int:
 
 
 def _convolution(args: Any, out: Any) -> int:
-    return out.numel() * prod(args[1].shape[1:])
+    transposed = len(args) > 6 and args[6]  # from each element of its input it makes what others make one from
+    return (args[0] if transposed else out).numel() * prod(args[1].shape[1:])
 
 
 def _batch_norm(args: Any, out: Any) -> int:
@@ -102,28 +103,53 @@ def count_flops(model: nn.Module, input_size: Size | int | Tensor | None = None)
             halt costs what it does where none halts before the end. For a model of text, how many
             tokens, or token ids (B, N): each text costs what N tokens cost, padding as well.
     """
-    if isinstance(input_size, Tensor) and not input_size.is_floating_point() and not is_gated(model):
-        return count_on_meta(on_meta(model), input_size.shape[1])
+    check_module(model)
     if isinstance(input_size, Tensor):
         if is_gated(model) or halts(model):
             return int(image_flops(model, input_size).double().mean())  # each alone: a batch may pad what it keeps
-        return _count(model, input_size) // len(input_size)
-    return count_on_meta(on_meta(model), input_size_of(model, input_size))
+        check_batch(model, input_size)
+        input_size = input_size.shape[1] if reads_text(model) else tuple(input_size.shape[1:])  # type: ignore[assignment]
+    return count_on_meta(on_meta(model), input_size)  # type: ignore[arg-type]
 
 
 def image_flops(model: nn.Module, images: Tensor) -> Tensor:
     """(B,) multiply-accumulates of each of the images (B, 3, H, W), run by itself: they differ where tokens halt."""
-    return torch.tensor([_count(model, images[i : i + 1]) for i in range(len(images))])
+    check_module(model)
+    check_batch(model, images)
+    return torch.tensor([_taken(model, images[i : i + 1], tuple(images.shape[1:])) for i in range(len(images))])
 
 
-def count_on_meta(model: nn.Module, input_size: Size | int) -> int:
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model={model!r}: is no model; give one of timm's or transformers', as a module")
+
+
+def check_batch(model: Any, batch: Tensor) -> None:
+    """UserError unless these are images, or for a model of text token ids, at least one."""
+    reads = reads_text(model)
+    if batch.dim() != (2 if reads else 4) or not batch.numel() or batch.is_floating_point() == reads:
+        takes = "whole numbers (B, N), the token ids" if reads else "floats (B, channels, height, width), the images"
+        said = f"a tensor {tuple(batch.shape)} of {str(batch.dtype).removeprefix('torch.')}"
+        raise UserError(f"input_size={said}: {type(model).__name__} takes {takes}, at least one")
+
+
+def reads_text(model: Any) -> bool:
+    return getattr(model, "main_input_name", None) == "input_ids"
+
+
+def count_on_meta(model: nn.Module, input_size: Size | int | None) -> int:
     """The same for a model that is on the meta device already (:func:`on_meta`)."""
-    refusals: Any = (ValueError, RuntimeError) if of_transformers(model) else AssertionError
     input_size = input_size_of(model, input_size)
     if isinstance(input_size, int):
         given = torch.empty(1, input_size, dtype=torch.long, device="meta")
     else:
         given = torch.empty(1, *input_size, device="meta", dtype=dtype_of(model))
+    return _taken(model, given, input_size)
+
+
+def _taken(model: nn.Module, given: Tensor, input_size: Any) -> int:
+    """What the pass costs; UserError if the model refuses an input of that size."""
+    refusals: Any = (ValueError, RuntimeError) if of_transformers(model) else AssertionError
     try:
         return _count(model, given)
     except UserError:
@@ -141,13 +167,14 @@ def input_size_of(model: Any, size: Any = None) -> Any:
     """``size``, or for None the model's own; UserError unless it is (channels, height, width), or of a model of text a
     number of tokens."""
     size = default_input_size(model) if size is None else size
-    reads = getattr(model, "main_input_name", None) == "input_ids"
+    reads = reads_text(model)
     if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0 and reads:
-        return size
-    triple = isinstance(size, Sequence) and len(size) == 3
+        return int(size)
+    triple = isinstance(size, Sequence) and len(size) == 3 and not reads
     if triple and all(isinstance(n, Integral) and int(n) > 0 for n in size):
+        size = tuple(int(n) for n in size)
         if getattr(model, "in_chans", size[0]) != size[0]:
-            raise UserError(f"input_size={tuple(size)}: this model takes {model.in_chans} channels")
+            raise UserError(f"input_size={size}: this model takes {model.in_chans} channels")
         return size
     said = f"a tensor {tuple(size.shape)}" if isinstance(size, Tensor) else repr(size)
     why = "reads text; say how many tokens" if reads else "reads no text; give (channels, height, width)"
@@ -236,6 +263,14 @@ def on_meta(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_budget(budget: Any) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise UserError(
+            f"budget={budget!r}: must be a number of multiply-accumulates of one image, e.g. 2.6e9, or "
+            "0.75 * amod.count_flops(vit)"
+        )
+
+
 def within_budget(
     candidates: Sequence[T],
     cost: Callable[[T], int],
@@ -251,11 +286,7 @@ def within_budget(
     Raises:
         UserError: the budget is no number, or outside of what they reach; the message gives the range.
     """
-    if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise UserError(
-            f"budget={budget!r}: must be a number of multiply-accumulates of one image, e.g. 2.6e9, or "
-            "0.75 * amod.count_flops(vit)"
-        )
+    check_budget(budget)
     most = cost(candidates[-1]) if candidates else 0
     low, high = -1, len(candidates) - 1  # what is known to fit, and not to
     known = {0: 0.0, most: tokens(candidates[-1])} if candidates else {}

@@ -173,10 +173,13 @@ class RoutedLayer(Dressed):
         before = take(x, indices)
         after, left = self.run(before, mask, among, args, rows_of(indices, kwargs, x.shape[1]))
         if left is not None and earlier is not None:  # the layer saw the kept tokens alone
+            first = None
+            if step.class_token and step.read == "class_attention":
+                first = indices.new_zeros(1, 1) if real is None else padding.first_of(real).unsqueeze(1)
             walk.left[step.index] = (
-                routing.refine(earlier, indices, left)
+                routing.refine(earlier, indices, left, first)
                 if among is None
-                else padding.refine_among(earlier, indices, left, among)
+                else padding.refine_among(earlier, indices, left, among, first)
             )
         r = self.router.multiplier(scores)
         if r is not None:

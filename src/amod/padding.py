@@ -81,10 +81,12 @@ def mean_of_real_rows(column_mean: Tensor, real: Tensor) -> Tensor:
     return (column_mean * (real.shape[1] / there)).masked_fill(~real, 0)
 
 
-def refine_among(scores: Tensor, indices: Tensor, column_mean: Tensor, among: Tensor) -> Tensor:
+def refine_among(scores: Tensor, indices: Tensor, left: Tensor, among: Tensor, row: Tensor | None = None) -> Tensor:
     """:func:`amod.routing.refine` for the kept of (B, K); fillers, like those who were skipped, have what they had."""
     had = take(scores, indices)
-    new = take(refine(put(scores, indices, had.masked_fill(~among, 0)), indices, column_mean), indices)
+    new = take(refine(put(scores, indices, had.masked_fill(~among, 0)), indices, left), indices)
+    if row is not None:
+        among = among & (among & (indices == row)).any(dim=1, keepdim=True)
     return put(scores, indices, torch.where(among, new, had))
 
 

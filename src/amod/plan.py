@@ -14,8 +14,9 @@ are such dicts, and any mixture of them is one too:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields, replace
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
@@ -122,11 +123,15 @@ def make_plan(
         own = range(depth) if router == "tome" else routed_blocks("few", depth)
         plan = dict.fromkeys(blocks or own, entry)
     elif router == "evit":
-        plan = dict.fromkeys(blocks or quarters, Prune(keep_rate, fuse))
+        with _called(keep="keep_rate"):
+            plan = dict.fromkeys(blocks or quarters, Prune(keep_rate, fuse))
     elif router == "dynamicvit":
+        with _called(keep="keep_rate"):
+            Predict(keep_rate)
         plan = {i: Predict(round(keep_rate**stage, 12)) for stage, i in enumerate(blocks or quarters, start=1)}
     elif router == "avit":
-        plan = dict.fromkeys(blocks or range(depth), Halt(halt_scale, halt_shift))
+        with _called(scale="halt_scale", shift="halt_shift"):
+            plan = dict.fromkeys(blocks or range(depth), Halt(halt_scale, halt_shift))
     elif router == "tuning":
         weight = float(target is not None) if scale is None else scale
         plan = dict.fromkeys(blocks or gated_blocks(depth), Gate(skip or "attention", per, target, weight, cache))
@@ -137,6 +142,16 @@ def make_plan(
         plan[depth - 1] = ClassOnly()
     check_plan(plan, depth)
     return plan
+
+
+@contextmanager
+def _called(**arguments: str) -> Iterator[None]:
+    """In the line of an entry's field, the name of the argument that it came from."""
+    try:
+        yield
+    except UserError as error:
+        field, _, rest = str(error).partition("=")
+        raise UserError(f"{arguments.get(field, field)}={rest}") from None
 
 
 def check_plan(plan: Mapping[int, Entry], depth: int) -> None:
@@ -178,7 +193,9 @@ def _check_scored(plan: Mapping[int, Entry], i: int, entry: Route) -> None:
     before = plan.get(i - 1)
     if isinstance(before, Gate):
         raise UserError(f"plan: block {i} (router={entry.router}) follows a Gate, which leaves no scores")
-    if isinstance(before, Route) and READS_ATTENTION.get(before.router) != READS_ATTENTION[entry.router]:
+    if not isinstance(before, Route) or before.skip == "mlp":
+        return
+    if READS_ATTENTION.get(before.router) != READS_ATTENTION[entry.router]:
         raise UserError(
             f"plan: block {i} (router={entry.router}) follows block {i - 1} (router={before.router}), whose attention "
             "sees its kept tokens alone; leave a block without Route between them, or give both the same router"
@@ -220,6 +237,8 @@ def from_data(data: Any) -> Plan:
         given = given or {}
         if not isinstance(given, Mapping) or not {*given} <= {*known}:
             raise UserError(f"plan: block {key}, {name}: has {given!r}; its fields are {', '.join(known) or 'none'}")
+        if missing := [f.name for f in fields(ENTRIES[name]) if f.default is MISSING and f.name not in given]:
+            raise UserError(f"plan: block {key}, {name}: has no {missing[0]}; write {name}: {{{missing[0]}: ...}}")
         try:
             plan[block] = ENTRIES[name](**given)
         except (TypeError, ValueError) as error:

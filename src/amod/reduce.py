@@ -136,7 +136,8 @@ def prune(
         x: (B, N, D), after the attention's residual.
         size: (B, N) patches per token, or None if nothing was merged before.
         scores: (B, N), the class token's attention; the prefix stays whatever it has.
-        fuse: append sum_j scores_j x_j over the dropped patches j, the weights as they are.
+        fuse: append sum_j scores_j x_j over the dropped patches j, the weights as they are. That is no mean of them,
+            and counts as one token.
     Returns:
         (B, n, D), their sizes, and the positions (B, prefix + keep) of those that stay.
     """
@@ -146,8 +147,8 @@ def prune(
         return stay, sizes, kept
     dropped = put(scores, kept, scores.new_zeros(kept.shape))  # (B, N), no weight for those that stay
     fused = (dropped.unsqueeze(-1).to(x.dtype) * x).sum(dim=1, keepdim=True)
-    if size is not None and sizes is not None:
-        sizes = torch.cat([sizes, size.sum(dim=1, keepdim=True) - sizes.sum(dim=1, keepdim=True)], dim=1)
+    if sizes is not None:
+        sizes = torch.cat([sizes, torch.ones_like(sizes[:, :1])], dim=1)
     return torch.cat([stay, fused], dim=1), sizes, kept
 
 

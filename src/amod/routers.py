@@ -56,6 +56,13 @@ class ReversedRouter(AttentionRouter):
         return -super().forward(x, attention)
 
 
+def projected(x: Tensor, weight: Tensor) -> Tensor:
+    """w . x, (B, N, D) and (D,) -> (B, N), in float32 or the wider of the two types."""
+    x = wide(x)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return x.to(dtype) @ weight.to(x.device, dtype)
+
+
 class LinearRouter(Router):
     """Standard MoD (Eq. 1 and 2): r_i = w . x_i, no bias, and x'_i = r_i f(x_i) + x_i gives w its gradient.
 
@@ -71,7 +78,7 @@ class LinearRouter(Router):
 
     def forward(self, x: Tensor, attention: Tensor | None) -> Tensor:
         with no_autocast(x.device.type):
-            scores = wide(x) @ wide(self.weight)
+            scores = projected(x, self.weight)
         return scores.sigmoid() if self.activation == "sigmoid" else scores
 
     def multiplier(self, scores: Tensor) -> Tensor:
@@ -93,7 +100,7 @@ class GateRouter(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, N, D) -> logits (B, N), or (B, 1), in float32. ``real`` (B, N): which tokens a mean is of."""
         with no_autocast(x.device.type):
-            logits = wide(x) @ wide(self.weight)
+            logits = projected(x, self.weight)
             if not self.per_sequence:
                 return logits
             if real is None:

@@ -101,20 +101,22 @@ def weigh_update(before: Tensor, after: Tensor, r: Tensor) -> Tensor:
     return before + r.unsqueeze(-1).to(after.dtype) * (after - before)
 
 
-def refine(scores: Tensor, indices: Tensor, column_mean: Tensor) -> Tensor:
+def refine(scores: Tensor, indices: Tensor, left: Tensor, row: Tensor | int | None = None) -> Tensor:
     """Scores for the next block when this block saw only the K kept tokens.
 
     Eq. 4 scores all N tokens by the map of the previous block. A block that was itself routed has a map of the
     kept tokens alone, so it can only say how their share is divided: the kept tokens keep their total score and
     redistribute it by the column mean of that K x K map; a token that was skipped keeps the score it had.
-    Scores still sum to one, and with K = N this is Eq. 4.
+    Scores still sum to one, and with K = N this is Eq. 4. A row of the map in its place, the class token's, is there
+    only where that token was kept; elsewhere all scores stay as they were.
 
     Args:
         scores: (B, N), those that chose the kept tokens (of the last block that left any).
-        column_mean: (B, K), summing to one over K.
+        left: (B, K), what the block left of its map, summing to one over K.
+        row: (B, 1) or a number, the position of the token whose row that is; None: it is the mean of all rows.
     """
-    share = take(scores, indices).sum(dim=1, keepdim=True)
-    return put(scores, indices, share * column_mean)
+    refined = put(scores, indices, take(scores, indices).sum(dim=1, keepdim=True) * left)
+    return refined if row is None else torch.where((indices == row).any(dim=1, keepdim=True), refined, scores)
 
 
 def leaving_torch() -> bool:

@@ -20,7 +20,18 @@ from amod.blocks import CutBlock
 from amod.dress import Dressed, dress, undressed
 from amod.entries import ClassOnly, Gate, Merge, Predict, Route
 from amod.errors import UserError
-from amod.families import CUT, LEARNED, check_blocks, check_model, class_rows, default_tokens, readers, tokens_at
+from amod.families import (
+    CUT,
+    LEARNED,
+    READ_CLASS,
+    check_blocks,
+    check_model,
+    class_rows,
+    class_tokens,
+    default_tokens,
+    readers,
+    tokens_at,
+)
 from amod.flops import Size, count_on_meta, input_size_of, on_meta, within_budget
 from amod.plan import MERGING, Plan, make_plan
 from amod.routers import GateRouter, Predictor, make_router
@@ -43,7 +54,6 @@ class RoutedViT(Dressed):
     adds = ("plan", "mask_name", "routers")
     blocks: Any
     num_prefix_tokens: int
-    forward_head: Any
 
     @property
     def blocks_routed(self) -> tuple[int, ...]:
@@ -64,13 +74,20 @@ class RoutedViT(Dressed):
         return (logits, walk.routing) if return_routing else logits
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Images (B, 3, H, W) -> tokens behind the final norm: (B, N, D), or where the plan merges or prunes, those
-        that remain (B, n, D); ``forward_intermediates`` gives all N in either case.
+        """Images (B, 3, H, W) -> tokens behind the final norm: (B, N, D), or those that the plan leaves, (B, n, D):
+        where tokens halt or the class token is alone, what the head reads. ``forward_intermediates`` gives all N.
 
-        timm's ``forward_head`` of them counts each once. Where a model averages over patches, ``forward`` counts a
-        merged one as all that it stands for; for such features call a model without a head (``reset_classifier(0)``).
+        ``forward_head`` of them counts each once. Where a model pools all patches, ``forward`` counts a merged one as
+        all that it stands for; for such features call a model without a head (``reset_classifier(0)``).
         """
         return Walk(self).forward_features(x, *args, **kwargs)
+
+    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """timm's, of the tokens behind the final norm; UserError if it reads tokens that the plan leaves out."""
+        for entry in self.plan.values():
+            if isinstance(entry, READ_CLASS):  # it may be another head than at ``convert``
+                class_tokens(self, type(entry).__name__)
+        return super().forward_head(x, *args, **kwargs)  # type: ignore[misc]
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's, with every option of it, of the routed pass, and always of all N tokens: a merged one stands in for

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from amod.dress import of_detection, of_transformers, served_by
 from amod.entries import Entry
 from amod.errors import UserError
 from amod.families import check_model
-from amod.flops import Size, count_on_meta, input_size_of, on_meta
+from amod.flops import Size, check_budget, check_module, count_on_meta, input_size_of, on_meta
 from amod.plan import BY_THEMSELVES, MERGING, check_plan, make_plan, read_plan
 from amod.routers import ROUTERS
 from amod.timm_models import RoutedViT as RoutedViT  # where models that were pickled before look for it
@@ -155,7 +156,7 @@ def convert(
         plan = {int(i): plan[i] for i in sorted(plan)}
         return family.routed(vit, plan)
     router = "attention" if router is None else router
-    if router not in ROUTERS and router not in (*BY_THEMSELVES, "none"):
+    if not isinstance(router, str) or router not in (*ROUTERS, *BY_THEMSELVES, "none"):
         hint = "; for isoflop use amod.truncate(vit, depth)" if router == "isoflop" else ""
         raise UserError(f"router={router!r}: choose one of {', '.join([*ROUTERS, *BY_THEMSELVES])}, none{hint}")
     gates = ("layers", "skip", "per", "target", "scale", "cache")
@@ -185,6 +186,7 @@ def convert(
     if router == "merge" and r is None and budget is None:
         raise UserError("router=merge: say what it may cost, budget=, or how many tokens each of its blocks merges, r=")
     if budget is not None:
+        check_budget(budget)
         return family.routed(vit, family.plan_for_budget(vit, budget, router, placement, options, input_size))
     options |= {name: own[name] for name in ("r", "keep_rate", "halt_scale", "halt_shift") if own[name] is not None}
     return family.routed(vit, make_plan(depth, router, 0.125 if capacity is None else capacity, placement, **options))
@@ -199,6 +201,7 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 def _served_by(model: Any) -> Any:
     """The file that knows such models."""
+    check_module(model)
     if not of_transformers(model):
         return timm_models
     by = served_by(getattr(model.config, "model_type", None), type(model).__name__)
@@ -219,8 +222,9 @@ def truncate(vit: ViT, depth: int) -> ViT:
     """The isoFLOP baseline: a copy of ``vit`` with its first ``depth`` blocks, final norm and head kept."""
     check_model(vit)
     blocks: Any = vit.blocks
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= len(blocks):
+    if isinstance(depth, bool) or not isinstance(depth, Integral) or not 1 <= int(depth) <= len(blocks):
         raise UserError(f"depth={depth!r}: must be a whole number from 1 to {len(blocks)}, the model's depth")
+    depth = int(depth)
     short: Any = copy.copy(vit)  # share everything for a moment, so that the dropped blocks are never copied
     short._modules = {**vit._modules, "blocks": blocks[:depth]}
     short = copy.deepcopy(short)

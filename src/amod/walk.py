@@ -23,13 +23,13 @@ from amod.attention import Request
 from amod.blocks import Halves, Steps
 from amod.entries import READS_ATTENTION, ClassOnly, Gate, Halt, Merge, Predict, Prune, Route
 from amod.errors import UserError
-from amod.families import READ_CLASS, RELATIVE, check_readable, class_rows, class_tokens, is_readable
+from amod.families import POOLS_EACH, RELATIVE, check_readable, class_rows, is_readable
 from amod.gated import GatedStep
 from amod.reduce import Reduction, merge_in_rounds, merged_places, moved, prune, prune_places
 from amod.routing import RoutedLayer, Routing, leaving_torch, put, refine, take, tokens_in, top_k, weigh_update
 from amod.tables import additive, rotary_rows, rows_and_columns
 
-CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep")
+CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep", "whole")
 """The tensors of a ``Walk`` that go from block to block beside the tokens."""
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 """What the families call the tensor that a block hands on to its attention, to be added to the logits."""
@@ -50,7 +50,7 @@ class Walk:
 
     def __init__(self, model: Any, record: bool = False, restore: bool = False, masks: bool | None = None) -> None:
         self.model = model
-        self.blocks = Steps([partial(self.step, i, block) for i, block in enumerate(model.blocks)])
+        self.blocks = Steps([partial(self.step, i, block) for i, block in enumerate(model.blocks)], model.blocks)
         self.record, self.restore = record, restore
         self.masks = model.training if masks is None else masks
         self.placed = not isinstance(model, VisionTransformer)
@@ -82,19 +82,23 @@ class Walk:
         return self.model.undressed.forward_features(self, x, *args, **kwargs)
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """timm's on the tokens of ``forward_features``. In the average over all patches a merged one counts as each of
+        """timm's on the tokens of ``forward_features``. Where it pools all patches, a merged one counts as each of
         those that it stands for (ToMe's, of models with such a head)."""
-        entries = [*self.model.plan.values()]
-        for entry in entries:
-            if isinstance(entry, READ_CLASS):  # the head may be another one than at ``convert``
-                class_tokens(self.model, type(entry).__name__)
-        merges = any(isinstance(entry, Merge) for entry in entries)
-        if self.size is not None and merges and self.model.global_pool == "avg":
+        if self.size is None or not self.merges:
+            return self.model.forward_head(x)
+        if self.model.global_pool in POOLS_EACH:
+            assert self.owner is not None  # by follows
+            x = take(x, self.owner)
+        if self.model.global_pool == "avg":
             first = 0 if getattr(self.model, "pool_include_prefix", False) else self.model.num_prefix_tokens
             counted = self.size[:, first:].to(x.dtype)
             weight = counted / counted.mean(dim=1, keepdim=True)
             x = torch.cat([x[:, :first], x[:, first:] * weight.unsqueeze(-1)], dim=1)
         return self.model.forward_head(x)
+
+    @property
+    def merges(self) -> bool:
+        return any(isinstance(entry, Merge) for entry in self.model.plan.values())
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = self.model.undressed.forward_intermediates(self, x, *args, **kwargs)
@@ -114,9 +118,13 @@ class Walk:
             raise UserError("is_causal: a routed model has no causal pass; leave it out")
         if self.x is not None:
             x = self.x
-        for name in CARRIED:  # the blocks may live on several devices
-            if (value := getattr(self, name)) is not None:
-                setattr(self, name, value.to(x.device))
+        here = next((p.device for p in block.parameters() if not p.is_meta), x.device)
+        if x.device != here:  # the blocks live on several devices
+            x = x.to(here)
+            inputs = {name: value.to(here) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            for name in CARRIED:
+                if (value := getattr(self, name)) is not None:
+                    setattr(self, name, value.to(here))
         self.tokens = self.tokens or tokens_in(x)
         self.masked = self.masked or inputs.get(self.model.mask_name) is not None
         entry = self.model.plan.get(i)
@@ -154,7 +162,8 @@ class Walk:
             x = self.route_half(i, block, entry.skip, x, inputs, indices, factor)
         if self.scores is not None and entry.router in READS_ATTENTION and entry.skip != "mlp":
             assert earlier is not None  # the attention saw the kept tokens alone
-            self.scores = refine(earlier, indices, self.scores)
+            by_class = self.read_of(i) != "column_mean" and getattr(self.model, "cls_token", None) is not None
+            self.scores = refine(earlier, indices, self.scores, 0 if by_class else None)
         self.routing.append(RoutedLayer(i, scores.detach(), indices, self.owner))
         return x
 
@@ -235,7 +244,8 @@ class Walk:
             want: tuple[str, ...] = ("class_attention",)
             if isinstance(entry, Merge):
                 want = ("keys",) if entry.by == "keys" else ()
-            x = self.run(i, block, x, inputs, want=want, reduce=reduce)
+            weighs = isinstance(entry, Prune) and entry.fuse  # the fused token's weights are the scores themselves
+            x = self.run(i, block, x, inputs, want=want, reduce=reduce, differentiable=weighs)
         if not done:
             raise UserError(f"block {i}: {type(block).__name__} was put there after convert and cannot do {entry}")
         self.size = done["size"]
@@ -247,6 +257,7 @@ class Walk:
     def follows(self) -> bool:
         """Whether anybody asks who stands for whom; once it was followed it goes on being so."""
         asked = self.record or self.restore or self.placed or self.masked or self.owner is not None
+        asked = asked or (self.merges and self.model.global_pool in POOLS_EACH)
         return asked or self.scores is not None or self.remembered is not None
 
     def follow(self, i: int, done: dict[str, Any], count: int, remain: int) -> None:
@@ -294,6 +305,7 @@ class Walk:
         indices: Tensor | None = None,
         mask: Tensor | None = None,
         want: tuple[str, ...] = (),
+        differentiable: bool = False,
         **asked: Any,
     ) -> Tensor:
         """The block on x, and ``self.scores`` from what its attention left for the next block's router.
@@ -302,9 +314,9 @@ class Walk:
             x: (B, n, D), or the kept ones (B, K, D) at ``indices`` (B, K) of those that are here.
             inputs: what timm gave the step: rotary table, mask.
             mask: to be added to the logits of the tokens that are here.
-            want, asked: of a :class:`Request`.
+            want, differentiable, asked: of a :class:`Request`.
         """
-        request, inputs = self.asked(i, block, inputs, indices, mask, want, **asked)
+        request, inputs = self.asked(i, block, inputs, indices, mask, want, differentiable, **asked)
         x = self.called(block, x, inputs)
         self.answered(i, request)
         return x
@@ -317,6 +329,7 @@ class Walk:
         indices: Tensor | None = None,
         bias: Tensor | None = None,
         want: tuple[str, ...] = (),
+        differentiable: bool = False,
         **asked: Any,
     ) -> tuple[Request | None, dict[str, Any]]:
         """What the block's attention is asked for, and its inputs with that in the place of its mask.
@@ -342,10 +355,9 @@ class Walk:
         unread = bias is not None and isinstance(model, RELATIVE)  # a block with positions of its own reads no mask
         if want or asked or read or unread or (self.placed and positions is not None):
             check_readable(i, block)
-            differentiable = model.routers[str(i + 1)].differentiable if read else "reduce" in asked
             request = Request(
                 want=(*want, read) if read else want,
-                differentiable=differentiable,
+                differentiable=differentiable or (read is not None and model.routers[str(i + 1)].differentiable),
                 class_token=getattr(model, "cls_token", None) is not None,
                 bias=bias,
                 table=table,
@@ -375,8 +387,9 @@ class Walk:
         if request is not None:
             if missing := {*request.want} - {*request.left}:
                 raise UserError(f"block {i}: its attention was not called with its mask and left no {missing.pop()}")
-            read = self.read_of(i)
-            self.scores = request.left[read] if read else None
+            if read := self.read_of(i):
+                left = request.left[read]
+                self.scores = left if self.model.routers[str(i + 1)].differentiable else left.detach()
 
     def in_halves(self, i: int, block: nn.Module, x: Tensor, work: Callable[[Halves, Tensor], Tensor]) -> Tensor:
         """The block called with its tokens, of which ``work`` makes what leaves it by the block's halves."""
