@@ -206,7 +206,7 @@ def test_counting_on_images_agrees_with_counting_on_the_meta_device(said):
 )
 @pytest.mark.parametrize("count", [amod.count_flops, amod.image_flops])
 def test_what_is_no_batch_of_images_is_one_line(given, count):
-    with pytest.raises(amod.UserError, match=r"input_size=a tensor .* takes floats \(B, channels, height, width\)"):
+    with pytest.raises(amod.UserError, match=r"images=a tensor .* takes floats \(B, channels, height, width\)"):
         count(build("augreg")[0], given)
 
 

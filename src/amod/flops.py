@@ -124,13 +124,15 @@ def check_module(model: Any) -> None:
         raise UserError(f"model={model!r}: is no model; give one of timm's or transformers', as a module")
 
 
-def check_batch(model: Any, batch: Tensor) -> None:
+def check_batch(model: Any, batch: Any) -> None:
     """UserError unless these are images, or for a model of text token ids, at least one."""
-    reads = reads_text(model)
-    if batch.dim() != (2 if reads else 4) or not batch.numel() or batch.is_floating_point() == reads:
-        takes = "whole numbers (B, N), the token ids" if reads else "floats (B, channels, height, width), the images"
+    reads, said = reads_text(model), repr(batch)
+    if isinstance(batch, Tensor):
+        if batch.dim() == (2 if reads else 4) and batch.numel() and batch.is_floating_point() != reads:
+            return
         said = f"a tensor {tuple(batch.shape)} of {str(batch.dtype).removeprefix('torch.')}"
-        raise UserError(f"input_size={said}: {type(model).__name__} takes {takes}, at least one")
+    takes = "whole numbers (B, N), the token ids" if reads else "floats (B, channels, height, width), the images"
+    raise UserError(f"images={said}: {type(model).__name__} takes {takes}, at least one")
 
 
 def reads_text(model: Any) -> bool:
