@@ -25,6 +25,7 @@ def test_a_placement_is_told_of_routers_that_are_placed_by_it():
     text = table(pd.concat([late, rows(attention=[71]), everywhere]), ["test_top1"])
     for line in ("placement | C | configuration", "alternate | 0.5 | A-MoD", "late | 0.5 | A-MoD", "- | - | ToMe"):
         assert f"| {line} |" in text
+    assert "| as alternate | 0.5 | isoFLOP |" in text  # as deep as the FLOPs of such a model allow
 
 
 def test_accuracy_against_compute_is_shown_before_and_after_training(tmp_path, monkeypatch):

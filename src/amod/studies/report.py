@@ -161,6 +161,8 @@ def cell_text(axis: str, labels: Mapping[str, Any]) -> str:
     if axis == "capacity" and labels["router"] in BY_THEMSELVES:
         return "-"
     if axis == "placement":
+        if labels["router"] == "isoflop" and not labels["budget"]:
+            return f"as {placed(value)}"  # its depth is that of the FLOPs of such a model
         return "-" if labels["router"] in OWN_PLACES else placed(value)
     return f"{value:g}" if isinstance(value, float) else str(value or "-")
 
