@@ -31,6 +31,8 @@ from amod.tables import additive, rotary_rows, rows_and_columns
 
 CARRIED = ("scores", "remembered", "size", "positions", "owner", "keep", "whole")
 """The tensors of a ``Walk`` that go from block to block beside the tokens."""
+Inputs = dict[str, Any]
+"""What timm gives a block beside its tokens."""
 MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 """What the families call the tensor that a block hands on to its attention, to be added to the logits."""
 
@@ -122,9 +124,9 @@ class Walk:
         if x.device != here:  # the blocks live on several devices
             x = x.to(here)
             inputs = {name: value.to(here) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            for name in CARRIED:
-                if (value := getattr(self, name)) is not None:
-                    setattr(self, name, value.to(here))
+        for name in CARRIED:
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value.to(here))
         self.tokens = self.tokens or tokens_in(x)
         self.masked = self.masked or inputs.get(self.model.mask_name) is not None
         entry = self.model.plan.get(i)
@@ -142,7 +144,7 @@ class Walk:
             x = self.cut(i, block, entry, x, inputs)
         return self.restored(x) if self.restore else x
 
-    def route(self, i: int, block: nn.Module, entry: Route, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def route(self, i: int, block: nn.Module, entry: Route, x: Tensor, inputs: Inputs) -> Tensor:
         """K tokens go through the block, the others stay as they are."""
         router = self.model.routers[str(i)]
         if entry.memory and self.scores is not None:
@@ -168,14 +170,7 @@ class Walk:
         return x
 
     def route_half(
-        self,
-        i: int,
-        block: nn.Module,
-        skip: str,
-        x: Tensor,
-        inputs: dict[str, Any],
-        indices: Tensor,
-        factor: Tensor | None,
+        self, i: int, block: nn.Module, skip: str, x: Tensor, inputs: Inputs, indices: Tensor, factor: Tensor | None
     ) -> Tensor:
         """The kept tokens (B, K) go through attention or MLP, all through the other."""
         request, inputs = self.asked(i, block, inputs, indices if skip == "attention" else None)
@@ -192,7 +187,7 @@ class Walk:
         self.answered(i, request)
         return x
 
-    def gate(self, i: int, block: nn.Module, entry: Gate, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def gate(self, i: int, block: nn.Module, entry: Gate, x: Tensor, inputs: Inputs) -> Tensor:
         """What the gate is open for goes through; the others pass."""
         if x.is_meta:
             raise UserError("count_flops: what a trained gate costs depends on the images; give images (B, 3, H, W)")
@@ -210,14 +205,12 @@ class Walk:
         self.routing.append(RoutedLayer(i, scores, none, self.owner, step.gate))
         return x
 
-    def packs(self, block: nn.Module, inputs: dict[str, Any]) -> bool:
+    def packs(self, block: nn.Module, inputs: Inputs) -> bool:
         """Whether the block's attention can take tokens of several sequences in a row."""
         plain = self.size is None and self.keep is None and inputs.get(self.model.mask_name) is None
         return plain and not isinstance(self.model, RELATIVE) and is_readable(block)
 
-    def cut(
-        self, i: int, block: nn.Module, entry: Merge | Prune | ClassOnly, x: Tensor, inputs: dict[str, Any]
-    ) -> Tensor:
+    def cut(self, i: int, block: nn.Module, entry: Merge | Prune | ClassOnly, x: Tensor, inputs: Inputs) -> Tensor:
         """Fewer tokens leave the block than enter it: between its attention and its MLP, or as its only queries."""
         prefix, count, size = self.model.num_prefix_tokens, tokens_in(x), self.size
         if isinstance(entry, Merge) and not entry.merged(count, prefix):
@@ -256,8 +249,8 @@ class Walk:
     @property
     def follows(self) -> bool:
         """Whether anybody asks who stands for whom; once it was followed it goes on being so."""
-        asked = self.record or self.restore or self.placed or self.masked or self.owner is not None
-        asked = asked or (self.merges and self.model.global_pool in POOLS_EACH)
+        pooled = self.merges and self.model.global_pool in POOLS_EACH
+        asked = self.record or self.restore or self.placed or self.masked or pooled or self.owner is not None
         return asked or self.scores is not None or self.remembered is not None
 
     def follow(self, i: int, done: dict[str, Any], count: int, remain: int) -> None:
@@ -301,7 +294,7 @@ class Walk:
         i: int,
         block: nn.Module,
         x: Tensor,
-        inputs: dict[str, Any],
+        inputs: Inputs,
         indices: Tensor | None = None,
         mask: Tensor | None = None,
         want: tuple[str, ...] = (),
@@ -325,7 +318,7 @@ class Walk:
         self,
         i: int,
         block: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Inputs,
         indices: Tensor | None = None,
         bias: Tensor | None = None,
         want: tuple[str, ...] = (),
@@ -376,7 +369,7 @@ class Walk:
         following = self.model.plan.get(i + 1)
         return READS_ATTENTION.get(following.router) if isinstance(following, Route) else None
 
-    def called(self, block: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def called(self, block: nn.Module, x: Tensor, inputs: Inputs) -> Tensor:
         if self.model.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False, **inputs)
         return block(x, **inputs)
