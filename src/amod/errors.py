@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
@@ -27,21 +27,17 @@ def unreadable(path: object, error: BaseException | str) -> UserError:
 
 
 @contextmanager
-def reachable(place: str) -> Iterator[None]:
+def reachable(place: str, use: str = "looked at", instead: str = "name a place that you may read") -> Iterator[None]:
     """Around the first look at a place that was named: somebody else's folder, say, or a name that is too long."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: cannot be looked at ({error.strerror}); name a place that you may read") from error
+        raise UserError(f"{place}: cannot be {use} ({error.strerror}); {instead}") from error
 
 
-@contextmanager
-def writable(place: str) -> Iterator[None]:
+def writable(place: str) -> AbstractContextManager[None]:
     """Around the first writing in a place that was named."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{place}: cannot be written ({error.strerror}); name another folder") from error
+    return reachable(place, "written", "name another folder")
 
 
 def shown(value: object) -> str:

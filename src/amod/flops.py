@@ -286,9 +286,8 @@ def within_budget(
         tokens: what a candidate's cost is nearly linear in, and is known without counting: how many tokens its blocks
             see together.
     Raises:
-        UserError: the budget is no number, or outside of what they reach; the message gives the range.
+        UserError: the budget is outside of what they reach; the message gives the range.
     """
-    check_budget(budget)
     most = cost(candidates[-1]) if candidates else 0
     low, high = -1, len(candidates) - 1  # what is known to fit, and not to
     known = {0: 0.0, most: tokens(candidates[-1])} if candidates else {}

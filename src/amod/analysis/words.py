@@ -12,6 +12,7 @@ from rich.text import Text
 import amod
 from amod.errors import UserError, one_line
 from amod.files import expanded
+from amod.flops import reads_text
 from amod.training.config import ExplainConfig
 from amod.training.terminal import quiet
 from amod.training.weights import variant
@@ -25,7 +26,7 @@ def explain_text(cfg: ExplainConfig) -> None:
     folder = expanded(str(cfg.run))
     tokenizer = tokenizer_of(folder)
     model = amod.from_pretrained(folder)
-    if getattr(model, "main_input_name", None) != "input_ids":
+    if not reads_text(model):
         raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no text; leave text= out")
     if not hasattr(model, "plan"):
         model = variant(model, cfg)
