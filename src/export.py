@@ -57,7 +57,7 @@ def job(cfg: ExportConfig) -> None:
     if cfg.example is not None:
         print(f"{cfg.example}, by {files[-1][0]}:")
         for name, share in predict(open_session(files[-1][0], batch=1), expanded(cfg.example)):
-            print(f"  {share:6.1%}  {name}")
+            print(f"  {share:{'.4g' if name == 'the output' else '6.1%'}}  {name}")
 
 
 def model_of(cfg: ExportConfig) -> Any:

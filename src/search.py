@@ -168,7 +168,7 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
     """The model in evaluation mode, and the training images and how they are prepared where ``images`` names none."""
     import timm
 
-    from amod.hub import classes_in, from_pretrained
+    from amod.hub import classes_in, from_pretrained, prepared_as
     from amod.timm_models import RoutedViT
     from amod.training.config import Placement, Router, Variant
     from amod.training.finished import load_run
@@ -194,6 +194,8 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
         elif not cfg.model.pretrained:
             raise UserError(f"model={cfg.model.label}: has random weights; name a run=, or model.checkpoint=")
         model = build(variant, classes or 0).model
+        if cfg.model.checkpoint is not None:
+            prepared_as(model, Path(cfg.model.checkpoint))
         if not classes:
             print("the weights have no head: agreement is that of the features")
     model = dense(model) if isinstance(model, RoutedViT) else model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,7 @@ from amod.hub import class_names_of
 from amod.reduce import match, merge
 from amod.routing import RoutedLayer
 from amod.runtimes import Session, open_session
+from amod.training.command import terminated
 from amod.training.compose import compose_config
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
@@ -307,6 +309,37 @@ def test_the_command_exports_times_and_reads_a_picture(tmp_path, capsys):
     names = [name for name, _ in predict(open_session(saved / "model.pt2"), photo)]
     assert [line.split()[-1] for line in printed.splitlines()[-5:]] == names
     assert set(names) <= set("abcdefg")
+
+
+def test_a_model_of_one_output_has_no_classes(tmp_path, capsys):
+    """A share of 100 % would say nothing."""
+    saved = amod.save_pretrained(model({1: Route(0.5)}, depth=2, num_classes=1), tmp_path / "saved")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "photo.png")
+    settings = [f"run={saved}", "format=torch", f"example={tmp_path / 'photo.png'}", "rounds=1"]
+    export.job(export.check(compose_config("export", settings)))
+    printed = capsys.readouterr().out
+    assert "same class" not in printed
+    assert "%" not in printed.splitlines()[-1]
+    ((name, value),) = predict(open_session(saved / "model.pt2"), tmp_path / "photo.png")
+    assert printed.splitlines()[-1] == f"  {value:.4g}  {name}"
+
+
+def test_a_full_disk_and_a_command_that_is_ended_leave_nothing_half_written(tmp_path, monkeypatch):
+    def full(program, path, *_):
+        path.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(exporting.WRITERS, "torch", full)
+        with pytest.raises(amod.UserError, match=r"model.pt2: cannot be written .*No space left"):
+            amod.export(model({}), tmp_path / "model.pt2")
+    monkeypatch.setitem(exporting.WRITERS, "torch", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, terminated)
+    with pytest.raises(SystemExit) as ended:
+        amod.export(model({}), tmp_path / "model.pt2")
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert not [*tmp_path.iterdir()]
 
 
 def test_every_model_has_a_file_of_its_own():

@@ -47,6 +47,11 @@ def test_what_is_somebody_elses_is_refused_and_left(tmp_path, text, problem):
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(amod.UserError, match="is a folder; name a file"):
         Ledger(tmp_path)
+    ledger = Ledger(tmp_path / "cells.jsonl", ABOUT)
+    ledger.file.unlink()
+    ledger.file.symlink_to("/dev/full")
+    with pytest.raises(amod.UserError, match=r"cells.jsonl: cannot be written \(No space left on device\)"):
+        ledger.add({"a": 1})
     (tmp_path / "file").write_text("")
     with pytest.raises(amod.UserError, match="cannot be"):
         Ledger(tmp_path / "file" / "cells.jsonl", ABOUT)

@@ -100,6 +100,7 @@ def test_half_precision_keeps_its_type(vit, images):
         (lambda vit, images: (timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=1),
                               vit, images), "has one output, .*; its head stays as it is"),
         (lambda vit, images: (vit, vit, torch.randn(8, 3, 24, 24)), r"images: \(8, 3, 24, 24\) do not fit the model"),
+        (lambda vit, images: (vit, vit, torch.randn(8, 1, 16, 16)), "images: have 1 channels; this model takes 3"),
         (lambda vit, images: (timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0),
                               vit, images), "no linear layer"),
         (lambda vit, images: (timm.create_model("deit_tiny_distilled_patch16_224", img_size=16, patch_size=4), vit,

@@ -21,6 +21,7 @@ import search as command
 import tiny
 from amod import ClassOnly, Merge, Prune, Route
 from amod.agreement import Loss, disagreement
+from amod.hub import class_names_of
 from amod.judge import Gene, Judge, Shape
 from amod.plan import entries_of, read_plan
 from amod.searching import by_hand, changed
@@ -366,6 +367,15 @@ def test_the_command_saves_the_model_with_its_head_fitted(tmp_path, capsys):
     assert "the head is fitted" in (folder / "README.md").read_text()
     changed = {name for name, value in dense.state_dict().items() if not torch.equal(fast.state_dict()[name], value)}
     assert changed == {"head.weight", "head.bias"}
+
+
+def test_a_checkpoints_images_are_prepared_and_its_classes_named_as_in_its_run(tmp_path):
+    tiny.run(tmp_path / "run", "router=none", "schedule.epochs=1", "trainer.limit_train_batches=1", "data.crop_pct=0.8")
+    (tmp_path / "photo.png").write_bytes(b"")
+    asked = [*tiny.MODEL, f"model.checkpoint={tmp_path}/run", f"images={tmp_path}"]
+    model, _, _ = command.subject(command.check(compose_config("search", asked)))
+    assert class_names_of(model) == [str(digit) for digit in range(10)]
+    assert model.pretrained_cfg["crop_pct"] == 0.8
 
 
 def test_the_command_searches_on_lines_of_text(tmp_path, capsys):

@@ -42,11 +42,14 @@ def preparation(model: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def predict(session: Session, file: Path, most: int = 5) -> list[tuple[str, float]]:
-    """The most likely classes of a picture and their probabilities, by the exported file and what it says of itself."""
+    """The most likely classes of a picture and their probabilities, by the exported file and what it says of itself; of
+    a model of one output that output."""
     facts = session.facts
     prepared = {key: facts[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     transform = create_transform(tuple(facts["input_size"]), is_training=False, **prepared)
     logits = torch.as_tensor(session(picture(file, transform)[None].numpy())[0])[0]
+    if len(logits) == 1:
+        return [("the output", logits.item())]
     top = logits.softmax(dim=0).topk(min(most, len(logits)))
     names = facts["class_names"] or [f"class {i}" for i in range(len(logits))]
     return [(names[i], share) for share, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from amod.agreement import check_images as check_prepared
 from amod.dress import of_transformers
 from amod.entries import Halt, Merge, Predict, Prune, Route
-from amod.errors import UserError, one_line, reachable
+from amod.errors import UserError, one_line, reachable, writable
 from amod.files import check_place
 from amod.flops import Size, dtype_of, input_size_of, modes_kept
 from amod.gates import is_gated
@@ -51,15 +51,13 @@ class Agreement:
     tokens: int
     tokens_differ: int
     """Kept by one of the two alone, of all ``tokens`` that the blocks kept: where two scores are nearly equal."""
-    top1: float
-    """Share of the images that get the same class."""
+    top1: float | None
+    """Share of the images that get the same class; None: of a model of one output."""
 
     def __str__(self) -> str:
         kept = f", {self.tokens_differ} of {self.tokens} kept tokens differ" if self.tokens else ""
-        return (
-            f"{self.images} images: logits differ by at most {self.difference:.2g} (of {self.scale:.3g}){kept}, "
-            f"same class for {self.top1:.1%}"
-        )
+        same = f", same class for {self.top1:.1%}" if self.top1 is not None else ""
+        return f"{self.images} images: logits differ by at most {self.difference:.2g} (of {self.scale:.3g}){kept}{same}"
 
 
 class Exported(nn.Module):
@@ -143,6 +141,8 @@ def export(
             program = traced(exported, size, dynamic)
             try:
                 WRITERS[form](program, new, exported.names, metadata(model, size, dynamic))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({one_line(error)}); name another folder") from error
             except Exception as error:  # an operator that the format does not have
                 raise UserError(f"format={form}: cannot express this model ({one_line(error)})") from error
             if int8:
@@ -156,8 +156,12 @@ def export(
                 larger = (size[0], size[1] + rows, size[2] + 2 * columns)
                 compare(exported, session, torch.randn(sum(CHECKED), *larger, generator=generator), strict=not int8)
             del session
-            for file in Path(folder).iterdir():  # OpenVINO's are two
-                shutil.move(file, path.parent / file.name)
+            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == new.name)  # OpenVINO's are two
+            with writable(f"{path}"):
+                if len(files) > 1:  # the old one must not be read with the weights of the new
+                    (path.parent / new.name).unlink(missing_ok=True)
+                for file in files:
+                    shutil.move(file, path.parent / file.name)
     return agreement
 
 
@@ -319,7 +323,8 @@ def compare(exported: Exported, session: Session, images: Tensor, strict: bool) 
         found.append((gap, ours.abs().amax(dim=1), same, swapped, unlike))
     gap, top, same, swapped, unlike = (torch.cat(column) for column in zip(*found, strict=True))
     scale = top.max().item()
-    agreement = Agreement(len(images), gap.max().item(), scale, tokens, differ, same.double().mean().item())
+    top1 = same.double().mean().item() if logits[0].numel() > 1 else None
+    agreement = Agreement(len(images), gap.max().item(), scale, tokens, differ, top1)
     close = gap <= TOLERANCE * max(scale, 1.0)  # not of NaN
     if strict and (unlike.any() or swapped.all() or not (close | swapped).all()):
         raise UserError(f"the exported file does not give what the model gives ({agreement}): no file was left")

@@ -101,7 +101,7 @@ class Ledger:
     def add(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record)
         self.lines.append(json.loads(line))
-        with self.file.open("a", encoding="utf-8") as file:
+        with writable(str(self.file)), self.file.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
 
 

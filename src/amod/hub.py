@@ -59,7 +59,9 @@ def save_pretrained(
                 "class_names, training: are of timm's models; transformers keeps names in model.config.id2label"
             )
         config: Any = model.config
-        served_by(config.model_type, type(model).__name__).save_pretrained(model, folder)
+        check_place(folder)
+        with writable(f"{folder}"):
+            served_by(config.model_type, type(model).__name__).save_pretrained(model, folder)
         return folder
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("architecture"):
@@ -240,7 +242,9 @@ def prepared_as(model: Any, source: Path) -> None:
 
 def classes_in(state: Mapping[str, Tensor]) -> int:
     """How many classes the head of a state dict has; 0: it has none."""
-    return next((len(value) for key, value in state.items() if key in ("head.weight", "head.fc.weight")), 0)
+    from amod.training.weights import HEADS
+
+    return next((len(state[key]) for key in HEADS if key in state), 0)
 
 
 def head_size(state: Mapping[str, Tensor], source: Any) -> int:

@@ -129,6 +129,8 @@ def ridge_maps(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
     """(B, C), in evaluation mode, on the model's device and in its precision."""
     like = next(model.parameters())
+    if images.shape[1] != getattr(model, "in_chans", images.shape[1]):
+        raise UserError(f"images: have {images.shape[1]} channels; this model takes {model.in_chans}")
     with modes_kept(model):
         model.eval()
         try:

@@ -107,7 +107,8 @@ def search(
             measured runtime milliseconds of one image.
         runtime: ``flops``, or of timm's models what is timed on this machine: ``eager``, ``openvino``, ``onnx``.
         seed: of the changes; the same seed, images and effort give the same plan (of ``flops``).
-        effort: how long to look, in passes of the dense model over all images.
+        effort: how long to look, in passes of the dense model over all images. The plans that people make are judged
+            first, whatever it is: about 20 passes.
         ledger: a file of every plan that was judged; a search that was stopped goes on from it, and one of another
             budget uses it.
         progress: show a bar.

@@ -12,7 +12,7 @@ from test_errors import command
 
 from amod.errors import UserError
 from amod.training.checks import check_train
-from amod.training.command import check_hydra
+from amod.training.command import check_acts, check_hydra
 from amod.training.compose import compose_config
 from amod.training.config import Data, TrainConfig
 from amod.training.rules import in_words
@@ -117,6 +117,14 @@ def test_settings_of_hydra_that_would_do_nothing(override, multirun, words):
     check_hydra(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=x"], True)
 
 
+@pytest.mark.parametrize("override", ["capacity=0.5", "placement=late", "placement.blocks=[1]"])
+def test_what_a_depth_decides_is_refused_beside_it(override):
+    asked = ["model=vit_pico", "data=digits", "router=isoflop", "router.depth=2"]
+    check_acts(compose_config("train", asked), asked)
+    with pytest.raises(UserError, match=rf"{re.escape(override)}: router.depth=2 says the depth; leave one"):
+        check_acts(compose_config("train", [*asked, override]), [*asked, override])
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -133,7 +141,15 @@ def test_settings_of_hydra_that_would_do_nothing(override, multirun, words):
         ("callbacks=early_stopping callbacks.patience=0", "callbacks.patience=0: must be a whole number of at least 1"),
         (
             "callbacks=early_stopping callbacks.monitor=loss",
-            "must be one of val/top1, val/loss",
+            "classification measures val/loss, val/top1, val/top5; choose one of them",
+        ),
+        (
+            "callbacks=early_stopping callbacks.monitor=epoch",
+            "callbacks.monitor=epoch: classification measures val/loss",
+        ),
+        (
+            "trainer.gradient_clip_algorithm=value schedule.clip_grad=null trainer.gradient_clip_val=null",
+            "needs schedule.clip_grad",
         ),
         ("callbacks=early_stopping trainer.limit_val_batches=0", "needs a validation at the end of an epoch"),
         ("callbacks=early_stopping trainer.val_check_interval=0.5", "needs a validation at the end of an epoch"),

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import fakes
+from amod.errors import UserError
 from amod.training import classification
 from amod.training.callbacks import RunRecorder
 from amod.training.checks import check_evaluate
@@ -134,15 +135,16 @@ def test_killed_inside_an_epoch_both_go_on_exactly(two, tmp_path, monkeypatch):
     assert (folder / "weights.safetensors").read_bytes() == (two / "weights.safetensors").read_bytes()
 
 
-def test_a_checkpoint_of_two_is_read_by_one(tmp_path):
-    """The first process then has the sums of both: (0.5 x 10 + 1.5 x 30) / 40 = 1.25."""
-    cfg = config()
-    module = Classifier(torch.nn.Linear(3, 2), cfg.schedule, num_classes=2, seed=0)
-    module._trainer = SimpleNamespace(world_size=1, global_rank=0, ckpt_path=None)
-    module.train_loss.update(0.0)
-    sums = torch.tensor([[5.0, 10.0], [45.0, 30.0]])
-    module.on_load_checkpoint({"state_dict": module.state_dict(), "train_loss": sums})
-    assert module.train_loss.compute() == 1.25
+def test_a_run_of_two_processes_does_not_go_on_in_one():
+    """Its batches would be half as large, and a part of the epoch would be given out twice (trainer.devices=-1)."""
+    module = Classifier(torch.nn.Linear(3, 2), config().schedule, num_classes=2, seed=0)
+    module._trainer = SimpleNamespace(world_size=1, global_rank=0, ckpt_path="run/checkpoints/last.ckpt")
+    saved = {"state_dict": module.state_dict(), "train_loss": torch.tensor([[5.0, 10.0], [45.0, 30.0]])}
+    with pytest.raises(UserError, match=r"last.ckpt: was saved by a run of 2 process.*here are 1; .*trainer.devices"):
+        module.on_load_checkpoint(saved)
+    module._trainer.world_size, module._trainer.global_rank = 2, 1
+    module.on_load_checkpoint(saved)
+    assert module.train_loss.compute() == 1.5
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(two, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from amod.training.checks import check_evaluate, check_train
 from amod.training.compose import compose_config
 from amod.training.config import Augment, Data, TrainConfig
 from amod.training.evaluation import evaluate
+from amod.training.record import read_record
 from amod.training.run import train
 from processes import Forked, finish, hold_at, ranks, step_of, wait_for
 
@@ -84,14 +85,17 @@ def test_the_run(finished, data):
     assert record["splits"]["train"]["images"] + record["splits"]["val"]["images"] == 14
 
 
-def test_evaluated_again_and_loaded(finished):
+def test_evaluated_again_and_loaded(finished, capsys):
     summary = json.loads((finished / "summary.json").read_text())
     cfg = check_evaluate(compose_config("evaluate", [f"run={finished}", "trainer.accelerator=cpu"]))
     assert evaluate(cfg)["test/map"] == pytest.approx(summary["test_map"], rel=1e-4)
+    assert "they are not the run's own" not in capsys.readouterr().out
     model = amod.from_pretrained(finished)
     assert [*model.plan.encoder] == [*model.plan.queries] == [*model.plan.memory] == [1]
     with pytest.raises(amod.UserError, match=r"split=all"):
         detecting.load_measured(finished, cfg_of(finished), "all")
+    detecting.say_origin("test", {"images": 3}, read_record(finished))
+    assert "they are not the run's own test images (it had 5)" in capsys.readouterr().out
 
 
 def cfg_of(folder: Path) -> TrainConfig:

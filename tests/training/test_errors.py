@@ -49,7 +49,15 @@ TABLE = [
     (["schedule.lrr=1"], ["did you mean schedule.lr?"]),
     (["data=flowers", "data.rot=x"], ["did you mean data.root?"]),
     (["trainer.limit_train_batchs=2"], ["did you mean trainer.limit_train_batches?"]),
-    (["router=attention", "router.depth=9"], ["router.depth"]),
+    (["router=attention", "router.depth=9"], ["router.depth", "here; it is of router=isoflop"]),
+    (["schedule.lora=8"], ["no setting schedule.lora here; it is of schedule=router_tuning"]),
+    (["router=random", "router.memory=0.5"], ["no setting router.memory here; it is of router="]),
+    (["router=plan", "router.plan={}"], ["router.plan={}: names no block; the dense model is router=none"]),
+    (
+        ["router=plan", "router.plan=[]"],
+        ["router.plan=[]: must be a mapping such as {1:{Route:{capacity:0.5}}} or null"],
+    ),
+    (["router=plan", "router.plan={1:{Rout:{capacity:0.5}}}"], ["plan: block 1 has {'Rout': {'capacity': 0.5}}"]),
     (["model.kwargs.foo=1"], ["+model.kwargs.foo=1"]),
     (["+schedule.foo=1"], ["schedule.foo"]),
     (["~schedule.lr"], ["cannot be removed"]),
@@ -361,6 +369,7 @@ GOOD = [
     ["trainer.max_time=00:01:00:00", "trainer.max_steps=-1"],
     ["trainer.max_time={hours:1.5}", "trainer.deterministic=warn", "trainer.val_check_interval=0.5"],
     ["model.label=../train"],
+    ["router=plan", "router.plan={1:{Route:{capacity:0.5}},3:ClassOnly}"],
 ]
 
 

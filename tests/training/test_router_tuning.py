@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,9 @@ from amod.training.evaluation import evaluate
 from amod.training.finished import load_run
 from amod.training.folder import read_config
 from amod.training.language import LanguageModel, cut, measured, read
-from amod.training.run import train
+from amod.training.lora import add_lora
+from amod.training.run import callbacks, train
+from amod.training.tasks import LANGUAGE
 
 QUICK = ["trainer.accelerator=cpu", "data.num_workers=0"]
 DIGITS = [*tiny.MODEL, "data=digits", *QUICK]
@@ -160,6 +163,57 @@ def test_a_language_model_on_a_folder_of_texts(stories, tmp_path):
         amod.export(model, tmp_path / "model.onnx")
 
 
+def test_a_run_is_read_without_the_folder_that_it_began_from(stories, tmp_path, monkeypatch, capsys):
+    """Moved, from another place, its base model gone; other texts, and those of its training, are said."""
+    base = shutil.copytree(next(item for item in stories if item.startswith("model.name"))[11:], tmp_path / "base")
+    transformers.GenerationConfig(max_new_tokens=3, pad_token_id=0).save_pretrained(base)
+    texts = [item for item in stories if not item.startswith("model.name")]
+    monkeypatch.chdir(tmp_path)
+    summary = run(tmp_path / "run", *texts, "model.name=base", "router=tuning", "router.target=0.5")
+    shutil.rmtree(base)
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+
+    def measured_on(*asked):
+        found = evaluate(check_evaluate(compose_config("evaluate", [f"run={moved}", *asked])))
+        return found, capsys.readouterr().out
+
+    found, said = measured_on()
+    assert found["test/loss"] == pytest.approx(summary["test_loss"], abs=1e-4)
+    assert "run's own" not in said
+    assert "warning: it was trained on " in measured_on("split=all")[1]
+    shutil.copytree(next(item for item in stories if item.startswith("data.root"))[10:], tmp_path / "texts")
+    (tmp_path / "texts/more.txt").write_text("\n<|endoftext|>\n".join(["a b c d e f g h i j"] * 40))
+    assert "they are not the run's own test sequences (it had " in measured_on(f"data.root={tmp_path / 'texts'}")[1]
+    said = measured_on(f"data.root={tmp_path / 'texts'}", "split=all")[1]
+    assert "warning: it may have been trained on some of these sequences" in said
+    assert amod.from_pretrained(moved).generate(torch.tensor([[3, 4, 5]])).shape == (1, 6)
+
+
+def test_early_stopping_takes_every_number_that_it_offers(stories, tmp_path):
+    for name, low in (("val/loss", True), ("val/perplexity", True)):
+        asked = [*stories, "router=tuning", "callbacks=early_stopping", f"callbacks.monitor={name}"]
+        cfg = check_train(compose_config("train", [*asked, f"run_dir={tmp_path / 'run'}"]))
+        (stop,) = callbacks(cfg, LANGUAGE)
+        assert (stop.monitor, stop.mode) == (name, "min" if low else "max")
+
+
+def test_a_lora_leaves_out_what_is_never_called():
+    """timm takes the weight of qkv of BEiT's and EVA-02's attention without calling the layer."""
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3, "img_size": 32}
+    for name in ("beit_base_patch16_224", "eva02_tiny_patch14_224", "vit_tiny_patch16_224"):
+        vit = timm.create_model(name, **sizes)
+        for parameter in vit.parameters():
+            parameter.requires_grad_(False)
+        add_lora(vit, 2)
+        vit(torch.randn(2, 3, 32, 32)).sum().backward()
+        trained = {key: value for key, value in vit.named_parameters() if value.requires_grad}
+        assert all(value.grad is not None for value in trained.values())
+        assert any("attn.proj" in key for key in trained)
+        assert any("attn.qkv" in key for key in trained) == (name == "vit_tiny_patch16_224")
+
+
 def test_a_model_that_came_in_evaluation_mode_is_trained_in_training_mode(stories, tmp_path, monkeypatch):
     """In evaluation a shut gate computes nothing, and so learns nothing."""
     modes = []
@@ -246,7 +300,10 @@ def test_bad_settings_are_one_line(overrides, words, tmp_path):
             ["router=none", "schedule.train=all", "schedule.augment.hflip=0.5"],
             "hflip=0.5: model=stories is a language model; set schedule.augment.hflip=null",
         ),
-        (["router=tuning", "callbacks=early_stopping"], "callbacks.monitor=val/top1: language measures val/loss"),
+        (
+            ["router=tuning", "callbacks=early_stopping"],
+            "callbacks.monitor=val/top1: language measures val/loss, val/perplexity; choose one of them",
+        ),
     ],
 )
 def test_bad_settings_of_a_language_model_are_one_line(stories, overrides, words, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
@@ -25,14 +26,16 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 import fakes
 from amod.errors import UserError
 from amod.training import run as run_module
-from amod.training.checks import check_evaluate
+from amod.training.checks import check_evaluate, evaluation_config
 from amod.training.classification import Classifier, cost
 from amod.training.compose import compose_config, train_config
+from amod.training.config import EvaluateConfig
 from amod.training.evaluation import evaluate, picture
 from amod.training.folder import check_run_dir, saved_config
 from amod.training.loaders import DataModule, build_datamodule
 from amod.training.loggers import WandbRows
 from amod.training.module import lr_factor
+from amod.training.rules import parse
 from amod.training.run import train
 from amod.training.weights import build, input_config
 from tiny import DIGITS, MODEL, config, run
@@ -83,6 +86,15 @@ def test_the_run_folder_names_no_machine_and_no_user(dense):
     for name in (socket.gethostname(), getpass.getuser(), "run_dir"):
         assert not re.search(rf"\b{name}\b", text)
     assert len(json.loads((folder / "environment.json").read_text())["git_commit"]) == 40
+
+
+@pytest.mark.parametrize(("split", "batches"), [("test", 5), ("val", 3), ("all", None)])
+def test_a_split_is_measured_as_far_as_in_the_run(tmp_path, split, batches):
+    limits = ["trainer.limit_val_batches=3", "trainer.limit_test_batches=5"]
+    cfg = config(*limits, f"run_dir={tmp_path}")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved_config(cfg, whole=True)))
+    asked = parse(EvaluateConfig, {"run": str(tmp_path), "split": split})
+    assert evaluation_config(asked).trainer.limit_test_batches == batches
 
 
 def test_the_learning_rate_of_a_row_is_the_one_of_its_last_step(dense):
@@ -440,6 +452,7 @@ def test_a_sweep_leaves_one_run_for_each_job(tmp_path):
 # What shows only once the model or the data are there, or only to Lightning.
 LATE = {
     "schedule.optimizer=adamm": "schedule.optimizer=adamm",
+    "schedule.momentum=0.5": "schedule.momentum=0.5: adamw has none; leave it out",
     "schedule.optimizer=adahessian": "schedule.optimizer=adahessian, schedule.lr=0.002: makes no step here",
     "schedule.lr=1e38 schedule.clip_grad=null": "schedule.lr=1e+38: makes no step here",
     "logger=wandb logger.project=a/b": "logger.project=a/b logger.run_name=None: refused by W&B",

@@ -21,10 +21,11 @@ from amod.files import check_place, expanded
 from amod.image_files import files_below, is_image, open_rgb
 from amod.timm_models import RoutedViT
 from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
+from amod.training.finished import classes_in, weights_of
 from amod.training.images import transforms
 from amod.training.loaders import ImageData, Loader, collate
 from amod.training.sources import load_one
-from amod.training.weights import build, input_config, read_state, variant
+from amod.training.weights import build, input_config, variant
 from amod.vit import dense
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def load(config: Trained, folder: Path | None, num_classes: int | None) -> Any:
     """The model of a run folder, or of this command's own settings."""
     if folder is not None:
         config = from_weights(config, str(folder))
-        num_classes = len(read_state(folder)["head.weight"])
+        num_classes = classes_in(weights_of(folder))
     if num_classes is None:
         raise UserError("data.num_classes: say how many classes the model has")
     built = build(config, num_classes)

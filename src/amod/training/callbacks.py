@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amod.errors import UserError
 from amod.files import write_table
-from amod.training.command import SIGNALS
+from amod.training.command import SIGNALS, terminated
 from amod.training.loggers import WandbRows
 from amod.training.tasks import CLASSIFICATION, Task, said
 
@@ -201,7 +201,7 @@ class RunRecorder(Checkpoint):
         hint = f"resume with the same command and run_dir={self.folder}"
         print(f"{by} {where}; {hint}", file=sys.stderr, flush=True)
         handler = self._handlers.get(self._signal) if self._signal else None
-        if callable(handler) and handler is not signal.default_int_handler:
+        if callable(handler) and handler not in (signal.default_int_handler, terminated):
             handler(self._signal, None)  # type: ignore[arg-type]  # submitit's puts the job back into the queue
         sys.exit(128 + signal.SIGINT if self._signal == signal.SIGINT else STOPPED)
 

@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from amod.entries import ClassOnly, Halt, Predict, Prune
 from amod.errors import UserError, reachable, shown
 from amod.files import WEIGHTS
 from amod.plan import LANGUAGE_MODELS
+from amod.training.compose import settings_of
 from amod.training.config import (
     CONF,
     EvaluateConfig,
@@ -89,6 +90,8 @@ def check_train(composed: Any) -> TrainConfig:
     for key in ("crop_pct", "crop_mode", "crop_border_pixels", "no_aug"):
         if (value := dict(schedule.augment).get(key)) not in (None, False):
             raise UserError(f"schedule.augment.{key}={shown(value)}: is not of training images; leave it out")
+    if cfg.trainer.gradient_clip_algorithm == "value" and not schedule.clip_grad:
+        raise UserError("trainer.gradient_clip_algorithm=value: needs schedule.clip_grad, the value; leave it out")
     if (least := cfg.trainer.min_epochs) is not None and least > schedule.epochs:
         raise UserError(f"trainer.min_epochs={least}: schedule.epochs={schedule.epochs} are fewer; raise them")
     if schedule.min_lr > schedule.lr:
@@ -126,9 +129,10 @@ def check_task(cfg: TrainConfig) -> None:
             f"data={cfg.data.name}: is not for model={cfg.model.label}, whose task is {task.name}; choose one of "
             f"{', '.join(task.data)}"
         )
-    if cfg.callbacks.name == "early_stopping" and cfg.callbacks.monitor not in task.columns:
-        known = ", ".join(name for name in task.columns if name.startswith("val/"))
-        raise UserError(f"callbacks.monitor={cfg.callbacks.monitor}: {task.name} measures {known}; choose one of them")
+    known = [name for name in task.columns if name.startswith("val/")]
+    if cfg.callbacks.name == "early_stopping" and cfg.callbacks.monitor not in known:
+        measures = f"{task.name} measures {', '.join(known)}; choose one of them"
+        raise UserError(f"callbacks.monitor={cfg.callbacks.monitor}: {measures}")
 
 
 def check_unused(unused: dict[str, Any], why: str) -> None:
@@ -251,6 +255,8 @@ def evaluation_config(cfg: EvaluateConfig) -> TrainConfig:
         for key, value in getattr(cfg, group):
             if value is not None:
                 setattr(getattr(run, group), key, value)
+    if cfg.split != "test":
+        run.trainer.limit_test_batches = run.trainer.limit_val_batches if cfg.split == "val" else None
     run.trainer.num_nodes = 1  # however many it was trained on
     if run.trainer.limit_test_batches == 0:
         run.trainer.limit_test_batches = None
@@ -270,13 +276,6 @@ def check_names(cfg: DictConfig) -> None:
             raise UserError(f"{group}.name={name}: has settings of its own; choose it with {group}={name}")
         if odd := sorted(map(str, set(settings) - known)):
             raise UserError(f"{group}.{odd[0]}={shown(settings[odd[0]])}: {group}={name} has no such setting")
-
-
-def settings_of(file: Path) -> Any:
-    """What a file of a group sets in its group; one that also chooses in another group names its own in it."""
-    found = OmegaConf.load(file)
-    assert isinstance(found, DictConfig)
-    return found.get(file.parent.name, found)
 
 
 # --- Lightning's part, and files ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from amod.training.finished import classes_in, load_model, weights_of
 from amod.training.loaders import ImageData, build_datamodule
 from amod.training.methods import Recipe, make_recipe
 from amod.training.module import Batch, TaskModule
-from amod.training.record import about, fingerprint, read_record
+from amod.training.record import about, read_record, say_origin
 from amod.training.sources import load_one
 from amod.training.splits import Split
 from amod.training.tasks import CLASSIFICATION
@@ -158,6 +158,10 @@ def measured(model: nn.Module, data: ImageData) -> dict[str, Any]:
 # --- finished runs --------------------------------------------------------------------------------------------------
 
 
+def keep(cfg: TrainConfig, folder: Path) -> None:
+    """Nothing: timm makes the model by its name."""
+
+
 def load_measured(folder: Path, run: TrainConfig, split: str) -> tuple[nn.Module, ImageData]:
     """The model, and the images of ``split`` as the test images of a data module; what is odd about them is said."""
     count = classes_in(weights_of(folder))
@@ -176,24 +180,19 @@ def load_measured(folder: Path, run: TrainConfig, split: str) -> tuple[nn.Module
     part = "" if split == "all" or len(images) == of else f" of the {of}{place}; split=all measures all"
     say(f"{split}: {len(images)} images{part}")
     if record is not None:
-        say_origin(images, split, record, run)
+        origin(images, split, record, run)
     inputs = input_config(run.model)
     sizes = run.schedule.batch_size, run.schedule.eval_batch_size
     return load_model(folder, run, count), ImageData(run.data, {"test": images}, inputs, {}, *sizes, run.seed)
 
 
-def say_origin(images: Split, split: str, record: Mapping[str, Any], run: TrainConfig) -> None:
+def origin(images: Split, split: str, record: Mapping[str, Any], run: TrainConfig) -> None:
     """Whether they are the run's own images."""
+    now = images
     if split == "all":
         try:
-            seen, _ = load_one(run.data, "train", record["classes"])
+            now, _ = load_one(run.data, "train", record["classes"])
         except UserError:  # no training images there
             return
-        if fingerprint(seen) == record["splits"]["train"]["fingerprint"]:
-            say(f"warning: it was trained on {len(seen)} of these images")
-        else:
-            say("warning: it may have been trained on some of these images, which are not all as they were then")
-    elif about(images) != record["splits"][split]:
-        by_order = run.data.split_by == "order" and len(images) < len(images.source.labels)
-        trained = ", and it may have been trained on some of them" if by_order else ""
-        say(f"they are not the run's own {split} images (it had {record['splits'][split]['images']}){trained}")
+    mixed = run.data.split_by == "order" and len(images) < len(images.source.labels)
+    say_origin(split, about(now), record, ", and it may have been trained on some of them" if mixed else "")

@@ -45,6 +45,8 @@ def launch(
     or what gives them by the config. ``idle``: groups that the command has for its models' sake and does not use.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminated)
     forgive_output()
     parser = get_args_parser()
     parser.error = _argument_error  # type: ignore[method-assign]
@@ -117,6 +119,9 @@ def check_acts(cfg: DictConfig, overrides: list[str]) -> None:
         return
     if "capacity" in typed and router in WITHOUT_CAPACITY and router not in UNROUTED:
         raise UserError(f"{typed['capacity']}: router={router} has no capacity; leave it out")
+    for key, override in typed.items():
+        if cfg.router.get("depth") is not None and (key == "capacity" or key.partition(".")[0] == "placement"):
+            raise UserError(f"{override}: router.depth={cfg.router.depth} says the depth; leave one of them out")
     for key in ("capacity", "router.r", "router.keep_rate"):
         if key in typed and cfg.get("budget") is not None:
             raise UserError(f"{typed[key]}: budget={cfg.budget} picks it; leave one of them out")
@@ -162,6 +167,12 @@ def pin_run_dir(overrides: list[str], run_dir: str | None) -> None:
         sys.argv[:] = [pinned if argument in given else argument for argument in sys.argv]
     else:
         sys.argv.insert(sys.argv.index(overrides[0]) if overrides else len(sys.argv), pinned)
+
+
+def terminated(number: int, frame: Any) -> NoReturn:
+    """Until a job has an answer of its own: ends it as an error does, so that half written folders are removed."""
+    os.write(2, b"stopped by SIGTERM; the same command starts again\n")
+    sys.exit(128 + number)
 
 
 class one_line_errors:

@@ -143,6 +143,13 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
+def settings_of(file: Path) -> Any:
+    """What a file of a group sets in its group; one that also chooses in another group names its own in it."""
+    found = OmegaConf.load(file)
+    assert isinstance(found, DictConfig)
+    return found.get(file.parent.name, found)
+
+
 def _check_additions(config_name: str, search: list[str], overrides: list[str], own: Path | None) -> None:
     """A key added with + must be in a group that is passed on to a library: elsewhere it would be ignored silently."""
     for override in overrides:
@@ -203,6 +210,12 @@ def _explain_key(config_name: str, overrides: list[str], error: Exception) -> st
     reason = f"{override}: there is no setting {key}"
     if key.startswith(OPEN_GROUPS[:2]):
         return f"{reason} yet; add it as +{override}"
+    if key in known:
+        return f"{override}: {key} is there already; leave the + out"
+    group, _, name = key.partition(".")
+    others = [file for file in sorted((CONF / group).glob("*.yaml")) if "." not in name and name in settings_of(file)]
+    if name and others:
+        return f"{reason} here; it is of {', '.join(f'{group}={file.stem}' for file in others)}"
     hint = did_you_mean(key, known)
     if siblings and not hint:
         return f"{reason}; {parent} has {', '.join(k.removeprefix(f'{parent}.') for k in siblings)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from amod.entries import MERGE_BY, Entry, Halt, Predict, Prune
 from amod.errors import UserError
@@ -131,9 +131,21 @@ class Router(Group):
 
     @model_validator(mode="after")
     def _read(self) -> Router:
-        if self.name == "plan" and self.file is not None and self.plan is None:
-            self.plan = {str(i): entry for i, entry in as_data(read_plan(self.file)).items()}
+        if self.name == "plan" and (self.file is not None or self.plan is not None):
+            plan = from_data(self.plan) if self.plan is not None else read_plan(str(self.file))
+            if not plan:
+                raise UserError(
+                    f"router.{'plan={}' if self.file is None else f'file={self.file}'}: names no block; the "
+                    "dense model is router=none"
+                )
+            self.plan = {str(i): entry for i, entry in as_data(plan).items()}
         return self
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _numbered(cls, plan: Any) -> Any:
+        """Blocks typed as numbers, as in ``router.plan={1:{Route:{capacity:0.5}}}``."""
+        return {str(block): entry for block, entry in plan.items()} if isinstance(plan, dict) else plan
 
     def has(self, entry: type[Entry]) -> bool:
         """Whether such entries are in its plan, by the router's name or as the file says."""
@@ -241,7 +253,7 @@ class Logger(Group):
 
 class Callbacks(Group):
     name: Annotated[str, AfterValidator(OneOf(*choices("callbacks")))] = "none"
-    monitor: Literal["val/top1", "val/loss", "val/map"] = "val/top1"
+    monitor: Text = "val/top1"  # which, the task says
     patience: Count = 5
     min_delta: NotNegative = 0.0
 

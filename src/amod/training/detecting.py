@@ -23,11 +23,11 @@ from amod.detr_walk import RoutedDetr
 from amod.errors import UserError, misfits, one_line
 from amod.flops import count_flops, on_meta
 from amod.plan import BY_THEMSELVES
-from amod.training.coco import CocoData, load
+from amod.training.coco import CocoData, about, load
 from amod.training.config import TrainConfig, Variant
 from amod.training.finished import weights_of, with_weights
 from amod.training.module import Batch, TaskModule
-from amod.training.record import classes_of
+from amod.training.record import classes_of, read_record, say_origin
 from amod.training.tasks import DETECTION
 from amod.training.terminal import say
 from amod.training.weights import Built, head_classes, placement_of, read_state, shortened, weightless
@@ -302,16 +302,21 @@ def measured(model: nn.Module, data: CocoData) -> None:
     """Every image costs what its size costs."""
 
 
+def keep(cfg: TrainConfig, folder: Path) -> None:
+    """Nothing: the config says all of the model."""
+
+
 def load_measured(folder: Path, run: TrainConfig, split: str) -> tuple[nn.Module, CocoData]:
     """The model, and the images of ``split`` as the test images of a data module."""
     weights_of(folder)
     if split == "all":
         raise UserError("split=all: a detector is measured on one split; choose test (val2017) or val")
     images = load(run.data, only_test=split == "test")[split]
-    classes = classes_of(folder)
-    if classes is not None and classes != images.source.classes:
+    record = read_record(folder)
+    if record is not None and record["classes"] != images.source.classes:
         raise UserError(f"data.root={run.data.root}: has other categories than run={folder}; name its own data")
     say(f"{split}: {len(images)} images")
+    say_origin(split, about(images), record)
     model = load_model(folder, run)
     return model, data_of(run, {"test": images})
 

@@ -13,7 +13,7 @@ from amod.training.config import TrainConfig, check_classifier
 from amod.training.folder import read_config
 from amod.training.loaders import ImageData, build_datamodule
 from amod.training.record import classes_of
-from amod.training.weights import build, input_config, weightless
+from amod.training.weights import HEADS, build, input_config, weightless
 
 
 def load_run(folder: Path, data_root: str | None = None) -> tuple[TrainConfig, nn.Module, ImageData]:
@@ -56,6 +56,6 @@ def classes_in(weights: Path) -> int:
     """How many classes a model's head has."""
     try:
         with safe_open(weights, "pt") as file:
-            return file.get_slice("head.weight").get_shape()[0]
+            return next(file.get_slice(key).get_shape()[0] for key in HEADS if key in file.keys())  # noqa: SIM118
     except Exception as error:  # whatever the bytes make the reader raise
         raise UserError(f"{weights}: cannot be read as this run's weights ({one_line(error)})") from error

@@ -15,15 +15,17 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import Metric
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from amod.errors import UserError, one_line
+from amod.errors import UserError, one_line, writable
 from amod.flops import count_flops
 from amod.gates import is_gated, penalty, share_kept
 from amod.training.config import Data, TrainConfig, Variant
 from amod.training.data import locate
-from amod.training.finished import with_weights
+from amod.training.finished import weights_of, with_weights
 from amod.training.loaders import DataModule, Key, Samples
 from amod.training.module import Batch, TaskModule
+from amod.training.record import read_record, say_origin
 from amod.training.splits import draw_of
 from amod.training.tasks import LANGUAGE
 from amod.training.variants import gates_of
@@ -31,6 +33,8 @@ from amod.training.weights import Built
 from amod.vit import convert, dense
 
 END = "<|endoftext|>"
+KEPT = "base"
+"""The folder in a run's that has the config and the tokenizer of its model."""
 
 
 class LanguageModel(TaskModule):
@@ -133,29 +137,46 @@ def cut(ids: list[int], length: int, bos: int | None) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, length)
 
 
-def read(cfg: TrainConfig) -> TextData:
-    schedule, splits = cfg.schedule, pieces(cfg.data, opened(transformers.AutoTokenizer, cfg))
+def read(cfg: TrainConfig, run: Path | None = None) -> TextData:
+    schedule, splits = cfg.schedule, pieces(cfg.data, opened(transformers.AutoTokenizer, cfg, run))
     return TextData(cfg.data, splits, schedule.batch_size, schedule.eval_batch_size, cfg.seed)
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def opened(kind: Any, cfg: Variant, **given: Any) -> Any:
-    """transformers' model or tokenizer in the folder ``model.name``."""
+def opened(kind: Any, cfg: Variant, run: Path | None = None, **given: Any) -> Any:
+    """transformers' model, config or tokenizer: of what a run's folder keeps, or of the folder ``model.name``."""
+    place = cfg.model.name
+    if run is not None and (run / KEPT).is_dir():  # runs of before it was kept have model.name alone
+        place = str(run / KEPT)
     try:
-        return kind.from_pretrained(cfg.model.name, local_files_only=True, **given)
+        return kind.from_pretrained(place, local_files_only=True, **given)
     except Exception as error:  # whatever transformers makes of the files
         raise UserError(
-            f"model.name={cfg.model.name}: transformers reads no {kind.__name__} there ({one_line(error)})"
+            f"model.name={place}: transformers reads no {kind.__name__} there ({one_line(error)})"
         ) from error
 
 
 def build(cfg: Variant, data: Any) -> Built:
     model = opened(transformers.AutoModelForCausalLM, cfg, use_safetensors=True, dtype=torch.float32)
-    if cfg.router.name == "tuning":
-        model = convert(model, router="tuning", layers=cfg.router.layers, **gates_of(cfg.router))
-    return Built(model, True)
+    return Built(gated(model, cfg), True)
+
+
+def gated(model: Any, cfg: Variant) -> Any:
+    if cfg.router.name != "tuning":
+        return model
+    return convert(model, router="tuning", layers=cfg.router.layers, **gates_of(cfg.router))
+
+
+def keep(cfg: TrainConfig, folder: Path) -> None:
+    """The model's config and tokenizer, so that the run is read without the folder ``model.name``."""
+    kinds: list[Any] = [transformers.AutoTokenizer, transformers.AutoConfig]
+    if (Path(cfg.model.name) / GENERATION_CONFIG_NAME).is_file():
+        kinds.append(transformers.GenerationConfig)
+    with writable(f"{folder}"):
+        for kind in kinds:
+            opened(kind, cfg).save_pretrained(folder / KEPT)
 
 
 def module(model: nn.Module, cfg: TrainConfig, data: TextData) -> LanguageModel:
@@ -190,11 +211,19 @@ def measured(model: nn.Module, data: TextData) -> dict[str, Any]:
 
 
 def load_measured(folder: Path, cfg: TrainConfig, split: str) -> tuple[nn.Module, TextData]:
-    data = read(cfg)
+    """The model, and the texts of ``split`` as the test texts of a data module."""
+    weights_of(folder)
+    data = read(cfg, folder)
+    say_origin(split, data.record()["splits"]["train" if split == "all" else split], read_record(folder))
     data.splits["test"] = np.concatenate([*data.splits.values()]) if split == "all" else data.splits[split]
     return load_model(folder, cfg), data
 
 
 def load_model(folder: Path, run: TrainConfig) -> nn.Module:
     """The model of a finished run, with the best epoch's weights, in evaluation mode."""
-    return with_weights(build(run, None).model, folder)
+    weights_of(folder)
+    config = opened(transformers.AutoConfig, run, folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (folder / KEPT / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = opened(transformers.GenerationConfig, run, folder)
+    return with_weights(gated(model, run), folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
         if isinstance(module, nn.Linear)
         and {"blocks", "layers"} & {*(parts := name.split("."))}
         and not any("router" in part for part in parts)
+        and not read_past(model, name)
     ]
     if not found:
         raise UserError(f"schedule.lora={rank}: this model's blocks have no linear layers")
@@ -31,6 +33,13 @@ def add_lora(model: nn.Module, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=found), model)
     for parameter in trained:  # peft freezes all but its own
         parameter.requires_grad_(True)
+
+
+def read_past(model: nn.Module, name: str) -> bool:
+    """Whether it is the qkv of BEiT's or EVA-02's attention, whose weight timm takes without calling the layer: what is
+    added to the layer would never be computed."""
+    attn: Any = model.get_submodule(name.rpartition(".")[0])
+    return name.endswith(".qkv") and getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
@@ -110,6 +110,8 @@ def check_optimizer(schedule: Schedule, lr: float, device: torch.device) -> None
     name = schedule.optimizer
     if name not in list_optimizers():
         raise UserError(f"schedule.optimizer={name}: timm has none of that name; try adamw or sgd")
+    if schedule.momentum != Schedule.model_fields["momentum"].default and not get_optimizer_info(name).has_momentum:
+        raise UserError(f"schedule.momentum={schedule.momentum:g}: {name} has none; leave it out")
     try:
         with torch.random.fork_rng(devices=[]):
             small = nn.Linear(4, 4).to(device)
@@ -242,8 +244,11 @@ class TaskModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_weights(checkpoint["state_dict"], self.trainer.ckpt_path)
         rows = checkpoint["train_loss"]
-        if len(rows) != self.trainer.world_size:  # resumed on more or fewer processes: the first has it all
-            rows = torch.stack([rows.sum(0)] + [torch.zeros(2)] * (self.trainer.world_size - 1))
+        if len(rows) != self.trainer.world_size:  # another global batch, learning rate and share of the epoch
+            raise UserError(
+                f"{self.trainer.ckpt_path}: was saved by a run of {len(rows)} process(es), and here are "
+                f"{self.trainer.world_size}; go on with as many (trainer.devices), or begin in another run_dir"
+            )
         for name, value in zip(LOSS_SUMS, rows[self.global_rank], strict=True):
             setattr(self.train_loss, name, value.to(self.device))
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from amod.errors import UserError
 from amod.training.splits import Split
+from amod.training.terminal import say
 
 # A fingerprint has the names of all images, and of so many the first so many bytes.
 LOOKED_INTO, BYTES = 256, 65_536
@@ -82,6 +83,21 @@ def check_same(record: Mapping[str, Any] | None, now: Mapping[str, Any], folder:
             raise UserError(
                 f"data.root={root}: the run in {folder} was begun with other {key} {unit} ({counts}); {start_anew}"
             )
+
+
+def say_origin(split: str, now: Mapping[str, Any], record: Mapping[str, Any] | None, trained: str = "") -> None:
+    """Whether a finished run is measured on its own data. ``now``: what is found of the split, of the training split
+    where ``split`` is ``all``; ``trained``: what else is to be said of data that are not the run's own.
+    """
+    if record is None:
+        return
+    before, unit = record["splits"]["train" if split == "all" else split], next(iter(now))
+    if split != "all" and now != before:
+        say(f"they are not the run's own {split} {unit} (it had {before[unit]}){trained}")
+    elif split == "all" and now == before:
+        say(f"warning: it was trained on {now[unit]} of these {unit}")
+    elif split == "all":
+        say(f"warning: it may have been trained on some of these {unit}, which are not all as they were then")
 
 
 def differ(one: Sequence[str], other: Sequence[str]) -> str:

@@ -181,6 +181,8 @@ def in_words(kind: Any, metadata: Any = ()) -> str:
         if high is not None:
             span = f" in {'(' if open_ else '['}{low:.10g}, {high:.10g}]"
         return ("a whole number" if kind is int else "a number") + span
+    if get_origin(kind) is dict:
+        return "a mapping such as {1:{Route:{capacity:0.5}}}"
     return {bool: "true or false", str: "a name or path"}.get(kind, "a list")
 
 

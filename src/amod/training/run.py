@@ -156,6 +156,7 @@ def _train(cfg: TrainConfig, folder: Path, lock: RunLock | None) -> float | None
     check_optimizer(schedule, lr, trainer.strategy.root_device if gpu else torch.device("cpu"))
 
     begin(cfg, folder, lock, newest, data)
+    rank_zero_only(parts.keep)(cfg, folder)
     announce(cfg, data, compute, batch, lr)
     if schedule.train != "all":
         lora = "" if schedule.lora is None else f", and a LoRA of rank {schedule.lora}"
@@ -317,7 +318,7 @@ def callbacks(cfg: TrainConfig, task: Task) -> list[Callback]:
     found: list[Callback] = [RichModelSummary()] if cfg.trainer.enable_model_summary else []
     chosen = cfg.callbacks
     if chosen.name == "early_stopping":
-        low = chosen.monitor == "val/loss" or (task.best_is_low and chosen.monitor == f"val/{task.best}")
+        low = task.is_low(chosen.monitor.removeprefix("val/"))
         stop = EarlyStopping(
             chosen.monitor,
             chosen.min_delta,

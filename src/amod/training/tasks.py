@@ -33,6 +33,9 @@ class Parts(Protocol):
     def measured(self, model: Any, data: Any) -> dict[str, Any] | None:
         """What of that is up to the data, measured on some of the test split: of trained gates."""
 
+    def keep(self, cfg: Any, folder: Path) -> None:
+        """Put into the run's folder what its config only points to."""
+
     def load_measured(self, folder: Path, cfg: Any, split: str) -> tuple[Any, Any]:
         """(model, data) of a finished run: its best weights, and a data module whose test split is ``split``."""
 
@@ -49,7 +52,6 @@ class Task:
     shown: dict[str, tuple[str, str]]
     tested: tuple[str, ...]
     best: str
-    best_is_low: bool = False
     samples: str = "images"
     extra: str = ""  # of pyproject.toml, with the packages that it needs
 
@@ -57,6 +59,11 @@ class Task:
     def columns(self) -> tuple[str, ...]:
         """Of metrics.csv."""
         return ("epoch", "step", "lr", "train/loss", *(f"val/{name}" for name in self.shown))
+
+    @staticmethod
+    def is_low(name: str) -> bool:
+        """Whether less of it is better."""
+        return name in ("loss", "perplexity")
 
     def parts(self) -> Parts:
         try:
@@ -72,7 +79,7 @@ class Task:
         """The first row with the best validation; the last of a run without validation."""
         key = f"val/{self.best}"
         validated = [row for row in rows if key in row]
-        choose = min if self.best_is_low else max
+        choose = min if self.is_low(self.best) else max
         return choose(validated, key=lambda row: row[key]) if validated else rows[-1]
 
 
@@ -91,7 +98,6 @@ LANGUAGE = Task(
     shown={"loss": ("loss", ""), "perplexity": ("perplexity", "")},
     tested=("loss", "perplexity"),
     best="loss",
-    best_is_low=True,
     samples="sequences",
 )
 DETECTION = Task(

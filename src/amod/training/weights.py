@@ -33,6 +33,9 @@ from amod.vit import PAPER_DEPTHS, convert, isoflop_depth, truncate
 
 log = logging.getLogger(__name__)
 
+HEADS = ("head.weight", "head.fc.weight")
+"""The keys of a classifier's weights (C, D), one or the other."""
+
 
 @dataclass(frozen=True)
 class Built:
