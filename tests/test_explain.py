@@ -251,6 +251,17 @@ WRONG = {
         ["run={0}/attention-0", "mod={0}/other-mod"],
         "mod={}/other-mod: differs from run= in model.kwargs",
     ),
+    "other capacity": (
+        ["run={0}/attention-0", "mod={0}/linear-more"],
+        "mod={}/linear-more: differs from run= in capacity (0.75 and 0.3)",
+    ),
+    "other seed": (["run={0}/attention-0", "mod={0}/linear-1"], "differs from run= in seed (1 and 0)"),
+    "twice": (["run=[{0}/attention-0,{0}/attention-0]"], "names a folder twice"),
+    "routed as dense": (
+        ["run={0}/attention-0", "dense={0}/linear-0"],
+        "its router is linear; name a run of router=none",
+    ),
+    "nothing": (["run=[]"], "run=[]: names no folder"),
     "no place": (["run={}/dense-0", "output={}/dense-0/config.yaml/x"], "dense-0/config.yaml/x: cannot be written"),
     "device": (["run={}/attention-0", "device=cuda"], "device=cuda: torch sees no CUDA device here"),
     "untrained": ([*MODEL, "data=digits"], "run: say which run folder"),
@@ -288,6 +299,7 @@ def test_a_mistake_is_said(case, runs, tmp_path):
         make_run(runs / "unfinished", "router=attention").joinpath("weights.safetensors").unlink()
         make_run(runs / "other-size", "router=attention", "model.kwargs.embed_dim=16")
         make_run(runs / "other-mod", "router=linear", "model.kwargs.depth=6")
+        make_run(runs / "linear-more", "router=linear", "capacity=0.75")
         make_run(runs / "kept-prefix", "router=attention", "router.keep_prefix=true")
         state = build(config("router=none"), 7).model.state_dict()
         save_file({key: value.contiguous() for key, value in state.items()}, runs / "headless.safetensors")

@@ -7,7 +7,7 @@ A text's embedding is the mean of the last layer over its tokens, as the model's
 each text's embedding to the dense model's (mean over texts), and Spearman's rank correlation between the similarities
 of all pairs of texts in the two models. Then the time of a batch, routed and dense in turn, as a ratio of medians.
 
-Every finished cell is a line of cells.jsonl; a second start goes on behind them. README.md gets the tables.
+Every finished cell is a line of cells.jsonl; a second start goes on behind them. The tables are printed.
 """
 
 from __future__ import annotations

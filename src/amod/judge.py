@@ -335,12 +335,16 @@ class Judge:
         """What the model is shown."""
         return [self.images]
 
-    def known_from(self, file: str | Path) -> Ledger:
-        """The file of what was judged, and what it knows already."""
+    def digest(self) -> dict[str, str]:
+        """Hex digits that change with the model's weights and with what it is shown."""
         digest = hashlib.blake2b(digest_size=8)
         for tensor in (*self.read(), *self.vit.state_dict().values()):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        ledger = Ledger(file, {"model and images": digest.hexdigest()})
+        return {"model and images": digest.hexdigest()}
+
+    def known_from(self, file: str | Path) -> Ledger:
+        """The file of what was judged, and what it knows already."""
+        ledger = Ledger(file, self.digest())
         for line in ledger.lines:
             name = name_of(from_data(json.loads(line["plan"])))  # with fields that are newer than the file
             if "judged" in line:

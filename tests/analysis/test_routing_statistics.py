@@ -77,6 +77,30 @@ def test_agreement_by_hand():
     assert agreement(routing, 1, contrast=torch.ones(1, 4))[1]["never, by chance"] == pytest.approx(0.6 * 0.2)
 
 
+def test_agreement_where_tokens_are_gone():
+    """Of a class token and four patches the first two patches stay; what is gone is no part of any chance."""
+    owner = torch.tensor([[0, 1, 2, -1, -1]])
+    routing = [
+        RoutedLayer(1, torch.tensor([[0.2, 0.2, 0.2, 0.2, 0.2]]), torch.tensor([[0, 1, 2]]), owner),
+        RoutedLayer(3, torch.tensor([[0.4, 0.4, 0.4]]), torch.tensor([[0, 1]]), torch.tensor([[0, 1, -1, -1, -1]])),
+    ]
+    one, two = agreement(routing, 1, contrast=torch.ones(1, 4))
+    assert (one["entropy"], two["entropy"]) == pytest.approx((1, 1))  # all equal, of five and of three
+    assert two["top score"] == pytest.approx(1 / 3)
+    assert two["kept again"] == 1
+    assert math.isnan(two["by chance"])
+    assert math.isnan(two["never, by chance"])
+    assert two["never kept"] == pytest.approx(2 / 5)
+    merged = torch.tensor([[0, 1, 1, 1, 2]])  # three patches are one: its score counts once
+    routing = [
+        RoutedLayer(1, torch.zeros(1, 0), torch.arange(3)[None], merged),
+        RoutedLayer(3, torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0, 1]]), merged),
+    ]
+    (row,) = agreement(routing, 1, contrast=torch.ones(1, 4))
+    assert row["top score"] == pytest.approx(0.5)
+    assert row["entropy"] == pytest.approx(stats.entropy([0.5, 0.25, 0.25]) / math.log(3))
+
+
 def test_contrast_of_patches():
     image = torch.zeros(1, 3, 4, 6)
     image[0, :, 0, 4] = 4.0  # in the last of three patches of the first row

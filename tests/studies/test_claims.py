@@ -35,6 +35,7 @@ def test_the_interval_is_students():
         ([70, 71, 72], [72, 69, 73], "undecided"),  # 2, -2, 1
         ([70], [72], "one seed"),  # says nothing about the spread
         ([70, 71], [72, 73], "undecided"),  # 2 and 2: tested, and no spread is no evidence
+        ([88.1667, 87.9333], [88.3, 88.0667], "undecided"),  # 4 of 3,000 images twice, rounded to 0.1333 and 0.1334
     ],
 )
 def test_three_kinds_of_verdict(linear, attention, verdict):
@@ -101,6 +102,17 @@ def test_cells_are_counted_and_untested_ones_are_not():
     assert verdict_of([]) == "not tested"
     same = Cell("", (0.0, 0.0))  # it was tested, and no spread says nothing
     assert verdict_of([same, Cell("", (1.0,))]) == "undecided"
+
+
+def test_routers_of_unequal_cost_are_said():
+    """20 % apart, and 1 % apart; the dense model's cost is another by design."""
+    found = rows(linear=[70, 71], attention=[72, 73.1], none=[80, 80])
+    found.loc[found["router"] == "attention", "gflops"] = 0.02
+    assert examine(CLAIM, found, "test_top1").cells[0].text.startswith("C = 0.5 (0.02 and 0.025 G): +2.05 ± ")
+    dense = {"text": "", "higher": "attention", "lower": "none"}
+    assert "G)" not in examine(dense, found, "test_top1").cells[0].text
+    found.loc[found["router"] == "attention", "gflops"] = 0.02475
+    assert "G)" not in examine(CLAIM, found, "test_top1").cells[0].text
 
 
 def test_cells_are_told_apart_by_what_varies():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 
 import amod
@@ -81,6 +82,13 @@ def test_the_frontier_of_a_tiny_run(tmp_path, capsys):
     assert [json.loads(line)["of"]["rounds"] for line in times.read_text().splitlines()[1:]] == [2, 2, 3, 2]
     with pytest.raises(amod.UserError, match="is of other images; name another file"):
         command.job(asked(*wanted[:4], "images=41", *wanted[5:]))
+
+    weights = run / "weights.safetensors"
+    state = load_file(weights)
+    save_file({**state, "head.bias": state["head.bias"] + 1}, weights)
+    (output / "search.jsonl").unlink()
+    with pytest.raises(amod.UserError, match=r"records.jsonl: is of other model and images; name another file"):
+        command.job(asked(*wanted))
 
 
 def test_a_stopped_one_goes_on_within_the_images(tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ from fakes_studies import SCALE, STUDY, finish, rows
 
 from amod.studies import figures
 from amod.studies.paper import ACCURACY
-from amod.studies.report import beginnings, beside_the_paper, table, write_report
-from amod.studies.rows import COLUMNS, read, rows_of
+from amod.studies.report import beginnings, beside_the_paper, seeds_of, table, write_report
+from amod.studies.rows import COLUMNS, curves_of, read, rows_of
 
 
 def test_the_table_has_a_line_for_each_cell_and_counts_what_finished():
@@ -97,6 +97,22 @@ def test_runs_that_began_from_two_trainings_of_the_dense_model_are_told():
     found["start_accuracy"] = [88.0, 88.5, 88.0, 88.25]  # seeds 0, 1, 0, 1
     assert beginnings(found[found["seed"] == 0]) == ""
     assert beginnings(found).endswith("from each (seed 1: 1 from one of 88.25 %, 1 from one of 88.5 %).")
+
+
+def test_cells_of_fewer_seeds_are_said_and_a_router_of_ones_own_is_shown(tmp_path):
+    """And what was typed about the study, and an old picture of other models goes."""
+    found = rows(linear=[70, 71], attention=[72])
+    assert seeds_of(found) == "seeds 0, 1, of some rows fewer"
+    assert seeds_of(rows(linear=[70, 71], attention=[72, 73])) == "seeds 0, 1"
+    found.loc[found["router"] == "attention", "router"] = "mine"
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/figure-other.png").write_bytes(b"")
+    study = {**STUDY, "stage": "finetune", "claims": []}
+    scale = {**SCALE, "typed": ["study.runs=[{router:[mine]}]"], "stages": {"finetune": {"settings": []}}}
+    text = write_report(study, scale, found, curves_of(tmp_path / "none"), tmp_path / "report").read_text()
+    assert "scale=toy 'study.runs=[{router:[mine]}]'`" in text
+    assert "| mine | 0.0250 | 1/1 | 72.00 |" in text
+    assert [file.name for file in (tmp_path / "report").glob("*.png")] == ["figure.png"]
 
 
 def test_each_model_has_a_picture(tmp_path):

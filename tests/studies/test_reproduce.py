@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -25,8 +27,14 @@ def command(*overrides):
         (["report_only=7"], "report_only=7: must be true or false"),
         (["scale=medium", "scale.weights=[1]"], r"scale.weights=\[1\]: must be a file of the model's weights, or null"),
         (["scale.seeds=[a]"], r"scale.seeds=\['a'\]: must be a list of whole numbers"),
-        (["study=table8", "scale=medium"], "study=table8: needs the stage scratch, but scale=medium has dense"),
+        (["study=table8", "scale=medium"], "scale=medium: study=table8 is of scale small, paper; choose that"),
         (["study=table99"], "study=table99: no such choice"),
+        (["study=fig28", "scale=medium"], "scale=medium: study=fig28 is of scale small, paper"),
+        (["scale.name=foo"], "scale.name=foo: must be one of medium, paper, small"),
+        (["jobs=true"], "jobs=True: must be a whole number"),
+        (["results=null"], "results=null: must be the name of a folder"),
+        (["study=table5", "study.metric=foo"], "study.metric=foo: no report has it; choose one of test_top1"),
+        (["dry=true", "report_only=true"], "leave one of them out"),
         (["results=README.md"], "results=README.md: is a file; name a folder"),
         (["scale=medium", "scale.weights=none.pth"], "model.checkpoint=none.pth: no such file"),
     ],
@@ -54,7 +62,7 @@ def test_all_leaves_out_what_is_not_for_the_scale():
     assert {*names} < {study["name"] for study in studies_of(whole)}
 
 
-def test_reports_are_written_again_from_their_rows(tmp_path):
+def test_reports_are_written_again_from_their_rows(tmp_path, capsys):
     study, scale = (OmegaConf.to_container(OmegaConf.load(CONF / f)) for f in ("study/table5.yaml", "scale/small.yaml"))
     rows = [
         row_of(run) | {"status": "finished", "test_top1": 80.0 + 3 * (run.settings["router"] == "attention")}
@@ -67,6 +75,14 @@ def test_reports_are_written_again_from_their_rows(tmp_path):
         "claims.md",
         "table5",
     ]  # not sec45, which shares its runs
+    assert "none of these runs" not in capsys.readouterr().out
+    command("study=table5", "scale=medium", "report_only=true", f"results={tmp_path}", f"runs={tmp_path}/nowhere")
+    assert "none of these runs" not in capsys.readouterr().out  # nor are there others at that scale
+    (tmp_path / "table5/medium").mkdir()
+    write(table_of(rows[:1]), tmp_path / "table5/medium/runs.csv")
+    command("study=table5", "scale=medium", "report_only=true", f"results={tmp_path}", f"runs={tmp_path}/nowhere")
+    assert "none of these runs is in " in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "table5/medium")
     report = (tmp_path / "table5/small/report.md").read_text()
     assert "14 runs finished, 1 runs not run" in report
     assert "Not run: 1 runs of seed 2." in report

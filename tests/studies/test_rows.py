@@ -11,10 +11,12 @@ from fakes_studies import SCALE, STUDY, finish, finished, rows
 from pandas.testing import assert_frame_equal
 
 from amod.errors import UserError
+from amod.studies import clock
 from amod.studies.plan import runs_of
 from amod.studies.rows import (
     COLUMNS,
     CURVES,
+    curves_of,
     describe,
     epochs_to_peak,
     known_in,
@@ -132,6 +134,49 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     with pytest.raises(UserError, match=said) as error:
         known_in(tmp_path, "small")
     assert str(error.value).count("cannot be read") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("environment.json", "{"),
+        ("environment.json", "[]"),
+        ("metrics.csv", ""),
+        ("metrics.csv", "epoch\n0\n"),
+        ("metrics.csv", "epoch,val/top1\n0,many\n"),
+        ("summary.json", "{"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, damage):
+    runs = finish(tmp_path, {"linear": [70.0, 71.0], "attention": [72.0, 73.0]})
+    (tmp_path / runs[0].name / name).write_text(damage)
+    with pytest.raises(UserError, match=rf"{runs[0].name}/{name}: ") as error:
+        rows_of(runs, tmp_path, {})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("curves.csv", "run,epoch\nx,0\n"),
+        ("curves.csv", "run,epoch,val_top1\nx,0.5,70\n"),
+        ("speed.csv", "run,speedup\nx,fast\n"),
+        ("speed.csv", f"{','.join(clock.COLUMNS)}\n" + f"x{',1' * 7}\n" * 2),
+        ("halting.csv", "run,image,time\nx,0,1\n"),
+        ("halting.csv", "run,image,flops,time\nx,0,few,1\n"),
+    ],
+)
+def test_a_damaged_file_beside_a_report_is_named(tmp_path, name, damage):
+    (tmp_path / name).write_text(damage)
+    readers = {
+        "curves.csv": lambda: curves_of(tmp_path / name),
+        "speed.csv": lambda: clock.with_speeds(rows(linear=[70]), tmp_path),
+        "halting.csv": lambda: clock.halting_section(rows(linear=[70]), tmp_path),
+    }
+    with pytest.raises(
+        UserError, match=rf"{name}: cannot be read .*; bring it back from version control, or delete it"
+    ):
+        readers[name]()
 
 
 def test_what_failed_is_not_measured():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from amod.analysis.style import save
 from amod.routing import Routing
 
 
@@ -43,5 +44,4 @@ def draw_depths(images: Tensor, routing: Routing, grid: tuple[int, int], path: P
         axis.set_yticks([])
     figure.colorbar(mesh, ax=axes[1], label="blocks run", shrink=0.8)
     figure.suptitle("How deep each patch went", fontsize=9)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path, dpi=150)

@@ -59,6 +59,7 @@ def explain(cfg: ExplainConfig, command: str) -> None:
                     pictures.labels,
                     tokens=cfg.tokens,
                     seed=cfg.seed,
+                    draws=subject.config.seed,
                     done=lambda ran: progress.advance(bar, ran),
                 )
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amod.entries import READS_ATTENTION
-from amod.errors import UserError, shown
+from amod.errors import UserError, one_line, shown
 from amod.files import expanded
 from amod.training.checks import check_checkpoint
 from amod.training.command import is_among
@@ -45,6 +45,12 @@ def check_explain(composed: Any) -> ExplainConfig:
         if others and len(others) != max(1, len(runs)):
             given = shown(getattr(cfg, key))
             raise UserError(f"{key}={given}: has {len(others)} folders for {max(1, len(runs))} of run; name as many")
+    for key, these in (("run", runs), ("mod", mods), ("dense", denses)):
+        if len({folder.resolve() for folder in these}) < len(these):
+            raise UserError(f"{key}={shown(getattr(cfg, key))}: names a folder twice; runs are of different seeds")
+    for folder in denses:
+        if (router := saved(folder).router.name) not in UNROUTED:
+            raise UserError(f"dense={folder}: its router is {router}; name a run of router=none")
     if runs:
         check_left_to_the_run(cfg, dense=saved(runs[0]).router.name in UNROUTED)
     else:
@@ -150,8 +156,11 @@ def decided(composed: Any) -> tuple[str, ...]:
     if cfg.text is not None:
         return ("model", "data", "schedule")
     if is_saved_model(cfg.run):
-        about = json.loads((expanded(str(cfg.run)) / "config.json").read_text())
-        return of_run(dense=not about.get("amod", {}).get("plan"))
+        try:
+            about = json.loads((expanded(str(cfg.run)) / "config.json").read_text(encoding="utf-8"))
+            return of_run(dense=not about.get("amod", {}).get("plan"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"run={cfg.run}: no saved model (config.json: {one_line(error)})") from None
     return of_run(dense=saved(folders(cfg, "run")[0]).router.name in UNROUTED)
 
 
@@ -160,6 +169,8 @@ def folders(cfg: ExplainConfig, key: str) -> list[Path]:
     given = getattr(cfg, key)
     if given is None:
         return []
+    if not given:
+        raise UserError(f"{key}=[]: names no folder; leave it out, or name the folder of a run")
     found: list[Path] = []
     for item in given if isinstance(given, list) else [given]:
         name = os.path.expanduser(item)

@@ -72,6 +72,7 @@ def measure(
     *,
     tokens: int | None = None,
     seed: int = 0,
+    draws: int = 0,
     done: Callable[[int], object] = lambda blocks: None,
 ) -> Measured:
     """Route, score and remove the tokens of images (B, 3, H, W), in batches, on the models' device.
@@ -81,13 +82,15 @@ def measure(
         models: by router name; in evaluation mode like ``dense``.
         labels: (B,); None: importance is about the class that the dense model predicts.
         tokens: remove at most so many patches of each image, drawn by ``seed``; None: each in turn.
+        draws: the seed of random scores and of a random router: a run's own, so that runs differ in them.
         done: as in :func:`~amod.analysis.importance.leave_one_out`, which takes nearly all of the time.
     """
     device = next(dense.parameters()).device
     blocks = blocks_of(models)
     grid, prefix = grid_of(dense, images), dense.num_prefix_tokens
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # a random router draws from torch's own
+    drawn = torch.Generator().manual_seed(draws)
+    torch.manual_seed(draws)  # a random router draws from torch's own
     parts: list[Measured] = []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH].to(device)
@@ -110,7 +113,7 @@ def measure(
             },
             CONTRAST: dict.fromkeys(blocks, contrast),
         }
-        chance = {block: torch.rand(b, n, generator=generator).to(device) for block in blocks}
+        chance = {block: torch.rand(b, n, generator=drawn).to(device) for block in blocks}
         scores.setdefault("random", chance)  # a random router's own are as good
         importance = {block: leave_one_out(dense, walk.inputs[block], wanted, block, removed, done) for block in blocks}
         parts.append(Measured(grid, prefix, routing, scores, removed, importance, predicted))

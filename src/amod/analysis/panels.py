@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from amod.files import write_atomically
+
 PALE = 0.93
 """Skipped patches lose their colour and fade towards this grey: they can be seen, and what was kept stands out."""
 
@@ -128,7 +130,8 @@ def save_figure(figure: Any, axes: Any, path: Path, caption: str) -> None:
         wrapped = "\n".join(textwrap.fill(line, width) for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize=7, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()
+    drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=130)
     pyplot_agg().close(figure)
-    Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)  # a third of the bytes
+    Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(small, "png", optimize=True)  # a third of the bytes
+    write_atomically(path, small.getvalue())

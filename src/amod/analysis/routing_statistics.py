@@ -137,16 +137,16 @@ def seen(routing: Routing) -> list[Seen]:
 
 AGREEMENT = {
     "kept again": "of the tokens kept, the share that the routed block before kept as well",
-    "by chance": "the same for tokens drawn at random, K/N",
+    "by chance": "the same for tokens drawn at random, K/N; none once tokens are gone",
     "class token kept": "share of the images whose class token (the first token without a patch) was kept",
-    "entropy": "of the scores as a distribution over tokens, 1 where all are equal, 0 where one has all",
+    "entropy": "of the scores as shares of the tokens that are there, 1 where all are equal, 0 where one has all",
     "top score": "the highest score of an image's tokens, as a share of their sum",
     "on one token": "share of the images where one token has more than half of the sum",
     "on a patch": "share of the images whose highest score is a patch's, not a class or register token's",
     "same place": "share of the images whose highest-scored patch is the one that is most often the highest",
     "contrast": "of the kept patches, relative to all patches of their image; below 1 they are the plainer ones",
     "never kept": "share of the tokens that no routed block so far kept",
-    "never, by chance": "the same for tokens drawn at random in each block, the product of 1 - K/N over the blocks",
+    "never, by chance": "the same for tokens drawn at random in each block, the product of 1 - K/N; none as above",
 }
 
 
@@ -163,14 +163,16 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
     before: Tensor | None = None
     missed: Tensor | None = None
     missed_by_chance = 1.0
-    for layer in seen(routing):
+    for layer, own in zip(seen(routing), routing, strict=True):
         if layer.scores is None:
             continue
-        b, n = layer.scores.shape
-        kept, chance = layer.kept, float(layer.kept.double().mean())
         scores = layer.scores.double()
-        share = scores / scores.sum(dim=1, keepdim=True)
-        distribution = bool((scores >= 0).all())
+        kept, chance = layer.kept, float(layer.kept.double().mean())
+        if (layer.group < 0).any():
+            chance = math.nan  # what is gone cannot be drawn again
+        share = own.scores.double() / own.scores.double().sum(dim=1, keepdim=True)  # a merged token counts once
+        there = (share > 0).sum(dim=1).double()
+        distribution = bool((share >= 0).all())
         top_patch = scores[:, prefix:].argmax(dim=1)
         chosen = kept[:, prefix:]
         contrasts = (contrast * chosen).sum(dim=1) / chosen.sum(dim=1) / contrast.mean(dim=1)
@@ -182,13 +184,13 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
                 "kept again": float((kept & before).sum() / kept.sum()) if before is not None else math.nan,
                 "by chance": chance if before is not None else math.nan,
                 "class token kept": float(kept[:, 0].double().mean()) if prefix else math.nan,
-                "entropy": float((torch.special.entr(share).sum(dim=1) / math.log(n)).mean())
+                "entropy": float((torch.special.entr(share).sum(dim=1) / there.log()).nanmean())
                 if distribution
                 else math.nan,
                 "top score": float(share.amax(dim=1).mean()) if distribution else math.nan,
                 "on one token": float((share.amax(dim=1) > 0.5).double().mean()) if distribution else math.nan,
                 "on a patch": float((scores.argmax(dim=1) >= prefix).double().mean()),
-                "same place": float(top_patch.bincount().max() / b),
+                "same place": float(top_patch.bincount().max() / len(scores)),
                 "contrast": float(contrasts.nanmean()),  # nan: no patch kept, or none has any
                 "never kept": float(missed.double().mean()),
                 "never, by chance": missed_by_chance,

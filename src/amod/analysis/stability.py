@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES, variant
+from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES, save, variant
 
 
 def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, caption: str) -> None:
@@ -31,16 +31,18 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
     routers = sorted({row["router"] for row in rows}, key=lambda router: list(NAMES).index(variant(router)))
     rates = sorted({float(row["lr"]) for row in rows})
     gap = min([b / a for a, b in itertools.pairwise(rates)] + [10.0])
-    any_failed = False
+    any_failed = any_single = False
     for place, router in enumerate(routers):
         name = variant(router)
         shift = gap ** (0.3 * ((place + 0.5) / len(routers) - 0.5))  # side by side, so that no bar hides another
-        points = []
+        points, single = [], []
         for lr in rates:
             found = [row["top1"] for row in rows if row["router"] == router and float(row["lr"]) == lr]
             finished = [float(top1) for top1 in found if top1 is not None and math.isfinite(top1)]
             if finished:
                 points.append((lr * shift, statistics.fmean(finished), min(finished), max(finished)))
+                if len(finished) == 1:
+                    single.append(points[-1])
             if failed := len(found) - len(finished):
                 any_failed = True
                 text = f"× {NAMES[name]}" + (f" ({failed})" if failed > 1 else "")
@@ -67,6 +69,10 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
             capsize=3,
             elinewidth=1,
         )
+        if single and any(low < high for _, _, low, high in points):
+            any_single = True
+            hollow: dict[str, Any] = {"linestyle": "none", "markeredgecolor": COLOURS[name], "markerfacecolor": "white"}
+            axis.plot([lr for lr, *_ in single], [mean for _, mean, *_ in single], marker=MARKERS[name], **hollow)
     axis.set_xscale("log")
     margin = max(gap**0.5, (rates[-1] / rates[0]) ** 0.12)  # failed runs have no point that would make room for them
     axis.set_xlim(rates[0] / margin, rates[-1] * margin)
@@ -77,8 +83,7 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
     if any_failed:
         axis.margins(y=0.05 * (len(routers) + 1))
     figure.legend(loc="outside right upper", fontsize=9)
-    notes = "Mean over the seeds; bars from the worst seed to the best." + " ×: failed runs." * any_failed
+    notes = "Mean over the seeds; bars from the worst seed to the best." + " Hollow: one seed." * any_single
+    notes += " ×: failed runs." * any_failed
     figure.supxlabel("\n".join([*textwrap.wrap(caption, 120), notes]), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path, dpi=150)

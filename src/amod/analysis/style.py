@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+from typing import Any
+
+from amod.files import write_atomically
+
+
+def save(figure: Any, path: Path, **how: Any) -> None:
+    """Write a picture of matplotlib's, whole or not at all, and close it. ``how``: of ``savefig``."""
+    from matplotlib import pyplot
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, **how)
+    pyplot.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, drawn.getvalue())
+
 
 def variant(router: str) -> str:
     """The key below of a name of conf/router: router=none is the dense model."""

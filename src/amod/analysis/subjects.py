@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 Trained = TrainConfig | ExplainConfig  # of a run folder, or of the command itself
 
 MODEL_AND_DATA = ("model.name", "model.kwargs", "data.name", "data.crop_pct")
+COMPARED = ("capacity", "budget", "placement", "router.keep_prefix", "seed")
+"""What two routers that are compared must have in common; captions say it once."""
 
 # --- models and images --------------------------------------------------------------------------------------------
 
@@ -69,9 +71,14 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
             if other.router.name in (*UNROUTED, config.router.name):
                 raise UserError(f"mod={mods[i]}: its router is {other.router.name}; name a run of another router")
             no_gates(other.router.name)
-            for key in MODEL_AND_DATA if runs else ():
-                if attrgetter(key)(other) != attrgetter(key)(config):
-                    raise UserError(f"mod={mods[i]}: differs from run= in {key}; name a run of the same model and data")
+            for key in (*MODEL_AND_DATA, *COMPARED) if runs else ():
+                theirs, ours = attrgetter(key)(other), attrgetter(key)(config)
+                if theirs != ours:
+                    said = f" ({theirs} and {ours})" if key in COMPARED and key != "placement" else ""
+                    raise UserError(
+                        f"mod={mods[i]}: differs from run= in {key}{said}; name a run of the same model and data, "
+                        "that routes as much, in the same blocks, of the same seed"
+                    )
             models[other.router.name] = load(other, mods[i], num_classes)
             others.append((other.router.name, other.capacity))
             if others[i] != others[0]:

@@ -19,6 +19,8 @@ from amod.plan import BY_THEMSELVES
 from amod.studies.rows import AXES, describe, measured
 
 MOST_SEEDS = 100  # no more are suggested
+NO_SPREAD = 1e-3  # percent have six digits, and one of 10,000 images is 0.01
+UNLIKE = 0.02  # beyond this share, that two sides do not cost the same is said
 HOW = (
     "A claim is looked at on the differences between runs of the same seed, cell by cell: *held* where their 95 % "
     "interval (Student's t, the one test that can decide with so few seeds) lies above zero, or above minus the margin "
@@ -36,12 +38,16 @@ class Cell:
     margin: float = 0.0
 
     @property
+    def spread(self) -> float:
+        return max(self.differences) - min(self.differences)
+
+    @property
     def verdict(self) -> str:
         """held, contradicted, undecided, or why there is none: no pairs, one seed, no spread."""
         if len(self.differences) < 2:
             return "one seed" if self.differences else "no pairs"
         mean, half = interval(self.differences)
-        if half == 0:  # epochs are whole numbers: no spread says nothing about the interval
+        if self.spread < NO_SPREAD:  # says nothing about the interval, as of epochs, which are whole numbers
             return "no spread"
         if mean - half > -self.margin:
             return "held"
@@ -56,7 +62,7 @@ class Cell:
         n = len(self.differences)
         if n == 1:
             return f"{self.where}: {mean:+.2f} (one seed)"
-        if half == 0:
+        if self.spread < NO_SPREAD:
             return f"{self.where}: {mean:+.2f} in every one of {n} seeds"
         shown = f"{self.where}: {mean:+.2f} ± {half:.2f} (n = {n}), {self.verdict}"
         if self.verdict != "undecided":
@@ -127,12 +133,18 @@ def examine(claim: Mapping[str, Any], rows: pd.DataFrame, metric: str) -> Findin
         others = [name for name in others if name not in unlike]
     if claim["lower"] in BY_THEMSELVES:  # it has blocks of its own, wherever the other one routes
         others.remove("placement")
-    paired = above.merge(below[[*others, "seed", metric]], on=[*others, "seed"], how="left", suffixes=("", "_below"))
+    paired = above.merge(
+        below[[*others, "seed", "gflops", metric]], on=[*others, "seed"], how="left", suffixes=("", "_below")
+    )
     paired["difference"] = paired[metric] - paired[f"{metric}_below"]
     cells = []
     for key, group in paired.groupby([name for name in AXES if name != axis], sort=False, dropna=False):
         labels = dict(zip((name for name in AXES if name != axis), key, strict=True))
-        differences = group.sort_values("seed")["difference"].dropna()
-        shown = describe({name: labels[name] for name in varying})
+        group = group.dropna(subset="difference").sort_values("seed")
+        shown, differences = describe({name: labels[name] for name in varying}), group["difference"]
+        if axis == "router" and claim["lower"] != "none":  # two routers are to cost the same
+            theirs, lower = (float(group[key].astype(float).mean()) for key in ("gflops", "gflops_below"))
+            if abs(theirs - lower) > UNLIKE * max(theirs, lower):
+                shown = f"{shown} ({theirs:.3g} and {lower:.3g} G)".lstrip()
         cells.append(Cell(shown, tuple(map(float, differences)), float(claim.get("margin", 0.0))))
     return Finding(claim["text"], metric, tuple(cells))

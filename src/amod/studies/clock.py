@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from amod.errors import unreadable
 from amod.plan import halts
 from amod.studies.plan import Run
-from amod.studies.rows import markdown, read_csv, write
+from amod.studies.rows import markdown, read_as, write
 from amod.studies.runner import finished
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ TRAINING_ROUNDS = 7
 ALONE, ALONE_ROUNDS = 64, 5  # images one by one, of models whose tokens halt
 SPEEDS = ("speedup", "low", "high", "training_speedup", "training_low", "training_high", "training_mib")
 COLUMNS = {"run": "str", **dict.fromkeys(SPEEDS, "float64")}
+HALTING = {"run": "str", "image": "int64", "flops": "float64", "time": "float64"}
 
 
 def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
@@ -72,6 +74,8 @@ def measure(runs: Sequence[Run], root: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if alone:
         write(pd.concat(alone).round(4), output / "halting.csv")
+    else:
+        (output / "halting.csv").unlink(missing_ok=True)
     write(pd.DataFrame(rows, columns=list(COLUMNS)).round(4), output / "speed.csv")
 
 
@@ -121,7 +125,7 @@ def image_by_image(name: str, model: Any, dense: Any, images: Tensor) -> pd.Data
         steps = {"dense": lambda i=i: dense(images[i : i + 1]), "halting": lambda i=i: model(images[i : i + 1])}
         seconds, _ = timing.alternate(steps, ALONE_ROUNDS)
         rows.append((name, i, flops / whole, timing.paired(seconds["halting"], seconds["dense"]).median))
-    return pd.DataFrame(rows, columns=["run", "image", "flops", "time"])
+    return pd.DataFrame(rows, columns=list(HALTING))
 
 
 def halting_section(rows: pd.DataFrame, folder: Path) -> str:
@@ -132,7 +136,7 @@ def halting_section(rows: pd.DataFrame, folder: Path) -> str:
     lines = [["run", "FLOPs of dense (%)", "least to most", "time of dense (%)", "least to most", "rank correlation"]]
     lines.append(["---"] + ["---:"] * 5)
     settings = rows.set_index("run")["setting"]
-    for name, found in read_csv(file).groupby("run", sort=False):
+    for name, found in read_as(file, HALTING).groupby("run", sort=False):
         line = [str(settings.get(name, name))]
         for column in ("flops", "time"):
             share = 100 * found[column]
@@ -146,9 +150,10 @@ def halting_section(rows: pd.DataFrame, folder: Path) -> str:
 
 def read(folder: Path) -> pd.DataFrame:
     """The rows of a speed.csv; none where there is no such file."""
-    file = folder / "speed.csv"
-    found = read_csv(file) if file.exists() else pd.DataFrame()
-    return found.reindex(columns=list(COLUMNS)).astype(COLUMNS)
+    found = read_as(folder / "speed.csv", COLUMNS)
+    if found["run"].duplicated().any():
+        raise unreadable(folder / "speed.csv", "it has a run twice")
+    return found
 
 
 def with_speeds(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from amod.errors import UserError
+from amod.errors import UserError, shown
 from amod.studies.plan import Run, at_scale, runs_of
 from amod.studies.runner import arguments, command, execute, finished, how_to_run, to_run
 from amod.training.checks import check_train
@@ -20,6 +20,8 @@ from amod.training.compose import compose_config
 from amod.training.config import CONF, TrainConfig, UntrainedConfig, choices
 from amod.training.rules import parse
 
+SAID = ("scale.weights=", "scale.seeds=")
+"""What a report's head says by itself of what was typed."""
 BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
 
 
@@ -28,7 +30,7 @@ def check_reproduce(cfg: DictConfig) -> None:
     for key in ("study", "scale"):
         if not isinstance(cfg.get(key), DictConfig):
             raise UserError(f"{key}={cfg.get(key)}: must stay a group; choose one of {', '.join(choices(key))}")
-    if not (cfg.jobs is None or (isinstance(cfg.jobs, int) and cfg.jobs >= 1)):
+    if not (cfg.jobs is None or (isinstance(cfg.jobs, int) and not isinstance(cfg.jobs, bool) and cfg.jobs >= 1)):
         raise UserError(f"jobs={cfg.jobs}: must be a whole number of at least 1, or null")
     for key in ("dry", "report_only", "fresh"):
         if not isinstance(cfg[key], bool):
@@ -37,7 +39,16 @@ def check_reproduce(cfg: DictConfig) -> None:
     weights = cfg.scale.get("weights")
     if not (weights is None or isinstance(weights, str)):
         raise UserError(f"scale.weights={weights}: must be a file of the model's weights, or null for the hub's")
+    if cfg.dry and cfg.report_only:
+        raise UserError("dry=true: lists what would be run, and report_only=true runs nothing; leave one of them out")
+    study, scale = cfg.study, cfg.scale
+    if scale.name not in choices("scale"):
+        raise UserError(f"scale.name={scale.name}: must be one of {', '.join(choices('scale'))}; choose it with scale=")
+    if scale.name not in study.get("scales", [scale.name]) and "studies" not in study:
+        raise UserError(f"scale={scale.name}: study={study.name} is of scale {', '.join(study.scales)}; choose that")
     for key in ("runs", "results"):
+        if not isinstance(cfg[key], str) or not cfg[key]:
+            raise UserError(f"{key}={shown(cfg[key])}: must be the name of a folder")
         if Path(cfg[key]).exists() and not Path(cfg[key]).is_dir():
             raise UserError(f"{key}={cfg[key]}: is a file; name a folder")
     seeds = cfg.scale.seeds
@@ -49,12 +60,19 @@ def reproduce(cfg: DictConfig) -> None:
     GlobalHydra.instance().clear()  # composing the runs' configs needs a Hydra of its own
     scale = _plain(cfg.scale)
     scale["usual_seeds"] = _plain(OmegaConf.load(CONF / f"scale/{scale['name']}.yaml"))["seeds"]
+    typed = (item for item in sys.argv[1:] if item.startswith(("study.", "scale.")))
+    scale["typed"] = [item for item in typed if not item.startswith(SAID)]
     root, results = Path(cfg.runs), Path(cfg.results)
     how = how_to_run(cfg.launcher, cfg.extra)
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     from amod.studies import clock  # pandas takes a second
-    from amod.studies.rows import Known, curves_of, known_in, place_of, reported, with_own
+    from amod.studies.rows import METRICS, Known, curves_of, known_in, place_of, reported, with_own
+
+    for study in studies:
+        for metric in [*(study.get("metrics") or []), *([study["metric"]] if "metric" in study else [])]:
+            if metric not in METRICS:
+                raise UserError(f"study.metric={metric}: no report has it; choose one of {', '.join(METRICS)}")
 
     known: Known = ({}, curves_of(results / "none")) if cfg.fresh else known_in(results, scale["name"])
 
@@ -77,6 +95,8 @@ def reproduce(cfg: DictConfig) -> None:
     if cfg.report_only:
         found = {name: found_in(name) for name in plans}
         measured = [study for study in studies if study["name"] in found]
+        if known[0] and not any((rows["status"] == "finished").any() for rows, _ in found.values()):
+            print(f"none of these runs is in {results} or {root}: {said_of(results, scale)}")
         there = [s for s in measured if is_there(s, measured, found, results / s["name"] / scale["name"])]
         report(there, scale, found, results)
         return
@@ -110,6 +130,12 @@ def reproduce(cfg: DictConfig) -> None:
         raise UserError(
             f"{len(failed)} runs failed, see the reports and {root}/*.log; the same command tries them again"
         )
+
+
+def said_of(results: Path, scale: Mapping[str, Any]) -> str:
+    """Why reports at this scale may be of other runs."""
+    named = "the hub's" if scale.get("weights") is None else Path(scale["weights"]).name
+    return f"reports at {scale['name']} scale name the weights that they began from (scale.weights=), these are {named}"
 
 
 def is_there(

@@ -13,15 +13,16 @@ import pandas as pd
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from amod.analysis.style import COLOURS, LINES, MARKERS, variant
+from amod.analysis.style import COLOURS, LINES, MARKERS, save, variant
 from amod.studies.claims import interval
-from amod.studies.rows import METRICS, NAMES, describe, measured, placed, router_order
+from amod.studies.rows import METRICS, describe, measured, name_of, placed, router_order
 
 
 def look(router: str) -> dict[str, Any]:
     """matplotlib's arguments for a router's points and lines."""
     name = variant(router)
-    return {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": LINES[name], "label": NAMES[router]}
+    name = name if name in COLOURS else "plan"  # a router of one's own
+    return {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": LINES[name], "label": name_of(router)}
 
 
 def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:
@@ -106,7 +107,7 @@ def _lines(rows: pd.DataFrame) -> list[tuple[tuple[str, dict[str, Any]], pd.Data
         for (placement, kind), part in mine.groupby([mine["placement"], kinds]):
             own = ", ".join(word for word in (placed(placement) if placement != "alternate" else "", kind) if word)
             filled = {"fillstyle": "none" if kind else "left", "markerfacecoloralt": "white"}
-            style = {"label": f"{NAMES[router]}, {own}", **filled} if own else {}
+            style = {"label": f"{name_of(router)}, {own}", **filled} if own else {}
             lines.append(((router, style), part))
     return lines
 
@@ -157,8 +158,7 @@ def _finish(figure: Any, study: Mapping[str, Any], caption: str, path: Path) -> 
     figure.legend(by_label.values(), by_label.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(study["title"], fontsize=11)
     figure.supxlabel(textwrap.fill(caption, int(16 * figure.get_figwidth())), fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, dpi=130)
 
 
 Draw = Callable[[pd.DataFrame, pd.DataFrame, Mapping[str, Any], str, Path], None]

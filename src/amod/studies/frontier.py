@@ -61,9 +61,11 @@ def frontier(cfg: FrontierConfig) -> None:
     judge = Judge(vit, searched_on)
     split = data.splits[cfg.split]
     about: dict[str, Any] = {
+        **judge.digest(),
         "model": run.model.label, "image_size": [*judge.size], "data": run.data.name, "split": cfg.split,
         "images": min(cfg.images, len(split)), "seed": cfg.seed, "dense_gflops": judge.whole / 1e9,
     }  # fmt: skip
+    records, times = (Records(output / name, about) for name in ("records.jsonl", "times.jsonl"))
     trained = "with a linear probe trained" if run.schedule.train == "head" else "fine-tuned"
     clocks = {f"{r}, batch {b}, {cfg.clock} time": (r, b) for r in cfg.runtimes for b in cfg.batches}
     told = {**about, "trained": trained, "search_images": len(searched_on), "effort": cfg.effort, "clocks": [*clocks]}
@@ -81,8 +83,6 @@ def frontier(cfg: FrontierConfig) -> None:
         tome = plans.get(("tome_above", share), plans.get(("tome", share)))
         if tome is not None and (near := as_near(judge, tome)) is not None:
             plans["as_tome", share] = near
-    records = Records(output / "records.jsonl", about)
-    times = Records(output / "times.jsonl", about)
     heads: dict[Key, HeadFit] = {}
     for (name, share), plan in [*plans.items()] if judge.has_head else []:
         if name in REFITTED:

@@ -14,7 +14,7 @@ import numpy as np
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from amod.analysis.style import COLOURS, MARKERS
+from amod.analysis.style import COLOURS, MARKERS, save
 from amod.entries import ClassOnly, Gate, Halt, Merge, Predict, Prune
 from amod.files import write_atomically
 from amod.plan import Plan, from_data
@@ -206,5 +206,4 @@ def picture(path: Path, rows: Sequence[Any], clocks: Mapping[str, Mapping[Any, A
         axis.set_visible(False)
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, dpi=110)

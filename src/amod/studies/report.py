@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,19 @@ from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
 from amod.studies.clock import halting_section, with_speeds
 from amod.studies.plan import recipe_of
-from amod.studies.rows import AXES, METRICS, NAMES, markdown, measured, ours_of, place_of, placed, write
+from amod.studies.rows import (
+    AXES,
+    METRICS,
+    NAMES,
+    markdown,
+    measured,
+    name_of,
+    ours_of,
+    place_of,
+    placed,
+    router_rank,
+    write,
+)
 from amod.training.compose import compose_config
 from amod.training.config import BY_THEMSELVES, UNROUTED
 
@@ -38,6 +51,8 @@ def write_report(
     if (ours["status"] == "finished").any():
         from amod.studies.figures import FIGURES
 
+        for old in output.glob("figure*.png"):  # of a report of other models
+            old.unlink()
         models = sorted(ours["model"].unique())
         for model in models:  # a picture each
             mine = ours[ours["model"] == model]
@@ -77,6 +92,7 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     typed = f" scale.weights={Path(scale['weights']).name}" if scale.get("weights") else ""
     if scale["seeds"] != scale.get("usual_seeds", scale["seeds"]):
         typed += f" 'scale.seeds=[{','.join(map(str, scale['seeds']))}]'"
+    typed += "".join(f" {shlex.quote(setting)}" for setting in scale.get("typed", ()))
     remark = study.get("remark") or scale.get("remark")
     said = "\n".join(f"- {name}: `{' '.join(map(str, settings))}`" for name, settings in recipes.items() if settings)
     return (
@@ -93,8 +109,11 @@ STATUS = ("finished", "failed", "not run")
 
 
 def seeds_of(rows: pd.DataFrame) -> str:
-    seeds = sorted(rows[rows["status"] == "finished"]["seed"].unique())
-    return f"seeds {', '.join(map(str, seeds))}" if seeds else "no seed finished"
+    done = rows[rows["status"] == "finished"]
+    seeds = sorted(done["seed"].unique())
+    fewer = done.groupby([*AXES], dropna=False)["seed"].nunique() < len(seeds)
+    some = ", of some rows fewer" if fewer.any() else ""
+    return f"seeds {', '.join(map(str, seeds))}{some}" if seeds else "no seed finished"
 
 
 def beginnings(rows: pd.DataFrame) -> str:
@@ -150,14 +169,14 @@ def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
     last = ("router", "capacity", "budget", "setting")
     values = [ranks[axis](v) if axis in ranks else v for axis, v in labels.items() if axis not in last]
     amounts = (labels["capacity"], -float(labels["budget"].rstrip("%") or 0))
-    rank = list(NAMES).index(labels["router"])
+    rank = router_rank(labels["router"])
     return (labels["router"] != "none", *values, *amounts, rank, labels["setting"])
 
 
 def cell_text(axis: str, labels: Mapping[str, Any]) -> str:
     value = labels[axis]
     if axis == "router":
-        return NAMES[value]
+        return name_of(value)
     if axis == "capacity" and labels["router"] in BY_THEMSELVES:
         return "-"
     if axis == "placement":

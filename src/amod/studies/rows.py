@@ -38,6 +38,18 @@ NAMES = {
     "none": "dense",
     **{router: style.NAMES[router] for router in ROUTERS},
 }
+
+
+def name_of(router: str) -> str:
+    """As tables and pictures have it."""
+    return NAMES.get(router, style.NAMES.get(router, router))
+
+
+def router_rank(router: str) -> tuple[int, str]:
+    """Its place in tables and pictures; those that no study of ours runs come last."""
+    return ([*NAMES].index(router) if router in NAMES else len(NAMES), router)
+
+
 METRICS = {
     "test_top1": "test top-1 (%)",
     "val_top1": "validation top-1 (%)",
@@ -94,6 +106,24 @@ def read_csv(path: Path, kinds: Mapping[str, str] | None = None) -> pd.DataFrame
     return found
 
 
+def read_as(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of a file with these columns of these kinds, or at least the first of them; none where there is no such
+    file."""
+    if not path.exists():
+        return pd.DataFrame(columns=list(columns)).astype(columns)
+    found = read_csv(path)
+    if missing := [name for name in columns if name not in found]:
+        raise unreadable(path, f"it has no column {missing[0]}")
+    try:
+        typed = found[list(columns)].astype(columns)
+    except (ValueError, TypeError) as error:  # a word where a figure belongs
+        raise unreadable(path, error) from error
+    for name in (name for name, kind in columns.items() if kind == "int64"):
+        if (typed[name] != found[name]).any():
+            raise unreadable(path, f"its {name} are no whole numbers")
+    return typed
+
+
 def write(rows: pd.DataFrame, path: Path) -> None:
     write_atomically(path, rows.to_csv(index=False, lineterminator="\n").encode())
 
@@ -116,7 +146,7 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
         if finished(run, root):
             folder = root / run.name
             summary = read_summary(folder)
-            environment = json.loads((folder / "environment.json").read_text())
+            environment = read_environment(folder)
             row |= {key: value for key, value in (environment | summary).items() if key in COLUMNS and key not in AXES}
             curve = curve_of(folder, summary.get("val_top1_untrained", summary.get("val_map_untrained")))
             row |= {"status": "finished", "note": "", "epochs_to_peak": epochs_to_peak(curve)}
@@ -127,6 +157,17 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
             row["note"] = last_line(run, root)
         rows.append(row)
     return table_of(rows), pd.DataFrame(curves, columns=list(CURVES)).astype(CURVES)
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Where and by what a run was made."""
+    file = folder / "environment.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+        return found
+    except Exception as error:  # whatever the bytes make the reader raise
+        raise unreadable(file, error) from None
 
 
 def accuracy_of(folder: Path) -> float | None:
@@ -216,17 +257,20 @@ def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def curves_of(path: Path) -> pd.DataFrame:
     """The rows of a curves.csv; none where there is no such file."""
-    return (read_csv(path) if path.exists() else pd.DataFrame(columns=list(CURVES))).astype(CURVES)
+    return read_as(path, CURVES)
 
 
 def curve_of(folder: Path, untrained: float | None) -> list[tuple[int, float]]:
     """(epochs trained, validation top-1 in percent), the untrained accuracy first where there is one."""
     if not (folder / "metrics.csv").exists():
         return []  # measured without training
-    found = pd.read_csv(folder / "metrics.csv")
-    key = "val/top1" if "val/top1" in found else "val/map"
-    found = found.dropna(subset=[key])
-    trained = [(int(epoch) + 1, float(value)) for epoch, value in zip(found["epoch"], found[key], strict=True)]
+    try:
+        found = pd.read_csv(folder / "metrics.csv")
+        key = "val/top1" if "val/top1" in found else "val/map"
+        found = found.dropna(subset=[key])
+        trained = [(int(epoch) + 1, float(value)) for epoch, value in zip(found["epoch"], found[key], strict=True)]
+    except (OSError, ValueError, KeyError) as error:
+        raise unreadable(folder / "metrics.csv", error) from error
     return trained if untrained is None else [(0, untrained), *trained]
 
 
@@ -252,7 +296,7 @@ def measured(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def router_order(rows: pd.DataFrame) -> list[str]:
     """The routers of the rows, in the order in which tables and pictures show them."""
-    return [router for router in NAMES if router in set(rows["router"])]
+    return sorted({*rows["router"]}, key=router_rank)
 
 
 def describe(labels: Mapping[str, Any]) -> str:
@@ -264,7 +308,7 @@ def describe(labels: Mapping[str, Any]) -> str:
     parts += [f"lr {labels['lr']}"] if labels.get("lr") else []
     parts += [f"C = {labels['capacity']:g}"] if labels.get("capacity", 1) < 1 and not labels.get("budget") else []
     parts += [f"{labels['budget'].rstrip('%')} % of dense"] if labels.get("budget", "").endswith("%") else []
-    parts += [NAMES[labels["router"]]] if "router" in labels else []
+    parts += [name_of(labels["router"])] if "router" in labels else []
     parts += [labels["setting"]] if labels.get("setting") else []
     return ", ".join(parts)
 

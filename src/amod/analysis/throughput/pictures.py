@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amod.analysis.style import COLOURS, MARKERS, NAMES
+from amod.analysis.style import COLOURS, MARKERS, NAMES, save
 from amod.analysis.throughput.figures import Record, efficiency, label, milliseconds, model_of, setting
 from amod.analysis.throughput.parts import PARTS
 from amod.analysis.throughput.timing import Quartiles
@@ -26,7 +26,7 @@ def draw(folder: Path, records: Sequence[Record]) -> list[str]:
             chosen = [record for record in chosen if any("@" in variant for variant in record["cell"]["variants"])]
         if chosen:
             figure = painter(chosen)
-            figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+            save(figure, folder / name, dpi=150, bbox_inches="tight")
             names.append(name)
     return names
 
