@@ -320,6 +320,10 @@ def test_the_stability_picture(tmp_path, monkeypatch):
         Axes, "errorbar", lambda *a, **k: drawn.setdefault(k["label"], (a[1:], k)) and errorbar(*a, **k)
     )
     monkeypatch.setattr(Axes, "text", lambda *a, **k: words.append(a[3]) or text(*a, **k))
+    hollow, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *a, **k: (k.get("markerfacecolor") and hollow.append((a[2], k))) or plot(*a, **k)
+    )
     top1 = {
         ("linear", 1e-3): (70, 72, 77),
         ("linear", 1e-2): (60, None, float("nan")),
@@ -338,5 +342,6 @@ def test_the_stability_picture(tmp_path, monkeypatch):
     assert means == [73, 60]  # failed runs enter no mean
     assert style["yerr"] == [[3, 0], [4, 0]]
     assert words == ["× MoD (2)"]
+    assert [(means, style["zorder"]) for means, style in hollow] == [([60], 3)]  # one seed, above its own line
     styles = [(style["marker"], str(style["linestyle"]), style["color"]) for _, style in drawn.values()]
     assert all(a != b for a, b in zip(*styles, strict=True))

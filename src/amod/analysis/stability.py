@@ -71,7 +71,12 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
         )
         if single and any(low < high for _, _, low, high in points):
             any_single = True
-            hollow: dict[str, Any] = {"linestyle": "none", "markeredgecolor": COLOURS[name], "markerfacecolor": "white"}
+            hollow: dict[str, Any] = {
+                "linestyle": "none",
+                "markeredgecolor": COLOURS[name],
+                "markerfacecolor": "white",
+                "zorder": 3,
+            }
             axis.plot([lr for lr, *_ in single], [mean for _, mean, *_ in single], marker=MARKERS[name], **hollow)
     axis.set_xscale("log")
     margin = max(gap**0.5, (rates[-1] / rates[0]) ** 0.12)  # failed runs have no point that would make room for them
