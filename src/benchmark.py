@@ -46,7 +46,7 @@ LISTS: dict[str, Any] = {
     "runtimes": one_of(*CHOICES["runtimes"]),
 }
 VALUES: dict[str, Any] = {
-    "tokens": Count,
+    "tokens": Count | None,
     "image_size": Count | None,
     "rounds": Count | None,
     "min_rounds": Count | None,
@@ -57,6 +57,8 @@ VALUES: dict[str, Any] = {
     "fresh": bool,
     "device": one_of("auto", "cpu", "cuda"),
 }
+TOKENS = 128
+"""Of a text, where ``tokens`` is null."""
 OVERRIDABLE = (*LISTS, "image_size", "rounds", "min_rounds", "seconds", "fill")
 
 
@@ -85,8 +87,12 @@ def check(cfg: DictConfig) -> None:
             if not allows(rule, item):
                 hint = did_you_mean(str(item), CHOICES.get(key, ()))
                 raise UserError(f"{key}={_shown(value)}: {_shown(item)} must be {in_words(rule)}{hint}")
+    if cfg.rounds is not None and cfg.min_rounds is not None and cfg.min_rounds > cfg.rounds:
+        raise UserError(f"min_rounds={cfg.min_rounds}: rounds={cfg.rounds} are fewer; leave one of them out")
     if hub_models(cfg):
         check_hub_models(cfg)
+    elif cfg.tokens is not None:
+        raise UserError(f"tokens={cfg.tokens}: is of models that read texts; leave it out")
     output = output_of(cfg)
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output}: is a file; name a folder")
@@ -180,15 +186,19 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _source(model: str, image_size: int | None, tokens: int) -> dict[str, Any]:
+def _source(model: str, image_size: int | None, tokens: int | None) -> dict[str, Any]:
     """What makes the model: its name at timm or transformers, and arguments."""
     if of_transformers(model):
         from amod.analysis.throughput.variants import read_config
 
         config = read_config(model)
         if hasattr(config, "image_size") or hasattr(config, "vision_config"):
+            if tokens is not None:
+                raise UserError(f"tokens={tokens}: {model} reads images; leave it out")
             return {"timm_name": model, "kwargs": {"img_size": image_size} if image_size else {}}
-        return {"timm_name": model, "kwargs": {"tokens": tokens}}
+        if image_size is not None:
+            raise UserError(f"image_size={image_size}: {model} reads texts; leave it out, or say tokens=")
+        return {"timm_name": model, "kwargs": {"tokens": tokens or TOKENS}}
     settings = model_file(model)
     kwargs = _plain(settings.kwargs)
     return {"timm_name": settings.name, "kwargs": {**kwargs, "img_size": image_size} if image_size else kwargs}

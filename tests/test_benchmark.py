@@ -216,6 +216,8 @@ def test_a_setting_replaces_the_presets_in_all_its_parts():
         (["models=['hf:x']", "measures=[speed,memory]"], ["measures=[memory]", "measures=[speed]"]),
         (["models=['hf:']"], ["hf:FOLDER"]),
         (["tokens=0"], ["tokens=0", "at least 1"]),
+        (["tokens=64"], ["tokens=64: is of models that read texts; leave it out"]),
+        (["rounds=2", "min_rounds=9"], ["min_rounds=9: rounds=2 are fewer"]),
     ],
 )
 def test_mistakes_are_explained(overrides, words):
@@ -269,7 +271,8 @@ HF = ["rounds=2", "min_rounds=2", "seconds=0", "fill=0", "batch_sizes=[2]", "cap
 def test_a_model_of_transformers_is_timed(family, tokens, tmp_path, monkeypatch):
     config_of(family).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    asked = [*HF, f"model=hf:{tmp_path}/model", "tokens=12", "modes=[forward,train]", "variants=[linear,attention]"]
+    asked = [*HF, f"model=hf:{tmp_path}/model", "modes=[forward,train]", "variants=[linear,attention]"]
+    asked += ["tokens=12"] if family == "Bert" else []
     benchmark.job(config(*benchmark.one_model(asked)))
     lines = (tmp_path / "outputs/benchmark/model/cells.jsonl").read_text().splitlines()
     forward, train = map(json.loads, lines)
@@ -285,12 +288,19 @@ def test_a_model_of_transformers_is_timed(family, tokens, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"), [(["model=hf:{0}", "variants=[tome]"], "tome"), (["model=hf:{0}/gone"], "no such model")]
+    ("asked", "words"),
+    [
+        (["model=hf:{0}", "variants=[tome]", "tokens=12"], "tome"),
+        (["model=hf:{0}/gone"], "no such model"),
+        (["model=hf:{0}", "image_size=64"], "image_size=64: hf:.* reads texts; leave it out"),
+        (["model=hf:{0}/vit", "tokens=64"], "tokens=64: hf:.*/vit reads images; leave it out"),
+    ],
 )
 def test_what_transformers_models_do_not_have_is_one_line(asked, words, tmp_path):
     config_of("Bert").save_pretrained(tmp_path)
+    config_of("ViT").save_pretrained(tmp_path / "vit")
     asked = benchmark.one_model([value.format(tmp_path) for value in asked])
-    cfg = config(*HF, *asked, "tokens=12", f"output={tmp_path}/out")
+    cfg = config(*HF, *asked, f"output={tmp_path}/out")
     with pytest.raises(amod.UserError, match=words) as error:
         benchmark.job(cfg)
     assert "\n" not in str(error.value)
