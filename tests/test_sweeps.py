@@ -334,6 +334,9 @@ def test_the_stability_picture(tmp_path, monkeypatch):
         for (router, lr), values in top1.items()
         for seed, value in enumerate(values)
     ]
+    draw_stability([{**rows[0], "router": "mine"}, *rows], tmp_path / "mine.png", "title", "caption")
+    assert list(drawn) == ["MoD", "A-MoD", "mine"]
+    drawn.clear(), words.clear(), hollow.clear()
     draw_stability(rows, tmp_path / "new/picture.png", "title", "caption")
     assert (tmp_path / "new/picture.png").stat().st_size > 10_000
     assert list(drawn) == ["MoD", "A-MoD"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amod.analysis.style import COLOURS, LINES, MARKERS, NAMES, save, variant
+from amod.analysis.style import NAMES, look, save, variant
 
 
 def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, caption: str) -> None:
@@ -28,12 +28,14 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    routers = sorted({row["router"] for row in rows}, key=lambda router: list(NAMES).index(variant(router)))
+    routers = sorted(
+        {row["router"] for row in rows}, key=lambda router: [*NAMES, variant(router)].index(variant(router))
+    )
     rates = sorted({float(row["lr"]) for row in rows})
     gap = min([b / a for a, b in itertools.pairwise(rates)] + [10.0])
     any_failed = any_single = False
     for place, router in enumerate(routers):
-        name = variant(router)
+        style = look(router)
         shift = gap ** (0.3 * ((place + 0.5) / len(routers) - 0.5))  # side by side, so that no bar hides another
         points, single = [], []
         for lr in rates:
@@ -45,13 +47,13 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
                     single.append(points[-1])
             if failed := len(found) - len(finished):
                 any_failed = True
-                text = f"× {NAMES[name]}" + (f" ({failed})" if failed > 1 else "")
+                text = f"× {style['label']}" + (f" ({failed})" if failed > 1 else "")
                 foot, height = axis.get_xaxis_transform(), 0.03 + 0.05 * place
                 axis.text(
                     lr,
                     height,
                     text,
-                    color=COLOURS[name],
+                    color=style["color"],
                     fontsize=8,
                     fontweight="bold",
                     ha="center",
@@ -62,22 +64,19 @@ def draw_stability(rows: Sequence[Mapping[str, Any]], path: Path, title: str, ca
             [lr for lr, *_ in points],
             [mean for _, mean, *_ in points],
             yerr=[[mean - low for _, mean, low, _ in points], [high - mean for _, mean, _, high in points]],
-            label=NAMES[name],
-            color=COLOURS[name],
-            linestyle=LINES[name],
-            marker=MARKERS[name],
             capsize=3,
             elinewidth=1,
+            **style,
         )
         if single and any(low < high for _, _, low, high in points):
             any_single = True
             hollow: dict[str, Any] = {
                 "linestyle": "none",
-                "markeredgecolor": COLOURS[name],
+                "markeredgecolor": style["color"],
                 "markerfacecolor": "white",
                 "zorder": 3,
             }
-            axis.plot([lr for lr, *_ in single], [mean for _, mean, *_ in single], marker=MARKERS[name], **hollow)
+            axis.plot([lr for lr, *_ in single], [mean for _, mean, *_ in single], marker=style["marker"], **hollow)
     axis.set_xscale("log")
     margin = max(gap**0.5, (rates[-1] / rates[0]) ** 0.12)  # failed runs have no point that would make room for them
     axis.set_xlim(rates[0] / margin, rates[-1] * margin)

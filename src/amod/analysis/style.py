@@ -25,6 +25,17 @@ def variant(router: str) -> str:
     return "dense" if router == "none" else router
 
 
+def name_of(router: str) -> str:
+    """As tables and pictures have it; a router of one's own has its own name."""
+    return NAMES.get(variant(router), router)
+
+
+def look(router: str) -> dict[str, Any]:
+    """matplotlib's arguments for a router's points and lines; one's own looks like a plan."""
+    name = variant(router) if variant(router) in NAMES else "plan"
+    return {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": LINES[name], "label": name_of(router)}
+
+
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = {
     "dense": "#000000",

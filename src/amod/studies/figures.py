@@ -13,16 +13,9 @@ import pandas as pd
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from amod.analysis.style import COLOURS, LINES, MARKERS, save, variant
+from amod.analysis.style import look, name_of, save
 from amod.studies.claims import interval
-from amod.studies.rows import METRICS, describe, measured, name_of, placed, router_order
-
-
-def look(router: str) -> dict[str, Any]:
-    """matplotlib's arguments for a router's points and lines."""
-    name = variant(router)
-    name = name if name in COLOURS else "plan"  # a router of one's own
-    return {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": LINES[name], "label": name_of(router)}
+from amod.studies.rows import METRICS, describe, measured, placed, router_order
 
 
 def dots(rows: pd.DataFrame, curves: pd.DataFrame, study: Mapping[str, Any], caption: str, path: Path) -> None:

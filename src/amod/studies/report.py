@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from amod.analysis.style import name_of
 from amod.files import write_atomically
 from amod.studies import paper
 from amod.studies.claims import HOW, Finding, examine, interval
@@ -23,10 +24,8 @@ from amod.studies.plan import recipe_of
 from amod.studies.rows import (
     AXES,
     METRICS,
-    NAMES,
     markdown,
     measured,
-    name_of,
     ours_of,
     place_of,
     placed,
@@ -219,7 +218,7 @@ def beside_the_paper(study: Mapping[str, Any], rows: pd.DataFrame) -> str:
             mine = found[(found[list(labels)] == pd.Series(labels)).all(axis=1)][study["metric"]]
             lines.append(
                 [
-                    *(data, model, NAMES[router], f"{capacity:g}", theirs),
+                    *(data, model, name_of(router), f"{capacity:g}", theirs),
                     f"{computed_gflops(model, router, capacity, placement, data):.4f}",
                     f"{accuracy:g}",
                     mean_text(mine) or "not run",

@@ -6,7 +6,6 @@ differ in their seed alone. ``start_accuracy`` is that of the run which a run be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,6 @@ NAMES = {
     "none": "dense",
     **{router: style.NAMES[router] for router in ROUTERS},
 }
-
-
-def name_of(router: str) -> str:
-    """As tables and pictures have it."""
-    return NAMES.get(router, style.NAMES.get(router, router))
 
 
 def router_rank(router: str) -> tuple[int, str]:
@@ -146,7 +140,7 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
         if finished(run, root):
             folder = root / run.name
             summary = read_summary(folder)
-            environment = read_environment(folder)
+            environment = read_summary(folder, "environment")
             row |= {key: value for key, value in (environment | summary).items() if key in COLUMNS and key not in AXES}
             curve = curve_of(folder, summary.get("val_top1_untrained", summary.get("val_map_untrained")))
             row |= {"status": "finished", "note": "", "epochs_to_peak": epochs_to_peak(curve)}
@@ -157,17 +151,6 @@ def rows_of(runs: Sequence[Run], root: Path, failed: Mapping[str, str]) -> tuple
             row["note"] = last_line(run, root)
         rows.append(row)
     return table_of(rows), pd.DataFrame(curves, columns=list(CURVES)).astype(CURVES)
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """Where and by what a run was made."""
-    file = folder / "environment.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        assert isinstance(found, dict)
-        return found
-    except Exception as error:  # whatever the bytes make the reader raise
-        raise unreadable(file, error) from None
 
 
 def accuracy_of(folder: Path) -> float | None:
@@ -308,7 +291,7 @@ def describe(labels: Mapping[str, Any]) -> str:
     parts += [f"lr {labels['lr']}"] if labels.get("lr") else []
     parts += [f"C = {labels['capacity']:g}"] if labels.get("capacity", 1) < 1 and not labels.get("budget") else []
     parts += [f"{labels['budget'].rstrip('%')} % of dense"] if labels.get("budget", "").endswith("%") else []
-    parts += [name_of(labels["router"])] if "router" in labels else []
+    parts += [style.name_of(labels["router"])] if "router" in labels else []
     parts += [labels["setting"]] if labels.get("setting") else []
     return ", ".join(parts)
 

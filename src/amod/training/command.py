@@ -119,8 +119,8 @@ def check_acts(cfg: DictConfig, overrides: list[str]) -> None:
         return
     if "capacity" in typed and router in WITHOUT_CAPACITY and router not in UNROUTED:
         raise UserError(f"{typed['capacity']}: router={router} has no capacity; leave it out")
-    for key, override in typed.items():
-        if cfg.router.get("depth") is not None and (key == "capacity" or key.partition(".")[0] == "placement"):
+    for override in typed.values() if cfg.router.get("depth") is not None else ():
+        if is_among(key_of(override), ("capacity", "placement")):
             raise UserError(f"{override}: router.depth={cfg.router.depth} says the depth; leave one of them out")
     for key in ("capacity", "router.r", "router.keep_rate"):
         if key in typed and cfg.get("budget") is not None:

@@ -61,15 +61,15 @@ def read_config(file: Path) -> TrainConfig:
         raise UserError(f"{file}: {error}; put the run's own file back, or name another folder") from None
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What a finished run found."""
-    file = folder / "summary.json"
+def read_summary(folder: Path, what: str = "summary") -> dict[str, Any]:
+    """What a finished run found; or its ``environment``."""
+    file = folder / f"{what}.json"
     try:
-        summary = json.loads(file.read_text())
-        assert isinstance(summary, dict)
-        return summary
+        found = json.loads(file.read_text())
+        assert isinstance(found, dict)
+        return found
     except Exception:  # whatever the bytes make the reader raise
-        raise UserError(f"{file}: is no run's summary; put the run's own file back, or name another folder") from None
+        raise UserError(f"{file}: is no run's {what}; put the run's own file back, or name another folder") from None
 
 
 def saved_config(cfg: TrainConfig, whole: bool = False) -> dict[str, Any]:
