@@ -79,10 +79,10 @@ def convert(
         router: ``attention`` (A-MoD, Eq. 4-5; the default), ``linear`` (MoD, Eq. 1-2), ``attention_weighted`` (A.5),
             ``tuning`` (gates that are trained: Router-Tuning),
             ``class_attention`` (the class token's row in the place of Eq. 4), ``class_attention_value`` (that row
-            times the norm of the values), ``random`` (control), ``tome`` (:class:`Merge` in every block), ``merge``
-            (ours, for models without training: in three blocks, tokens in two rounds, norms kept), ``evit``
-            (:class:`Prune` in 3, 6, 9 of 12), ``dynamicvit`` (:class:`Predict` there), ``avit`` (:class:`Halt` in every
-            block), or ``none`` (dense). ``docs/methods.md`` tells them apart.
+            times the norm of the values), ``random`` and ``reversed`` (controls), ``tome`` (:class:`Merge` in every
+            block), ``merge`` (ours, for models without training: in three blocks, tokens in two rounds, norms kept),
+            ``evit`` (:class:`Prune` in 3, 6, 9 of 12), ``dynamicvit`` (:class:`Predict` there), ``avit`` (:class:`Halt`
+            in every block), or ``none`` (dense). ``docs/methods.md`` tells them apart.
         capacity: C in (0, 1], by default 0.125; a routed block keeps K = floor(C * N) tokens, the class token counted.
         placement: ``alternate`` (blocks 1, 3, 5, ... as in the paper; the default of routers), ``last8`` (Sec. 4.5),
             ``late`` (the second half), ``few`` (2, 5, 8 of 12), or 0-based indices.
@@ -96,7 +96,7 @@ def convert(
         by, rounds: of ``tome`` and ``merge``, what is compared, ``keys`` or ``tokens``, and in how many matchings one
             after the other; by default ``keys`` in 1, of ``merge`` ``tokens`` in 2 (:class:`Merge`).
         norm, proportional: of both, whether a merged token has the mean norm of those in it, and how much later
-            attention counts it; by default False (of ``merge`` True) and 1, as its patches.
+            attention counts it; by default False and 1, as its patches (of ``merge`` True and 0.9).
         halt_scale, halt_shift: of ``avit``, by default 10 and 75: a halting score is sigmoid(scale t[0] - shift).
         last: ``class``: the class token alone in the last block (:class:`ClassOnly`).
         budget: multiply-accumulates of one image at ``input_size``; capacity, r or keep rate becomes the one that

@@ -158,7 +158,10 @@ def test_a_claim_about_another_axis():
 
 
 def test_the_front_page(tmp_path):
-    untested = [{"text": "it detects objects", "why": "there is no detector here"}]
+    untested = [
+        {"text": "it detects objects", "why": "there is no detector here"},
+        {"text": "it is fast", "why": "1.6 times", "verdict": "measured elsewhere"},
+    ]
     other = {**STUDY, "name": "other"}
     study = {**STUDY, "stage": "finetune", "claims": [{**STUDY["claims"][0], "paper": "78.66 / 77.43"}]}
     toy = {**SCALE, "about": "a toy", "stages": {"finetune": {"settings": []}, "scratch": {"settings": []}}}
@@ -170,10 +173,11 @@ def test_the_front_page(tmp_path):
     assert "| claim | the paper | toy | big | verdict |" in page
     assert "*toy*: a toy; *big*: a big one" in page
     assert "huge" not in page
-    assert "\n\n3 claims are the papers': 2 not tested, 1 not the same in all cells.\n\n" in page
+    assert "\n\n4 claims are the papers': 1 measured elsewhere, 2 not tested, 1 not the same in all cells.\n\n" in page
     (line,) = [line for line in page.splitlines() if "[toy](toy/big/report.md)" in line]
     assert "| 78.66 / 77.43 | C = 0.5: +2.05 ± 0.64 (n = 2), held<br>[toy](toy/toy/report.md), test top-1 (%) |" in line
     assert line.endswith("| **held in 1, contradicted in 1 of 2 cells** |")
     assert "| A-MoD is above MoD | - | not run | not run | **not tested** |" in page
+    assert "| it is fast | - | 1.6 times |  | **measured elsewhere** |" in page
     assert "| it detects objects | - | there is no detector here |  | **not tested** |" in page
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1

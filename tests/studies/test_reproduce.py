@@ -34,6 +34,7 @@ def command(*overrides):
         (["jobs=true"], "jobs=True: must be a whole number"),
         (["results=null"], "results=null: must be the name of a folder"),
         (["study=table5", "study.metric=foo"], "study.metric=foo: no report has it; choose one of test_top1"),
+        (["study=fig28", "jobs=2"], "jobs=2: study=fig28 is timed in one process here; leave it out"),
         (["dry=true", "report_only=true"], "leave one of them out"),
         (["results=README.md"], "results=README.md: is a file; name a folder"),
         (["scale=medium", "scale.weights=none.pth"], "model.checkpoint=none.pth: no such file"),

@@ -15,7 +15,7 @@ from amod.studies.claims import HOW, Finding, examine, verdict_of
 from amod.studies.plan import at_scale
 from amod.studies.rows import METRICS, markdown, ours_of, read
 
-VERDICTS = ("held", "contradicted", "undecided", "one seed", "not tested")
+VERDICTS = ("held", "contradicted", "undecided", "one seed", "measured elsewhere", "not tested")
 MIXED = "not the same in all cells"
 Study = Mapping[str, Any]
 Scale = Mapping[str, Any]
@@ -42,9 +42,10 @@ def write_page(studies: Sequence[Study], scales: Sequence[Scale], untested: Sequ
             verdicts.append((claim["text"], verdict))
             lines.append([claim["text"], str(claim.get("paper", "-")), *told, f"**{verdict}**"])
     for claim in untested:
-        verdicts.append((claim["text"], "not tested"))
+        verdict = claim.get("verdict", "not tested")
+        verdicts.append((claim["text"], verdict))
         rest = [claim["why"], *[""] * (len(shown) - 1)] if shown else []
-        lines.append([claim["text"], str(claim.get("paper", "-")), *rest, "**not tested**"])
+        lines.append([claim["text"], str(claim.get("paper", "-")), *rest, f"**{verdict}**"])
     output.mkdir(parents=True, exist_ok=True)
     path = output / "claims.md"
     about = "; ".join(f"*{scale['name']}*: {scale['about']}" for scale in shown)

@@ -42,6 +42,9 @@ def check_reproduce(cfg: DictConfig) -> None:
     if cfg.dry and cfg.report_only:
         raise UserError("dry=true: lists what would be run, and report_only=true runs nothing; leave one of them out")
     study, scale = cfg.study, cfg.scale
+    for key in ("jobs", "launcher", "extra") if study.get("benchmark") else ():
+        if cfg[key] is not None:
+            raise UserError(f"{key}={shown(cfg[key])}: study={study.name} is timed in one process here; leave it out")
     if scale.name not in choices("scale"):
         raise UserError(f"scale.name={scale.name}: must be one of {', '.join(choices('scale'))}; choose it with scale=")
     if scale.name not in study.get("scales", [scale.name]) and "studies" not in study:

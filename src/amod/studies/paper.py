@@ -137,6 +137,7 @@ PUBLISHED = {
         ("EViT, trained, keep 0.9 / 0.7 / 0.5", "DeiT-S", "79.8 / 79.5 / 78.5", "4.0 / 3.0 / 2.3", "EViT's README"),
         ("DynamicViT, trained, keep 0.7", "DeiT-S", "79.32", "2.9", "its README"),
         ("DynamicViT, as A-MoD's Table 6 has it", "DeiT-S", "78.3", "3.4", "quoted from A-ViT's Table 3"),
+        ("ToMe (distilled), as A-MoD's Table 6 has it", "DeiT-T / S", "71.69 / 79.68", "0.93 / 3.43", "A-MoD, Table 6"),
         ("A-ViT, trained", "DeiT-T / S", "71.4 / 78.8", "0.8 / 3.6", "its README (paper: 71.0, 78.6)"),
     ),
 }
