@@ -60,6 +60,12 @@ VALUES: dict[str, Any] = {
 TOKENS = 128
 """Of a text, where ``tokens`` is null."""
 OVERRIDABLE = (*LISTS, "image_size", "rounds", "min_rounds", "seconds", "fill")
+FIELDS = {
+    "measures": "measure", "modes": "mode", "compile": "compile", "precision": "precision", "runtimes": "runtime",
+}  # fmt: skip
+"""What of a cell an axis sets."""
+TIMED = {"rounds": "speed,parts", "min_rounds": "speed", "seconds": "speed", "fill": "speed"}
+"""What is measured by them."""
 
 
 # --- what is asked ------------------------------------------------------------------------------------------------
@@ -149,6 +155,8 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
     seen = []
     for part in presets["transformers" if hub_models(cfg) else cfg.preset].values():
         s = {**presets["base"], **part, **asked}
+        if asked.get("rounds") is None:
+            s["rounds"] = max(s["rounds"], asked.get("min_rounds") or 0)
         s["measures"] = [m for m in {**presets["base"], **part}["measures"] if m in asked.get("measures", (m,))]
         axes = (s["measures"], s["models"], s["batch_sizes"], s["modes"], s["compile"], s["precision"], s["runtimes"])
         for measure, model, batch, mode, compiled, precision, runtime in itertools.product(*axes):
@@ -172,6 +180,24 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
             if cell not in seen:
                 seen.append(cell)
                 yield cell
+
+
+def check_cells(cfg: DictConfig, cells: list[dict[str, Any]]) -> None:
+    """UserError for what was asked for and is in no cell: the preset has it not, or nothing is measured so."""
+    for key in ("measures", "modes", "compile", "precision", "runtimes"):
+        there = {cell[FIELDS[key]] for cell in cells}
+        if idle := [item for item in cfg[key] or [] if item not in there]:
+            raise UserError(
+                f"{key}={_shown(cfg[key])}: preset={cfg.preset} has no cell of {_shown(idle[0])} beside the rest that "
+                "was asked for; preset=full has more (exported files run modes=[forward] compile=[false] "
+                "measures=[speed] alone, parts are of forward passes, and only speed is measured compiled)"
+            )
+    if cfg.capacities is not None and not any("@" in variant for cell in cells for variant in cell["variants"]):
+        raise UserError(f"capacities={_shown(cfg.capacities)}: none of these variants has a capacity; leave it out")
+    measured = {cell["measure"] for cell in cells}
+    for key, of in TIMED.items():
+        if cfg[key] is not None and measured.isdisjoint(of.split(",")):
+            raise UserError(f"{key}={_shown(cfg[key])}: is of measures=[{of}]; leave it out")
 
 
 def _runs(measure: str, mode: str, compiled: bool, precision: str, runtime: str) -> bool:
@@ -231,6 +257,7 @@ def job(cfg: DictConfig) -> None:
             f"preset={cfg.preset}: has no cell of all that was asked for; preset=full has more, and exported files "
             "run modes=[forward] compile=[false] measures=[speed] alone"
         )
+    check_cells(cfg, cells)
     macs = [measures.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 
     output = output_of(cfg)

@@ -25,6 +25,9 @@ def check(composed: DictConfig) -> ExportConfig:
         check_variant(cfg)
         if cfg.model.checkpoint is not None:
             check_checkpoint(cfg.model.checkpoint)
+    suffix = SUFFIXES[cfg.format]
+    if cfg.output is not None and Path(cfg.output).suffix != suffix:
+        raise UserError(f"output={cfg.output}: a file of format={cfg.format} ends in {suffix}")
     if cfg.images is not None and not expanded(cfg.images).is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     if cfg.int8 and cfg.images is None:
@@ -95,8 +98,9 @@ def output_of(cfg: ExportConfig) -> Path:
 
 
 def digest_of(cfg: ExportConfig) -> str:
-    """Hex digits of all that makes the model what it is: no two have the same file."""
-    made_of = cfg.model_dump_json(include={"model", "router", "placement", "capacity", "budget", "seed"})
+    """Hex digits of the settings that make the model what it is."""
+    whole = dict.fromkeys(("model", "router", "placement", "capacity", "budget", "seed"), True)
+    made_of = cfg.model_dump_json(include={**whole, "data": {"num_classes"}})
     return hashlib.blake2b(made_of.encode(), digest_size=4).hexdigest()
 
 

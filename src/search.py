@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from amod.errors import UserError, one_line
-from amod.files import check_place, expanded
+from amod.files import check_model_folder, check_place, expanded
 from amod.training.checks import check_checkpoint
 from amod.training.command import launch
 from amod.training.config import SearchConfig, check_classifier
@@ -40,8 +40,8 @@ def check(composed: DictConfig) -> SearchConfig:
     output = output_of(cfg)
     if output.is_dir() or output.suffix not in (".yaml", ".yml"):
         raise UserError(f"output={output}: must be a file that ends in .yaml")
-    if cfg.save is not None and expanded(cfg.save).is_file():
-        raise UserError(f"save={cfg.save}: is a file; name a folder for the model")
+    if cfg.save is not None:
+        check_model_folder(expanded(cfg.save), f"save={cfg.save}")
     return cfg
 
 

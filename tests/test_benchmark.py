@@ -387,6 +387,32 @@ def test_cells_that_there_are_none_of_are_said():
         benchmark.job(config("modes=[train]", "runtimes=[onnxruntime]"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["measures=[parts]", "modes=[train]"], r"modes=\[train\]: preset=quick has no cell of train"),
+        (["measures=[memory]", "compile=[true]"], r"compile=\[true\]: preset=quick has no cell of true"),
+        (
+            ["runtimes=[torch,openvino]", "precision=[32-true,bf16-mixed]", "measures=[parts]"],
+            "has no cell of openvino",
+        ),
+        (["variants=[tome_r3]", "capacities=[0.3]"], "none of these variants has a capacity"),
+        (["measures=[parts]", "modes=[forward]", "fill=5"], r"fill=5: is of measures=\[speed\]"),
+    ],
+)
+def test_what_was_asked_for_and_is_in_no_cell_is_said(asked, words, tmp_path):
+    with pytest.raises(amod.UserError, match=words):
+        benchmark.job(config("preset=quick", *asked, f"output={tmp_path / 'new'}"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_at_least_so_many_rounds_are_more_than_the_presets():
+    for asked, rounds in ((["min_rounds=20"], 20), (["min_rounds=2"], 9), (["rounds=30", "min_rounds=20"], 30)):
+        cells = benchmark.cells_of(config("models=[deit_small]", "batch_sizes=[32]", "measures=[speed]", *asked))
+        assert rounds in {cell["rounds"] for cell in cells}
+        assert all(cell["rounds"] >= cell["min_rounds"] for cell in benchmark.cells_of(config(*asked)))
+
+
 def test_without_a_compiler_compiled_cells_are_marked(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     settings = ["preset=quick", "measures=[speed]", "modes=[forward]", "compile=[true]", "device=cpu"]

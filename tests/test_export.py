@@ -275,6 +275,39 @@ def test_mistakes_are_explained(tmp_path, plan, file, options, words):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"images": torch.zeros(4, 3, 35, 40)}, "images: 35 x 40 pixels are no whole patches of 8 x 8"),
+        ({"images": torch.zeros(4, 1, 40, 40)}, r"images: \(4, 1, 40, 40\)"),
+        ({"input_size": (3, 30, 32)}, "input_size: 30 x 32 pixels are no whole patches"),
+    ],
+)
+def test_a_file_of_any_size_is_of_whole_patches(tmp_path, options, words):
+    with pytest.raises(amod.UserError, match=words):
+        amod.export(model({}, dynamic_img_size=True), tmp_path / "a.onnx", **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_compiled_model_is_refused(tmp_path):
+    with pytest.raises(amod.UserError, match="is compiled; export the one"):
+        amod.export(torch.compile(model({})), tmp_path / "a.onnx")
+
+
+def test_files_of_others_are_one_line(tmp_path):
+    pytest.importorskip("onnx")
+    amod.export(model({}, depth=1), tmp_path / "a.onnx")
+    import onnx
+
+    made = onnx.load(tmp_path / "a.onnx")
+    del made.metadata_props[:]
+    onnx.save(made, tmp_path / "a.onnx")
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.randn(1, 2),)), tmp_path / "a.pt2")
+    for name in ("a.onnx", "a.pt2"):
+        with pytest.raises(amod.UserError, match=f"{name}: was not made by amod.export"):
+            open_session(str(tmp_path / name))
+
+
 def test_a_model_of_half_precision_is_refused_and_modes_are_left(tmp_path):
     with pytest.raises(amod.UserError, match=r"give model.float\(\)"):
         amod.export(model({}).bfloat16(), tmp_path / "a.pt2")
@@ -343,7 +376,15 @@ def test_a_full_disk_and_a_command_that_is_ended_leave_nothing_half_written(tmp_
 
 
 def test_every_model_has_a_file_of_its_own():
-    asked = [[], ["budget=75%"], ["budget=50%"], ["placement=late"], ["router=tome"], ["router=tome", "router.r=4"]]
+    asked = [
+        [],
+        ["data=digits"],
+        ["budget=75%"],
+        ["budget=50%"],
+        ["placement=late"],
+        ["router=tome"],
+        ["router=tome", "router.r=4"],
+    ]
     configs = [export.check(compose_config("export", ["model=vit_pico", *settings])) for settings in asked]
     names = [export.output_of(cfg) for cfg in configs]
     assert len({*names}) == len(names)
@@ -392,6 +433,18 @@ def test_a_text_as_example_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(amod.UserError, match="cannot be read as a picture"):
         export.job(export.check(compose_config("export", settings)))
     assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["output=foo.bin"], "output=foo.bin: a file of format=onnx ends in .onnx"),
+        (["images=.", "images_max=2"], "images_max=2: must be a whole number of at least 4"),
+    ],
+)
+def test_what_is_known_beforehand_is_said_before_the_model_is_built(settings, words):
+    with pytest.raises(amod.UserError, match=words):
+        export.check(compose_config("export", ["model=vit_pico", *settings]))
 
 
 def test_a_mistake_in_the_command_is_one_line(tmp_path):

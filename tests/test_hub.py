@@ -18,6 +18,7 @@ from amod import ClassOnly, Merge, Prune, Route
 from amod.exporting import metadata
 from amod.hub import class_names_of
 from amod.training.finished import load_run
+from hub_models import build
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 PLANS = {
@@ -178,6 +179,17 @@ def test_a_wrong_number_of_names_and_a_file_in_the_way(tmp_path):
     save_file({}, tmp_path / "file")
     with pytest.raises(amod.UserError, match="is a file"):
         amod.save_pretrained(model({}), tmp_path / "file")
+    with pytest.raises(amod.UserError, match="class_names='abcde': must be a list"):
+        amod.save_pretrained(model({}), tmp_path / "new", class_names="abcde")
+
+
+def test_a_runs_folder_stays_the_runs(tmp_path):
+    """from_pretrained reads it as the run, whatever else is saved there."""
+    (tmp_path / "config.yaml").touch()
+    for routed in (model({}), build("Bert")):
+        with pytest.raises(amod.UserError, match="is a training run's folder, which is read as that run"):
+            amod.save_pretrained(routed, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_a_save_that_is_cut_off_leaves_no_mixture_of_two_models(saved, monkeypatch):

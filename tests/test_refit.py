@@ -26,6 +26,11 @@ def images():
     return torch.randn(160, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+def with_nan(vit):
+    vit.head.bias.data[0] = torch.nan
+    return vit
+
+
 def divergence(dense, model, images):
     with torch.inference_mode():
         return disagreement(dense(images), model(images), True).mean().item()
@@ -107,6 +112,8 @@ def test_half_precision_keeps_its_type(vit, images):
                               images), r"\(two\) is no linear layer"),
         (lambda vit, images: (vit, timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=3),
                               images), "3"),
+        (lambda vit, images: (vit, images, vit), "dense: Tensor; give the dense model, then the images"),
+        (lambda vit, images: (vit, with_nan(vit), images), "its answers to these images are not finite"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_said(vit, images, make, message):

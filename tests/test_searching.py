@@ -239,11 +239,15 @@ def test_bad_images_models_and_files_are_one_line(tmp_path):
         find(small(num_classes=4), ledger=ledger)
     with pytest.raises(amod.UserError, match="is a folder"):
         find(small(), ledger=tmp_path)
-    for notes in ("not\njson\n", "my own notes, one line\n"):
-        ledger.write_text(notes)
+    broken = small()
+    broken.head.bias.data[0] = torch.nan
+    with pytest.raises(amod.UserError, match="its answers to these images are not finite"):
+        amod.search(broken, IMAGES, 0.7, progress=False)
+    for notes in ("not\njson\n", "my own notes, one line\n", "\udcff\udc89PNG\r\n\x00"):
+        ledger.write_text(notes, errors="surrogateescape", newline="")
         with pytest.raises(amod.UserError, match="no file of finished work"):
             find(small(), ledger=ledger)
-        assert ledger.read_text() == notes
+        assert ledger.read_bytes() == notes.encode(errors="surrogateescape")
 
 
 # --- transformers' encoders
@@ -326,6 +330,7 @@ def test_images_of_transformers_models_are_searched_on():
         ({"batch": {"input_ids": torch.ones(16, 4).long(), "attention_mask": torch.zeros(16, 4)}}, "has no token"),
         ({"runtime": "eager"}, "runtime='eager': of transformers' models the budget is of FLOPs"),
         ({"budget": 0.01}, "at 20 tokens costs so little"),
+        ({"model": lambda: build("Bert", num_hidden_layers=1)}, "has one layer, and before the first"),
     ],
 )
 def test_texts_that_cannot_be_searched_on_are_one_line(change, words):
@@ -413,6 +418,9 @@ def test_a_place_that_cannot_be_written_is_said_before_the_search(tmp_path):
             command.job(cfg)
         with pytest.raises(amod.UserError, match=f"{place}: cannot be written"):
             amod.save_pretrained(timm.create_model("test_vit"), place)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(amod.UserError, match=r"save=.*: is a training run's folder"):
+        command.check(compose_config("search", [f"images={tmp_path}", "model=vit_pico", f"save={tmp_path}"]))
 
 
 @pytest.mark.parametrize(

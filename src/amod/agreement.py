@@ -45,6 +45,14 @@ def check_images(images: Any, least: int) -> Tensor:
     return images
 
 
+def check_finite(model: Any, outputs: Tensor) -> None:
+    """UserError where a model's own answers cannot be compared with anything."""
+    if not outputs.isfinite().all():
+        raise UserError(
+            f"{type(model).__name__}: its answers to these images are not finite; look at its weights, or use float32"
+        )
+
+
 def refuse_one_output(model: Any, outputs: int, instead: str) -> None:
     if outputs == 1:
         raise UserError(

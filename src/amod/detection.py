@@ -24,6 +24,7 @@ from amod.dress import Dressed, dress, undressed
 from amod.entries import Route
 from amod.errors import UserError, one_line
 from amod.flops import count_on_meta, on_meta
+from amod.huggingface import routers_expected
 from amod.huggingface_walk import IMPLEMENTATION, RoutedEncoder, RoutedLayer, Step
 from amod.routers import make_router
 
@@ -177,7 +178,8 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
 def from_pretrained(source: str | Path, config: Mapping[str, Any]) -> Any:
     """The DETR of a folder whose ``config.json`` is given, routed by the plan that it holds, if any."""
     try:
-        model = DetrForObjectDetection.from_pretrained(source, use_safetensors=True)
+        with routers_expected(DetrForObjectDetection):
+            model = DetrForObjectDetection.from_pretrained(source, use_safetensors=True)
     except Exception as error:  # whatever transformers makes of the files
         raise UserError(f"{source}: transformers cannot load its DETR ({one_line(error)})") from error
     ours = config.get("amod") or {}

@@ -123,7 +123,8 @@ def export(
     form = format_of(path, format)
     check(model, path, form, int8, images)
     size = input_size_of(model, input_size)
-    images = check_images(images, None if any_size(model, form) else size)
+    dynamic = any_size(model, form)
+    images = check_images(images, size, model.patch_embed.patch_size if dynamic else None)
     needed(form, int8)
     check_place(path.parent)
     path.parent.mkdir(exist_ok=True)
@@ -137,7 +138,6 @@ def export(
             images = torch.randn(sum(CHECKED), *size, generator=generator)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".amod-") as folder:
             new = Path(folder) / path.with_suffix(SUFFIXES[form]).name
-            dynamic = any_size(model, form)
             program = traced(exported, size, dynamic)
             try:
                 WRITERS[form](program, new, exported.names, metadata(model, size, dynamic))
@@ -182,6 +182,8 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
     with reachable(f"{path}"):
         if path.is_dir():
             raise UserError(f"{path}: is a folder; name a file")
+    if hasattr(model, "_orig_mod"):
+        raise UserError("export: the model is compiled; export the one that was given to torch.compile")
     if not isinstance(model, nn.Module) or not hasattr(model, "patch_embed"):
         raise UserError(f"{type(model).__name__}: is no model of amod.convert or of timm's transformers")
     random = [i for i, entry in plan_of(model).items() if isinstance(entry, Route) and entry.router == "random"]
@@ -203,16 +205,23 @@ def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) 
         raise UserError(f"export: the weights are {dtype}, and files are of float32; give model.float()")
 
 
-def check_images(images: Any, size: Size | None) -> Tensor | None:
-    """The images where the check needs them. ``size`` None: the file takes any."""
+def check_images(images: Any, size: Size, patch: tuple[int, int] | None) -> Tensor | None:
+    """The images where the check needs them. ``patch``: of a file that takes any whole number of these."""
+    check_patches("input_size", size, patch)
     if images is None:
         return None
     images = check_prepared(images, sum(CHECKED)).detach().cpu()
-    if size is not None and images.shape[1:] != tuple(size):
+    if images.shape[1:] != tuple(size) and (patch is None or images.shape[1] != size[0]):
         raise UserError(
             f"images: {tuple(images.shape)}; the check needs prepared images (B, {', '.join(map(str, size))})"
         )
+    check_patches("images", images.shape[1:], patch)
     return images.float()
+
+
+def check_patches(name: str, size: Sequence[int], patch: tuple[int, int] | None) -> None:
+    if patch is not None and (size[1] % patch[0] or size[2] % patch[1]):
+        raise UserError(f"{name}: {size[1]} x {size[2]} pixels are no whole patches of {patch[0]} x {patch[1]}")
 
 
 def any_size(model: Any, form: str) -> bool:

@@ -16,6 +16,8 @@ from amod.errors import UserError, reachable, writable
 
 WEIGHTS, ROUTERS, CONFIG, CARD = "model.safetensors", "routers.safetensors", "config.json", "README.md"
 """Of a saved model: for whoever writes them and whoever reads them."""
+RUN_CONFIG = "config.yaml"
+"""What makes a folder a training run's."""
 
 
 def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
@@ -56,6 +58,16 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def check_model_folder(folder: Path, named: str | None = None) -> None:
+    """UserError for a place where no saved model can be, ``named`` as it was asked for: nothing is made."""
+    named = named or str(folder)
+    with reachable(named):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{named}: is a file; name a folder for the model")
+        if (folder / RUN_CONFIG).is_file():
+            raise UserError(f"{named}: is a training run's folder, which is read as that run; name another")
+
+
 def check_place(folder: Path) -> None:
     """UserError unless a folder can be made or written in there; the folders above it are made."""
     with writable(f"{folder}"):
@@ -82,7 +94,7 @@ class Ledger:
         with reachable(str(file)):
             if self.file.is_dir():
                 raise UserError(f"{file}: is a folder; name a file")
-            text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+            text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
         whole, torn = text.splitlines(), False
         if whole and record_of(whole[-1]) is None:
             torn = whole.pop().startswith("{")

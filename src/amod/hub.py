@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from amod.dress import of_transformers, served_by
 from amod.errors import UserError, misfits, one_line, reachable, writable
-from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS, check_place
+from amod.files import CARD, CONFIG, ROUTERS, RUN_CONFIG, WEIGHTS, check_model_folder, check_place
 from amod.plan import as_data, from_data
 from amod.timm_models import RoutedViT
 from amod.vit import convert, dense
@@ -50,9 +50,9 @@ def save_pretrained(
         training: what is known of its training, for the card: plain values by name.
     """
     folder = Path(folder)
-    with reachable(f"{folder}"):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: is a file; name a folder")
+    check_model_folder(folder)
+    if isinstance(class_names, str):
+        raise UserError(f"class_names={class_names!r}: must be a list of names, one per class")
     if of_transformers(model):  # its config has the plan
         if class_names is not None or training:
             raise UserError(
@@ -115,7 +115,7 @@ def from_pretrained(source: str | Path) -> Any:
     """
     folder = Path(source)
     with reachable(f"{source}"):
-        if (folder / "config.yaml").is_file():
+        if (folder / RUN_CONFIG).is_file():
             return _from_run(folder)
         if not folder.is_dir():
             folder = _fetched(str(source))

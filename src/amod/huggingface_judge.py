@@ -56,6 +56,8 @@ class EncoderJudge(Judge):
         self.size = named[IDS].shape[1] if IDS in named else tuple(named[PIXELS].shape[1:])
         self.depth, self.prefix, self.exact = len(layers), prefix_of(encoder.config), False
         self.tokens, self.where = tokens_of(self.vit, self.size)
+        if self.depth < 2:
+            raise UserError(f"{type(self.vit).__name__}: has one layer, and before the first none has any attention")
         texts = {"texts": len(self.images), "tokens": self.size}
         images = {"images": len(self.images), "image_size": self.size}
         self.about = {**(texts if IDS in named else images), "model": type(self.vit).__name__}
@@ -102,6 +104,10 @@ class EncoderJudge(Judge):
 
 def check_inputs(model: Any, inputs: Any, least: int) -> Mapping[str, Tensor]:
     """The inputs; UserError unless the model can be routed and these are what it reads, at least so many."""
+    if getattr(model.config, "model_type", None) == "detr":
+        raise UserError(
+            f"{type(model).__name__}: a search compares one answer for an image, and a DETR gives many boxes"
+        )
     check_model(model)
     name = model.main_input_name
     said = "what its tokenizer gives" if name == IDS else f"a mapping with {name}"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amod.agreement import BATCH, Loss, disagreement, refuse_one_output
+from amod.agreement import BATCH, Loss, check_finite, disagreement, refuse_one_output
 from amod.entries import MERGE_BY, READS_ATTENTION, ClassOnly, Entry, Merge, Prune, Route
 from amod.errors import UserError
 from amod.families import class_tokens, tokens_at
@@ -322,6 +322,7 @@ class Judge:
         finally:
             for hook in hooks:
                 hook.remove()
+        check_finite(self.vit, self.seen)
         self.inputs = {i: torch.cat(batches) for i, batches in kept.items()}
         if self.seen.dim() != 2:  # plans that merge leave fewer
             raise UserError(

@@ -55,7 +55,7 @@ def _openvino(path: Path, images: Tensor) -> None:
     model = openvino_core().read_model(path)
     data = nncf.Dataset(images.unsqueeze(1).numpy())
     made = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
-    new = path.with_name("quantised.xml")
+    new = path.with_stem(f"{path.stem}-quantised")  # the file itself is mapped while it is read
     openvino.save_model(made, new, compress_to_fp16=False)
     del model
     for suffix in (".xml", ".bin"):

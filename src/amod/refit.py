@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from amod.agreement import BATCH, check_images, disagreement, refuse_one_output
+from amod.agreement import BATCH, check_finite, check_images, disagreement, refuse_one_output
 from amod.errors import UserError, one_line
 from amod.flops import modes_kept
 
@@ -53,6 +53,8 @@ def fit_head(model: Any, dense: nn.Module, images: Tensor) -> Any:
     Raises:
         UserError: there is no classifier of one linear layer, or the images or classes are not of this model.
     """
+    if not isinstance(dense, nn.Module):
+        raise UserError(f"dense: {type(dense).__name__}; give the dense model, then the images")
     check_images(images, 2 * FOLDS)
     classifier_of(model)
     fit = head_fit(model, images, outputs_of(dense, images))
@@ -134,9 +136,11 @@ def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
     with modes_kept(model):
         model.eval()
         try:
-            return torch.cat([model(batch.to(like)) for batch in images.split(BATCH)])
+            outputs = torch.cat([model(batch.to(like)) for batch in images.split(BATCH)])
         except AssertionError as error:  # timm's, of another size
             raise UserError(f"images: {tuple(images.shape)} do not fit the model: {one_line(error)}") from None
+    check_finite(model, outputs)
+    return outputs
 
 
 def classifier_of(model: Any) -> nn.Linear:

@@ -36,7 +36,7 @@ def needed(form: str, int8: bool = False) -> None:
 
 
 def open_session(
-    path: Path,
+    path: str | Path,
     form: str | None = None,
     threads: int | None = None,
     default_precision: bool = False,
@@ -50,6 +50,7 @@ def open_session(
         batch: how many images every call will have, where that is known. OpenVINO then knows all shapes beforehand and
             is 1.05 times (dense) to 1.3 times (routed, merging) as fast with one image; the others are no faster.
     """
+    path = Path(path)
     form = form or next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
     if form is None:
         raise UserError(f"{path}: its suffix names no format; use {', '.join(SUFFIXES.values())}")
@@ -58,6 +59,8 @@ def open_session(
     needed(form)
     try:
         return OPENERS[form](path, threads, default_precision, batch)
+    except KeyError:
+        raise UserError(f"{path}: was not made by amod.export, whose files say how images are to be prepared") from None
     except Exception as error:  # whatever the runtime makes of the bytes
         raise UserError(f"{path}: {form} cannot open it ({one_line(error)})") from error
 
@@ -87,6 +90,8 @@ def openvino_core() -> Any:
 def _open_openvino(path: Path, threads: int | None, default_precision: bool, batch: int | None) -> Session:
     core = openvino_core()
     model = core.read_model(path)
+    if not model.has_rt_info(["amod"]):
+        raise KeyError("amod")
     facts = json.loads(model.get_rt_info(["amod"]).astype(str))
     if batch is not None:
         model.reshape({"images": [batch, *facts["input_size"]]})
@@ -104,6 +109,8 @@ def _open_torch(path: Path, threads: int | None, default_precision: bool, batch:
 
     extra = {"amod.json": ""}
     program = torch.export.load(path, extra_files=extra).module()
+    if not extra["amod.json"]:
+        raise KeyError("amod")
 
     def run(images: np.ndarray) -> list[Any]:
         with torch.no_grad():

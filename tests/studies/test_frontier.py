@@ -115,6 +115,16 @@ def test_a_stopped_one_goes_on_within_the_images(tmp_path, monkeypatch, capsys):
         assert joined["disagreement"] == pytest.approx(one["disagreement"], rel=1e-4, abs=1e-9)
 
 
+def test_a_batch_is_as_large_as_it_is_said_to_be(monkeypatch):
+    """Of 6 images too; and an exported file is checked on at least 4."""
+    seen = []
+    monkeypatch.setattr(frontier, "runner", lambda model, images, *how: seen.append((len(images), how[-1])) or int)
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=1, num_classes=3)
+    for batch in (1, 6, 256):
+        frontier.clock(vit, torch.randn(6, 3, 16, 16), {("dense", 1.0): {}}, "eager", batch, 1, "wall")
+    assert seen == [(4, 1), (6, 6), (256, 256)]
+
+
 def test_few_merges_agree_as_well_as_tome_and_a_stronger_one_does_not():
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=5)

@@ -104,7 +104,7 @@ def frontier(cfg: FrontierConfig) -> None:
     of = {"rounds": cfg.rounds, "plans": in_data(timed)}
     for name, (runtime, batch) in clocks.items():
         if not any(record.get("of", of) == of for record in times.of((name, 0.0), {})):  # the first had no "of"
-            taken = clock(judge, timed, runtime, batch, cfg.rounds, cfg.clock)
+            taken = clock(judge.vit, searched_on, timed, runtime, batch, cfg.rounds, cfg.clock)
             times.measured((name, 0.0), {}, 0, {"of": of, "times": taken})
         print(f"timed: {name}", flush=True)
         write_report(output, told, environment(), rows, standing(times, plans))
@@ -209,15 +209,17 @@ def heard(model: Any, into: list[Tensor]) -> Any:
     return model
 
 
-def clock(judge: Judge, plans: Mapping[Key, Plan], runtime: str, batch: int, rounds: int, kind: str) -> list[Any]:
+def clock(
+    vit: Any, samples: Tensor, plans: Mapping[Key, Plan], runtime: str, batch: int, rounds: int, kind: str
+) -> list[Any]:
     """[[name, share, milliseconds of a batch, low, median and high ratio of dense / plan], ...], on one thread."""
     from amod.analysis.throughput.timing import alternate, one_thread, paired, quartiles
 
-    images = judge.images[: max(batch, 4)]
+    images = samples[torch.arange(max(batch, 4)) % len(samples)]  # some twice, where there are fewer
     timer = time.process_time if kind == "processor" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder, one_thread():
         steps = {
-            key: runner(convert(judge.vit, plan=plan), images, runtime, Path(folder) / str(i), batch)
+            key: runner(convert(vit, plan=plan), images, runtime, Path(folder) / str(i), batch)
             for i, (key, plan) in enumerate(plans.items())
         }
         seconds, _ = alternate({json.dumps(key): step for key, step in steps.items()}, rounds, fill=0.1, clock=timer)

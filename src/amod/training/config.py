@@ -325,7 +325,7 @@ class ExportConfig(Variant):
     format: Literal["onnx", "openvino", "torch"] = "onnx"
     output: Text | None = None
     images: Text | None = None
-    images_max: Count = 32
+    images_max: Annotated[int, Field(ge=4)] = 32
     int8: bool = False
     example: Text | None = None
     rounds: Count = 20
