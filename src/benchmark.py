@@ -184,13 +184,18 @@ def cells_of(cfg: DictConfig) -> Iterator[dict[str, Any]]:
 
 def check_cells(cfg: DictConfig, cells: list[dict[str, Any]]) -> None:
     """UserError for what was asked for and is in no cell: the preset has it not, or nothing is measured so."""
-    for key in ("measures", "modes", "compile", "precision", "runtimes"):
-        there = {cell[FIELDS[key]] for cell in cells}
+    why = (
+        "preset=full has more (exported files run modes=[forward] compile=[false] measures=[speed] alone, parts are of "
+        "forward passes, and only speed is measured compiled)"
+    )
+    if not cells:
+        raise UserError(f"preset={cfg.preset}: has no cell of all that was asked for; {why}")
+    for key, field in FIELDS.items():
+        there = {cell[field] for cell in cells}
         if idle := [item for item in cfg[key] or [] if item not in there]:
             raise UserError(
                 f"{key}={_shown(cfg[key])}: preset={cfg.preset} has no cell of {_shown(idle[0])} beside the rest that "
-                "was asked for; preset=full has more (exported files run modes=[forward] compile=[false] "
-                "measures=[speed] alone, parts are of forward passes, and only speed is measured compiled)"
+                f"was asked for; {why}"
             )
     if cfg.capacities is not None and not any("@" in variant for cell in cells for variant in cell["variants"]):
         raise UserError(f"capacities={_shown(cfg.capacities)}: none of these variants has a capacity; leave it out")
@@ -252,11 +257,6 @@ def job(cfg: DictConfig) -> None:
     here = machine.describe(device)
     where = {key: here[key] for key in ("kind", "threads", "torch")}
     cells = [{**cell, **where} for cell in cells_of(cfg)]
-    if not cells:
-        raise UserError(
-            f"preset={cfg.preset}: has no cell of all that was asked for; preset=full has more, and exported files "
-            "run modes=[forward] compile=[false] measures=[speed] alone"
-        )
     check_cells(cfg, cells)
     macs = [measures.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 

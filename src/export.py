@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from amod.errors import UserError
 from amod.files import expanded
-from amod.runtimes import SUFFIXES
+from amod.runtimes import SUFFIXES, format_of
 from amod.training.checks import check_checkpoint
 from amod.training.command import launch
 from amod.training.config import ExportConfig
@@ -25,9 +25,8 @@ def check(composed: DictConfig) -> ExportConfig:
         check_variant(cfg)
         if cfg.model.checkpoint is not None:
             check_checkpoint(cfg.model.checkpoint)
-    suffix = SUFFIXES[cfg.format]
-    if cfg.output is not None and Path(cfg.output).suffix != suffix:
-        raise UserError(f"output={cfg.output}: a file of format={cfg.format} ends in {suffix}")
+    if cfg.output is not None:
+        format_of(Path(cfg.output), cfg.format, f"output={cfg.output}")
     if cfg.images is not None and not expanded(cfg.images).is_dir():
         raise UserError(f"images={cfg.images}: is no folder; name one that holds pictures")
     if cfg.int8 and cfg.images is None:

@@ -138,12 +138,13 @@ def test_a_rotary_model(tmp_path):
 
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_int8_is_near_the_model(tmp_path, form):
+    """Whatever the file is called: one of this name was written over itself while OpenVINO had it mapped."""
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "nncf"}[form])
     suffix = {"onnx": ".onnx", "openvino": ".xml"}[form]
     routed, images = model({1: Route(0.5)}, depth=2), torch.randn(8, 3, 32, 32)
-    found = amod.export(routed, tmp_path / f"model{suffix}", images=images, int8=True)
+    found = amod.export(routed, tmp_path / f"quantised{suffix}", images=images, int8=True)
     assert 0 < found.difference < 0.5 * found.scale
-    session = open_session(tmp_path / f"model{suffix}", batch=1)
+    session = open_session(tmp_path / f"quantised{suffix}", batch=1)
     assert session.facts["input_size"] == [3, 32, 32]
     assert torch.as_tensor(session(images[:1].numpy())[0]).shape == (1, 7)
 

@@ -31,7 +31,7 @@ from amod.gates import is_gated
 from amod.hub import class_names_of
 from amod.plan import Plan, as_data
 from amod.routing import Routing
-from amod.runtimes import SUFFIXES, Session, needed, open_session
+from amod.runtimes import SUFFIXES, Session, format_of, needed, open_session
 from amod.timm_models import RoutedViT
 from amod.walk import Walk
 
@@ -163,19 +163,6 @@ def export(
                 for file in files:
                     shutil.move(file, path.parent / file.name)
     return agreement
-
-
-def format_of(path: Path, format: str | None) -> str:
-    found = {suffix: name for name, suffix in SUFFIXES.items()}
-    if format is None:
-        if path.suffix not in found:
-            raise UserError(f"{path}: its suffix names no format; use {', '.join(found)}, or say format=")
-        return found[path.suffix]
-    if format not in SUFFIXES:
-        raise UserError(f"format={format!r}: choose one of {', '.join(SUFFIXES)}")
-    if path.suffix != SUFFIXES[format]:
-        raise UserError(f"{path}: a file of format={format} ends in {SUFFIXES[format]}")
-    return format
 
 
 def check(model: Any, path: Path, form: str, int8: bool, images: Tensor | None) -> None:

@@ -16,8 +16,6 @@ from amod.errors import UserError, reachable, writable
 
 WEIGHTS, ROUTERS, CONFIG, CARD = "model.safetensors", "routers.safetensors", "config.json", "README.md"
 """Of a saved model: for whoever writes them and whoever reads them."""
-RUN_CONFIG = "config.yaml"
-"""What makes a folder a training run's."""
 
 
 def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
@@ -64,7 +62,7 @@ def check_model_folder(folder: Path, named: str | None = None) -> None:
     with reachable(named):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{named}: is a file; name a folder for the model")
-        if (folder / RUN_CONFIG).is_file():
+        if (folder / "config.yaml").is_file():
             raise UserError(f"{named}: is a training run's folder, which is read as that run; name another")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from amod.dress import of_transformers, served_by
 from amod.errors import UserError, misfits, one_line, reachable, writable
-from amod.files import CARD, CONFIG, ROUTERS, RUN_CONFIG, WEIGHTS, check_model_folder, check_place
+from amod.files import CARD, CONFIG, ROUTERS, WEIGHTS, check_model_folder, check_place
 from amod.plan import as_data, from_data
 from amod.timm_models import RoutedViT
 from amod.vit import convert, dense
@@ -115,7 +115,7 @@ def from_pretrained(source: str | Path) -> Any:
     """
     folder = Path(source)
     with reachable(f"{source}"):
-        if (folder / RUN_CONFIG).is_file():
+        if (folder / "config.yaml").is_file():
             return _from_run(folder)
         if not folder.is_dir():
             folder = _fetched(str(source))

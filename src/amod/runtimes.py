@@ -35,6 +35,21 @@ def needed(form: str, int8: bool = False) -> None:
         raise UserError(f"format={form}: needs {', '.join(missing)}; pip install 'amod[export]'")
 
 
+def format_of(path: Path, format: str | None, named: str | None = None) -> str:
+    """The format of a file that is to be made, ``named`` as it was asked for; UserError unless its suffix is of it."""
+    named = named or str(path)
+    found = {suffix: name for name, suffix in SUFFIXES.items()}
+    if format is None:
+        if path.suffix not in found:
+            raise UserError(f"{named}: its suffix names no format; use {', '.join(found)}, or say format=")
+        return found[path.suffix]
+    if format not in SUFFIXES:
+        raise UserError(f"format={format!r}: choose one of {', '.join(SUFFIXES)}")
+    if path.suffix != SUFFIXES[format]:
+        raise UserError(f"{named}: a file of format={format} ends in {SUFFIXES[format]}")
+    return format
+
+
 def open_session(
     path: str | Path,
     form: str | None = None,
@@ -59,10 +74,17 @@ def open_session(
     needed(form)
     try:
         return OPENERS[form](path, threads, default_precision, batch)
-    except KeyError:
-        raise UserError(f"{path}: was not made by amod.export, whose files say how images are to be prepared") from None
+    except UserError:
+        raise
     except Exception as error:  # whatever the runtime makes of the bytes
         raise UserError(f"{path}: {form} cannot open it ({one_line(error)})") from error
+
+
+def facts_of(path: Path, written: str | None) -> dict[str, Any]:
+    """What a file says of itself; UserError where it says nothing."""
+    if not written:
+        raise UserError(f"{path}: was not made by amod.export, whose files say how images are to be prepared")
+    return dict(json.loads(written))
 
 
 def _open_onnx(path: Path, threads: int | None, default_precision: bool, batch: int | None) -> Session:
@@ -73,7 +95,7 @@ def _open_onnx(path: Path, threads: int | None, default_precision: bool, batch: 
     if batch is not None:
         options.add_free_dimension_override_by_name("batch", batch)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    facts = json.loads(session.get_modelmeta().custom_metadata_map["amod"])
+    facts = facts_of(path, session.get_modelmeta().custom_metadata_map.get("amod"))
     return Session(lambda images: session.run(None, {"images": images}), facts, "float32")
 
 
@@ -90,9 +112,7 @@ def openvino_core() -> Any:
 def _open_openvino(path: Path, threads: int | None, default_precision: bool, batch: int | None) -> Session:
     core = openvino_core()
     model = core.read_model(path)
-    if not model.has_rt_info(["amod"]):
-        raise KeyError("amod")
-    facts = json.loads(model.get_rt_info(["amod"]).astype(str))
+    facts = facts_of(path, model.get_rt_info(["amod"]).astype(str) if model.has_rt_info(["amod"]) else None)
     if batch is not None:
         model.reshape({"images": [batch, *facts["input_size"]]})
     config: dict[str, Any] = {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
@@ -109,14 +129,13 @@ def _open_torch(path: Path, threads: int | None, default_precision: bool, batch:
 
     extra = {"amod.json": ""}
     program = torch.export.load(path, extra_files=extra).module()
-    if not extra["amod.json"]:
-        raise KeyError("amod")
+    facts = facts_of(path, extra["amod.json"])
 
     def run(images: np.ndarray) -> list[Any]:
         with torch.no_grad():
             return [*program(torch.from_numpy(images))]
 
-    return Session(run, json.loads(extra["amod.json"]), "float32")
+    return Session(run, facts, "float32")
 
 
 OPENERS = {"onnx": _open_onnx, "openvino": _open_openvino, "torch": _open_torch}
