@@ -284,6 +284,10 @@ def test_counted_whole(detr):
     assert whole - half == parts[0] - parts[1] > 0
     with pytest.raises(amod.UserError, match="images of any size"):
         amod.count_flops(detr)
+    with pytest.raises(amod.UserError, match=r"input_size=\(3, 64, 0\)"):
+        transformer_flops(detr, 64, 0)
+    with pytest.raises(amod.UserError, match="Linear"):
+        transformer_flops(torch.nn.Linear(2, 2), *SIZE)
 
 
 @pytest.mark.parametrize("router", ["attention", "linear"])

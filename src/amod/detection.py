@@ -23,7 +23,7 @@ from amod.detr_walk import DecoderStep, DetrWalk, RoutedDecoder, RoutedDecoderLa
 from amod.dress import Dressed, dress, undressed
 from amod.entries import Route
 from amod.errors import UserError, one_line
-from amod.flops import count_on_meta, on_meta
+from amod.flops import count_on_meta, input_size_of, on_meta
 from amod.huggingface import routers_expected
 from amod.huggingface_walk import IMPLEMENTATION, RoutedEncoder, RoutedLayer, Step
 from amod.routers import make_router
@@ -159,6 +159,9 @@ def transformer_flops(model: Any, height: int, width: int) -> int:
 
     The decoder's final norm is counted behind every layer, where the original applies it whether or not it trains.
     """
+    if not isinstance(model, DetrForObjectDetection):
+        raise UserError(f"model: is a {type(model).__name__}; this counts a DetrForObjectDetection, routed or not")
+    input_size_of(model, (model.config.num_channels, height, width))
     bare: Any = on_meta(model)
     bare.config.auxiliary_loss = True
     pixels = torch.empty(1, bare.config.num_channels, height, width, device="meta")
