@@ -84,7 +84,7 @@ def test_as_many_runs_of_other_seeds_do_not_replace_a_report(tmp_path):
     rows, curves = rows_of(runs, tmp_path / "runs", {})
     first, second = rows[rows["seed"] == 0], rows[rows["seed"] == 1]
     write_report(STUDY, {**SCALE, "seeds": [0]}, first, curves, tmp_path / "results")
-    other = write_report(STUDY, {**SCALE, "seeds": [1], "usual_seeds": [0, 1]}, second, curves, tmp_path / "results")
+    other = write_report(STUDY, {**SCALE, "typed": ["scale.seeds=[1]"]}, second, curves, tmp_path / "results")
     assert other == tmp_path / "results/partial/report.md"
     assert "study=toy scale=toy 'scale.seeds=[1]'`, run at" in other.read_text()
     assert list(read(tmp_path / "results/runs.csv")["seed"]) == [0, 0]

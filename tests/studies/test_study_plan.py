@@ -164,9 +164,12 @@ def test_a_variant_changes_the_dense_run_too():
 
 def test_a_scale_may_narrow_a_study():
     study = {"stage": "finetune", "runs": [{"router": ["attention"], "capacity": [0.125, 0.5]}]}
-    runs = runs_of(at_scale({**study, "at": {"toy": {"seeds": [7]}, "other": {"seeds": [8]}}}, SCALE), SCALE)
+    here = at_scale({**study, "at": {"toy": {"seeds": [7]}, "other": {"seeds": [8]}}}, SCALE)
+    runs = runs_of(here, SCALE)
     assert {run.settings["seed"] for run in runs} == {"7"}
     assert len(runs) == 3
+    typed = runs_of(here, {**SCALE, "seeds": [1], "typed": ["scale.seeds=[1]"]})
+    assert {run.settings["seed"] for run in typed} == {"1"}
 
 
 def test_untrained_is_what_the_scale_measures():

@@ -20,8 +20,6 @@ from amod.training.compose import compose_config
 from amod.training.config import CONF, TrainConfig, UntrainedConfig, choices
 from amod.training.rules import parse
 
-SAID = ("scale.weights=", "scale.seeds=")
-"""What a report's head says by itself of what was typed."""
 BENCHMARK = Path(__file__).parents[2] / "benchmark.py"
 
 
@@ -62,9 +60,8 @@ def check_reproduce(cfg: DictConfig) -> None:
 def reproduce(cfg: DictConfig) -> None:
     GlobalHydra.instance().clear()  # composing the runs' configs needs a Hydra of its own
     scale = _plain(cfg.scale)
-    scale["usual_seeds"] = _plain(OmegaConf.load(CONF / f"scale/{scale['name']}.yaml"))["seeds"]
     typed = (item for item in sys.argv[1:] if item.startswith(("study.", "scale.")))
-    scale["typed"] = [item for item in typed if not item.startswith(SAID)]
+    scale["typed"] = [item for item in typed if not item.startswith("scale.weights=")]  # whose folder nobody needs
     root, results = Path(cfg.runs), Path(cfg.results)
     how = how_to_run(cfg.launcher, cfg.extra)
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]

@@ -76,7 +76,8 @@ def at_scale(study: Mapping[str, Any], scale: Mapping[str, Any]) -> dict[str, An
 def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
     """The runs of a study (of ``at_scale``), each after the run that it starts from, none twice; the last seed last.
 
-    A study's ``settings`` are those of its own runs, over their stage's. A scale's ``routers`` are settings of the runs
+    A study's ``settings`` are those of its own runs, over their stage's; its ``seeds`` stand in the place of the
+    scale's, unless ``scale.seeds`` was typed. A scale's ``routers`` are settings of the runs
     with a router of that name, or by model. A stage's ``start`` is another stage, whose run of the same seed and
     variant is run first, or ``weights``: the scale's file of that name, and where it has none the model's own
     pretrained weights.
@@ -90,6 +91,8 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
     usual = scale["transfer"] if here["stage"] == "transfer" else [stage.get("data", scale["data"])]
     data = here.get("data") or usual
     variants = here.get("variants") or {"": []}
+    said = any(item.startswith("scale.seeds=") for item in scale.get("typed", ()))
+    seeds = scale["seeds"] if said else here.get("seeds") or scale["seeds"]
     ordered: dict[str, Run] = {}
 
     def add(name: str, variant: str, settings: Iterable[str], start: Run | None = None) -> Run:
@@ -97,9 +100,7 @@ def runs_of(here: Mapping[str, Any], scale: Mapping[str, Any]) -> list[Run]:
         run = Run(name, variant, _merged(settings), start, weights, stages[name].get("script", "train.py"))
         return ordered.setdefault(run.name, run)
 
-    for seed, model, (variant, changes) in product(
-        here.get("seeds") or scale["seeds"], here.get("models") or scale["models"], variants.items()
-    ):
+    for seed, model, (variant, changes) in product(seeds, here.get("models") or scale["models"], variants.items()):
         common = [f"model={model}", f"seed={seed}", *scale.get("settings", []), *changes]
         start = None
         if stage.get("start", WEIGHTS) != WEIGHTS:

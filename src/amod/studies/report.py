@@ -89,8 +89,6 @@ def head(study: Mapping[str, Any], scale: Mapping[str, Any], rows: pd.DataFrame)
     if scale.get("settings"):
         recipes = {"all": scale["settings"], **recipes}
     typed = f" scale.weights={Path(scale['weights']).name}" if scale.get("weights") else ""
-    if scale["seeds"] != scale.get("usual_seeds", scale["seeds"]):
-        typed += f" 'scale.seeds=[{','.join(map(str, scale['seeds']))}]'"
     typed += "".join(f" {shlex.quote(setting)}" for setting in scale.get("typed", ()))
     remark = study.get("remark") or scale.get("remark")
     said = "\n".join(f"- {name}: `{' '.join(map(str, settings))}`" for name, settings in recipes.items() if settings)
