@@ -142,7 +142,7 @@ def test_an_average_over_patches_counts_a_merged_one_as_all_that_it_stands_for()
     tokens = model.forward_features(x)
     assert tokens.shape[1] == 16 - 6 - 3
     assert_close(model(x), dense(x), atol=1e-5, rtol=1e-4)
-    assert (model.forward_head(tokens) - dense(x)).abs().max() > 1e-2  # as if each were one patch
+    assert (model.forward_head(tokens) - dense(x)).abs().max() > 1e-3  # as if each were one patch
     assert_close(Exported(model).eval()(x)[0], dense(x), atol=1e-5, rtol=1e-4)
 
 
