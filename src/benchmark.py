@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from amod.errors import UserError, did_you_mean
+from amod.errors import UserError, did_you_mean, writable
 from amod.files import Ledger, expanded
 from amod.training.command import launch
 from amod.training.config import choices, model_file
@@ -261,7 +261,8 @@ def job(cfg: DictConfig) -> None:
     macs = [measures.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 
     output = output_of(cfg)
-    output.mkdir(parents=True, exist_ok=True)
+    with writable(f"output={output}"):
+        output.mkdir(parents=True, exist_ok=True)
     store = output / "cells.jsonl"
     ledger = Ledger(store)
     finished = {identity(record["cell"]): record for record in ledger.lines}

@@ -13,7 +13,7 @@ from amod.files import check_model_folder, check_place, expanded
 from amod.training.checks import check_checkpoint
 from amod.training.command import launch
 from amod.training.config import SearchConfig, check_classifier
-from amod.training.data import check_data
+from amod.training.data import check_data, typed_root
 from amod.training.rules import parse
 from amod.training.variants import check_model
 
@@ -158,7 +158,7 @@ def read_images(cfg: SearchConfig) -> tuple[Any, Any]:
             "in Python"
         )
     if cfg.images is not None:
-        return model, calibration_images(model, expanded(cfg.images), cfg.images_max)
+        return model, calibration_images(model, expanded(cfg.images), cfg.images_max, least=8)
     samples = Samples(split, transform, None, False, False)
     images, _ = samples.stacked(samples.drawn(cfg.images_max, cfg.seed))
     return model, images
@@ -180,7 +180,7 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
     if cfg.run is not None and cfg.images is not None:
         model = from_pretrained(cfg.run)
     elif cfg.run is not None:
-        _, model, data = load_run(Path(cfg.run))
+        _, model, data = load_run(Path(cfg.run), typed_root(cfg.data))
     else:
         if cfg.images is None:
             data = build_datamodule(cfg.data, input_config(cfg.model), {}, 32, 32, cfg.seed)
@@ -202,6 +202,11 @@ def subject(cfg: SearchConfig) -> tuple[Any, Any, Any]:
     return model.eval(), data and data.splits["train"], data and data.eval_transform
 
 
+def of_run(cfg: DictConfig) -> tuple[str, ...]:
+    """What a run has already; its images may have moved."""
+    return ("model", "data", "not data.root") if cfg.images is None and cfg.texts is None else ("model", "data")
+
+
 def output_of(cfg: SearchConfig) -> Path:
     if cfg.output is not None:
         return expanded(cfg.output)
@@ -211,4 +216,4 @@ def output_of(cfg: SearchConfig) -> Path:
 
 
 if __name__ == "__main__":
-    launch(job, "search", check, ("model", "data"), idle=("schedule",))
+    launch(job, "search", check, of_run, idle=("schedule",))

@@ -243,6 +243,8 @@ WRONG = {
     "tokens": (["run={}/attention-0", "tokens=1"], "tokens=1: must be a whole number of at least 2"),
     "router": (["run={}/dense-0", "router=none"], "routes nothing"),
     "gates": (["run={}/dense-0", "router=tuning"], "router=tuning: explain compares"),
+    "gates in a plan": (["run={}/dense-0", "router=plan", "router.file={}/gates.yaml"], "a gate has no such number"),
+    "no choice": (["run={}/dense-0", "router=plan", "router.file={}/alone.yaml"], "no block of its plan chooses"),
     "output": (["run={}/attention-0", "output={}/dense-0/config.yaml"], "is a file"),
     "mixed": (["run=[{0}/attention-0,{0}/other-size]"], "the runs differ in model.kwargs"),
     "mixed kinds": (["run=[{0}/attention-0,{0}/linear-1]"], "the runs differ in router.name"),
@@ -301,6 +303,8 @@ def test_a_mistake_is_said(case, runs, tmp_path):
         make_run(runs / "other-mod", "router=linear", "model.kwargs.depth=6")
         make_run(runs / "linear-more", "router=linear", "capacity=0.75")
         make_run(runs / "kept-prefix", "router=attention", "router.keep_prefix=true")
+        (runs / "gates.yaml").write_text("1: {Gate: {target: 0.5, scale: 1.0}}\n")
+        (runs / "alone.yaml").write_text("3: ClassOnly\n")
         state = build(config("router=none"), 7).model.state_dict()
         save_file({key: value.contiguous() for key, value in state.items()}, runs / "headless.safetensors")
     overrides, message = WRONG[case]

@@ -25,6 +25,7 @@ from amod.hub import class_names_of
 from amod.judge import Gene, Judge, Shape
 from amod.plan import entries_of, read_plan
 from amod.searching import by_hand, changed
+from amod.training.command import check_beside_run
 from amod.training.compose import compose_config
 from hub_models import build
 
@@ -352,6 +353,8 @@ def test_the_command_finds_a_plan_that_others_take(tmp_path, capsys):
     assert f"{output}: " in capsys.readouterr().out
     plan = read_plan(output)
     assert plan[3] == ClassOnly()
+    with pytest.raises(amod.UserError, match=r"data\.root=elsewhere: data=digits lie in no folder"):
+        command.job(command.check(compose_config("search", [*wanted, "data.root=elsewhere"])))
     assert len(json.loads((tmp_path / "plan.jsonl").read_text().splitlines()[-1])["judged"]) == 2
     summary = tiny.run(
         tmp_path / "tuned", "router=plan", f"router.file={output}", "schedule.epochs=1", f"model.checkpoint={run}"
@@ -408,6 +411,15 @@ def test_a_model_that_pools_nothing_is_refused():
     vit = timm.create_model("vit_tiny_patch16_224", global_pool="", **kwargs)
     with pytest.raises(amod.UserError, match=r"gives all its tokens \(17, 16\).* choose a pooling"):
         amod.search(vit, torch.randn(8, 3, 16, 16), 0.7, effort=2, progress=False)
+
+
+def test_what_a_run_has_already_is_refused_but_where_its_images_are(tmp_path):
+    cfg = compose_config("search", [f"run={tmp_path}"])
+    check_beside_run(cfg, ["data.root=elsewhere"], command.of_run(cfg))
+    for settings, extra in ((["data.num_workers=1"], []), (["data.root=elsewhere"], [f"images={tmp_path}"])):
+        cfg = compose_config("search", [f"run={tmp_path}", *extra])
+        with pytest.raises(amod.UserError, match="decides it"):
+            check_beside_run(cfg, settings, command.of_run(cfg))
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_search(tmp_path):

@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--backbone", default="resnet50")
     given = parser.parse_args()
+    if given.rounds < 2:
+        parser.error(f"--rounds {given.rounds}: at least 2, of which quartiles can be had")
     torch.manual_seed(0)
     detr = DetrForObjectDetection(DetrConfig(backbone=given.backbone)).eval()
     models: Any = {

@@ -50,6 +50,7 @@ CAPACITIES = (0.75, 0.5, 0.25)
 PLACEMENTS: dict[str, str | list[int]] = {"alternate": "alternate", "late": "late", "1 and 3": [1, 3]}
 ROUTERS = ("attention", "class_attention", "attention_weighted", "random", "reversed")
 SEEDS = (0, 1, 2)
+SHA = "sha256 of the texts"
 LEFT_OUT = ("1", "2", "3", "4", "5", "1,3", "4,5", "1,3,5", "3,4,5")
 """Layers that shorter models lack: one, two, and all of a placement, which is C = 0."""
 
@@ -125,6 +126,17 @@ def times(model: Any, dense: Any, batches: list[Any], rounds: int) -> dict[str, 
     }  # fmt: skip
 
 
+def sha_of(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def check_texts(out: Path, texts: list[str]) -> None:
+    """Figures of other texts are not gone on with: another Python has other texts in its library."""
+    about = out / "about.json"
+    if about.exists() and json.loads(about.read_text(encoding="utf-8"))[SHA] != sha_of(texts):
+        raise SystemExit(f"error: --out {out}: its figures are of other texts; name another folder")
+
+
 def cells_to_do() -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = [{"what": "left out", "layers": layers} for layers in LEFT_OUT]
     for placement in PLACEMENTS:
@@ -150,6 +162,7 @@ def main() -> None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(arguments.model)
     dense = transformers.AutoModel.from_pretrained(arguments.model).eval()
     texts = texts_of(tokenizer, arguments.texts)
+    check_texts(arguments.out, texts)
 
     def batched(some: list[str], size: int) -> list[Any]:
         return [tokenizer(some[i : i + size], padding=True, return_tensors="pt") for i in range(0, len(some), size)]
@@ -181,7 +194,7 @@ def main() -> None:
     between = (expected @ expected.T).fill_diagonal_(0).sum() / (len(texts) * (len(texts) - 1))
     about = {
         "texts": len(texts),
-        "sha256 of the texts": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+        SHA: sha_of(texts),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {torch.get_num_threads()} thread",
         "padding in the batches of 32": f"{1 - real / room:.0%}",

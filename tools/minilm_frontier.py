@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import transformers
-from minilm import compare, embed, paragraphs, texts_of, times, without
+from minilm import check_texts, compare, embed, paragraphs, texts_of, times, without
 from rich.progress import track
 
 import amod
@@ -68,6 +68,7 @@ def main() -> None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(given.model)
     dense: Any = transformers.AutoModel.from_pretrained(given.model).eval()
     texts = texts_of(tokenizer, 100)
+    check_texts(given.out, texts)
     others = sorted(set(paragraphs()) - set(texts))
     short = [text for text in others if 6 <= len(tokenizer(text)["input_ids"]) <= 128]
     searched_on = tokenizer(random.Random(0).sample(short, 128), padding=True, return_tensors="pt")

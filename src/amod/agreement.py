@@ -27,8 +27,8 @@ def disagreement(dense: Tensor, other: Tensor, has_head: bool) -> Tensor:
     """(B, C) logits or features, twice -> (B,): Kullback-Leibler divergence in nats, or 1 - cosine; 0 if the same."""
     if has_head:
         wanted, found = dense.float().log_softmax(-1), other.float().log_softmax(-1)
-        return (wanted.exp() * (wanted - found)).sum(-1)
-    return 1 - torch.cosine_similarity(dense.float(), other.float(), dim=-1)
+        return (wanted.exp() * (wanted - found)).sum(-1).clamp(min=0)  # rounding may leave less
+    return (1 - torch.cosine_similarity(dense.float(), other.float(), dim=-1)).clamp(min=0)
 
 
 def check_images(images: Any, least: int) -> Tensor:

@@ -24,11 +24,11 @@ def picture(file: Path, transform: Any) -> Tensor:
         raise UserError(f"{file}: cannot be read as a picture ({one_line(error)})") from error
 
 
-def calibration_images(model: Any, folder: Path, most: int) -> Tensor:
+def calibration_images(model: Any, folder: Path, most: int, least: int = 4) -> Tensor:
     """(B, C, H, W): at most so many pictures below the folder, spread over it, prepared for the model."""
     files = images_below(folder)
-    if len(files) < 4:
-        raise UserError(f"images={folder}: has {len(files)} pictures; at least 4 are needed")
+    if len(files) < least:
+        raise UserError(f"images={folder}: has {len(files)} pictures; at least {least} are needed")
     count = min(most, len(files))
     files = [files[i * len(files) // count] for i in range(count)]
     transform, _ = preparation(model)

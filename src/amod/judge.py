@@ -249,7 +249,7 @@ class Judge:
     def judged(self, plan: Plan, part: int) -> Loss:
         first, _ = self.parts
         rows = slice(0, first) if part == 0 else slice(first, len(self.images))
-        each = disagreement(self.target[rows], self.outputs(plan, rows), self.has_head).clamp(min=0)
+        each = disagreement(self.target[rows], self.outputs(plan, rows), self.has_head)
         return Loss(each.mean().item(), each.sqrt().mean().item())
 
     @property

@@ -99,14 +99,14 @@ def listen(model: Any, into: list[Tensor]) -> RemovableHandle:
 def fit_to(head: nn.Linear, features: Tensor, logits: Tensor, target: Tensor) -> HeadFit:
     """Ridge regression of what the logits lack, on the features, by the ridge that does best on images left out."""
     features, logits, wanted = (each.double().cpu() for each in (features, logits, target))
-    as_it_is = disagreement(wanted, logits, True).clamp(min=0).sqrt()
+    as_it_is = disagreement(wanted, logits, True).sqrt()
     left_out = torch.stack([as_it_is, *(torch.zeros_like(as_it_is) for _ in range(1 + len(RIDGES)))])
     for fold in range(FOLDS):
         out = torch.arange(len(features)) % FOLDS == fold
         maps = ridge_maps(features[~out], (wanted - logits)[~out])
         for line, (slope, shift) in zip(left_out[1:], maps, strict=True):
             moved = logits[out] + features[out] @ slope + shift
-            line[out] = disagreement(wanted[out], moved, True).clamp(min=0).sqrt()
+            line[out] = disagreement(wanted[out], moved, True).sqrt()
     means = left_out.mean(dim=1).tolist()
     best = means.index(min(means))
     weight, bias = head.weight.detach(), head.bias.detach()

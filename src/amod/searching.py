@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from amod.agreement import check_images
 from amod.dress import of_transformers
 from amod.entries import READS_ATTENTION
-from amod.errors import UserError, reachable
+from amod.errors import UserError, writable
 from amod.families import check_model
+from amod.files import write_atomically
 from amod.judge import KINDS, Gene, Judge, Shape, name_of
 from amod.plan import MERGING, Plan, as_data
 from amod.vit import convert
@@ -77,11 +78,9 @@ class Found:
         about = {**costs, "disagreement": float(f"{self.disagreement:.6g}"), **self.about}
         data = {"plan": as_data(self.plan), "search": about}
         path = Path(path)
-        with reachable(f"{path}"):
+        with writable(f"{path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.part")
-            part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-            part.replace(path)
+        write_atomically(path, yaml.safe_dump(data, sort_keys=False).encode())
 
 
 def search(

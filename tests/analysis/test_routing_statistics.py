@@ -73,8 +73,12 @@ def test_agreement_by_hand():
     assert one["never kept"] == pytest.approx(3 / 5)
     assert two["never kept"] == pytest.approx(2 / 5)  # patches 3 and 4
     assert two["never, by chance"] == pytest.approx(0.36)
-    routing[1] = RoutedLayer(3, routing[1].scores, torch.tensor([[0, 1, 2, 3]]))  # four of five
-    assert agreement(routing, 1, contrast=torch.ones(1, 4))[1]["never, by chance"] == pytest.approx(0.6 * 0.2)
+    routing[1] = RoutedLayer(3, -routing[1].scores.abs(), torch.tensor([[0, 1, 2, 3]]))  # four of five
+    _, two = agreement(routing, 1, contrast=torch.ones(1, 4), class_token=False)
+    assert two["never, by chance"] == pytest.approx(0.6 * 0.2)
+    assert two["by chance"] == pytest.approx(0.4)  # what the block before kept, of any draw
+    assert math.isnan(two["top score"])  # negative scores' shares would be positive, the lowest score's the largest
+    assert math.isnan(two["class token kept"])  # token 0 is a register
 
 
 def test_agreement_where_tokens_are_gone():

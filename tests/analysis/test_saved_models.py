@@ -12,6 +12,7 @@ from amod.analysis import saved_models
 from amod.analysis.explain_checks import check_explain
 from amod.training.compose import compose_config
 from hub_models import build
+from test_detection import tiny as tiny_detr
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 3}
 
@@ -89,10 +90,12 @@ def test_what_does_not_go_with_a_saved_model_is_refused(given, words, tmp_path, 
 def test_a_folder_without_what_is_needed_is_one_line(tmp_path, pictures):
     build("ViT").save_pretrained(tmp_path / "bare")
     build("Bert").save_pretrained(tmp_path / "text")
+    tiny_detr().save_pretrained(tmp_path / "detr")
     (tmp_path / "empty").mkdir()
     for folder, images, words in (
         ("bare", pictures, "has no image processor"),
         ("text", pictures, "reads no images alone"),
+        ("detr", pictures, "is a detector; name its run folder"),
     ):
         cfg = check_explain(compose_config("explain", [f"run={tmp_path}/{folder}", f"images={images}"]))
         with pytest.raises(amod.UserError, match=words) as error:

@@ -169,3 +169,12 @@ def test_mistakes_are_one_line(settings, words):
     with pytest.raises(amod.UserError, match=words) as error:
         asked(*settings)
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_is_said_before_anything_is_read(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(amod.UserError, match=r"output=.*config.yaml/x: cannot be written"):
+        command.job(asked(f"run={tmp_path}", f"output={tmp_path}/config.yaml/x"))
+    tiny.run(tmp_path / "run", "router=none", "schedule.epochs=1", "trainer.limit_train_batches=1")
+    with pytest.raises(amod.UserError, match=r"data.root=elsewhere: data=digits lie in no folder"):
+        command.job(asked(f"run={tmp_path}/run", f"output={tmp_path}/out", "data.root=elsewhere"))

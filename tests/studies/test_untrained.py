@@ -95,6 +95,12 @@ def test_what_it_cannot_measure_is_said(overrides, words):
         check_train(compose_config("untrained", overrides))
 
 
+def test_a_place_that_cannot_be_written_is_one_line(dense, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written"):
+        measured(tmp_path / "file/run", dense, "router=attention")
+
+
 def test_weights_without_a_head_are_refused(dense, tmp_path):
     cfg = compose_config("untrained", [*DIGITS, "router=random", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UserError, match="no head for the 10 classes"):

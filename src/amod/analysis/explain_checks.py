@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from amod.training.checks import check_checkpoint
 from amod.training.command import is_among
 from amod.training.compose import compose_config
 from amod.training.config import UNROUTED, Data, ExplainConfig, TrainConfig, check_classifier
-from amod.training.data import check_data
+from amod.training.data import check_data, moved, typed_root
 from amod.training.folder import flat, read_config
 from amod.training.rules import parse
 from amod.training.variants import check_variant
@@ -190,8 +189,5 @@ def saved(folder: Path) -> TrainConfig:
 
 
 def data_config(cfg: ExplainConfig, run: TrainConfig | ExplainConfig) -> Data:
-    """The run's data, from this command's data.root where that is typed or not the default."""
-    typed = any(argument.startswith("data.root=") for argument in sys.argv[1:])
-    if not typed and cfg.data.root == os.environ.get("AMOD_DATA", "data"):
-        return run.data
-    return run.data.model_copy(update={"root": cfg.data.root})
+    """The data of the run, or of this command itself."""
+    return cfg.data if run is cfg else moved(run.data, typed_root(cfg.data))

@@ -43,6 +43,7 @@ class Measured:
 
     grid: tuple[int, int]
     prefix: int
+    class_token: bool
     routing: dict[str, Routing]
     scores: dict[str, dict[int, Tensor]]
     removed: Tensor
@@ -88,6 +89,7 @@ def measure(
     device = next(dense.parameters()).device
     blocks = blocks_of(models)
     grid, prefix = grid_of(dense, images), dense.num_prefix_tokens
+    class_token = getattr(dense, "cls_token", None) is not None
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.Generator().manual_seed(draws)
     torch.manual_seed(draws)  # a random router draws from torch's own
@@ -116,7 +118,7 @@ def measure(
         chance = {block: torch.rand(b, n, generator=drawn).to(device) for block in blocks}
         scores.setdefault("random", chance)  # a random router's own are as good
         importance = {block: leave_one_out(dense, walk.inputs[block], wanted, block, removed, done) for block in blocks}
-        parts.append(Measured(grid, prefix, routing, scores, removed, importance, predicted))
+        parts.append(Measured(grid, prefix, class_token, routing, scores, removed, importance, predicted))
     return _joined(parts)
 
 
@@ -136,6 +138,7 @@ def _joined(parts: Sequence[Measured]) -> Measured:
     return Measured(
         first.grid,
         first.prefix,
+        first.class_token,
         {
             router: [cat_layers(router, place) for place in range(len(layers))]
             for router, layers in first.routing.items()

@@ -205,7 +205,7 @@ def agreement_tables(runs: Sequence[Measured]) -> str:
 
 def kept_by(router: str, run: Measured) -> list[dict[str, float]]:
     contrast = next(iter(run.scores[CONTRAST].values()))[:, run.prefix :]
-    return agreement(run.routing[router], run.prefix, contrast)
+    return agreement(run.routing[router], run.prefix, contrast, run.class_token)
 
 
 def write_correlations(table: Sequence[Correlation], path: Path) -> None:

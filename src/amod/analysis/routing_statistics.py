@@ -137,8 +137,8 @@ def seen(routing: Routing) -> list[Seen]:
 
 AGREEMENT = {
     "kept again": "of the tokens kept, the share that the routed block before kept as well",
-    "by chance": "the same for tokens drawn at random, K/N; none once tokens are gone",
-    "class token kept": "share of the images whose class token (the first token without a patch) was kept",
+    "by chance": "the same for tokens drawn at random, K/N of the block before; none once tokens are gone",
+    "class token kept": "share of the images whose class token was kept",
     "entropy": "of the scores as shares of the tokens that are there, 1 where all are equal, 0 where one has all",
     "top score": "the highest score of an image's tokens, as a share of their sum",
     "on one token": "share of the images where one token has more than half of the sum",
@@ -150,7 +150,7 @@ AGREEMENT = {
 }
 
 
-def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str, float]]:
+def agreement(routing: Routing, prefix: int, contrast: Tensor, class_token: bool = True) -> list[dict[str, float]]:
     """One row per block that scored its tokens: its index ``block``, and what :data:`AGREEMENT` explains, as means over
     the images.
 
@@ -158,6 +158,7 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
 
     Args:
         contrast: of the patches, (B, N - prefix), from :func:`patch_contrast`.
+        class_token: whether token 0 is one, and not a register or a patch.
     """
     rows: list[dict[str, float]] = []
     before: Tensor | None = None
@@ -167,23 +168,22 @@ def agreement(routing: Routing, prefix: int, contrast: Tensor) -> list[dict[str,
         if layer.scores is None:
             continue
         scores = layer.scores.double()
-        kept, chance = layer.kept, float(layer.kept.double().mean())
-        if (layer.group < 0).any():
-            chance = math.nan  # what is gone cannot be drawn again
-        share = own.scores.double() / own.scores.double().sum(dim=1, keepdim=True)  # a merged token counts once
+        kept, gone = layer.kept, bool((layer.group < 0).any())  # what is gone cannot be drawn again
+        total = own.scores.double().sum(dim=1, keepdim=True)  # a merged token counts once
+        share = own.scores.double() / total
         there = (share > 0).sum(dim=1).double()
-        distribution = bool((share >= 0).all())
+        distribution = bool((own.scores >= 0).all() and (total > 0).all())
         top_patch = scores[:, prefix:].argmax(dim=1)
         chosen = kept[:, prefix:]
         contrasts = (contrast * chosen).sum(dim=1) / chosen.sum(dim=1) / contrast.mean(dim=1)
         missed = ~kept if missed is None else missed & ~kept
-        missed_by_chance *= 1 - chance
+        missed_by_chance *= math.nan if gone else 1 - float(kept.double().mean())
         rows.append(
             {
                 "block": layer.block,
                 "kept again": float((kept & before).sum() / kept.sum()) if before is not None else math.nan,
-                "by chance": chance if before is not None else math.nan,
-                "class token kept": float(kept[:, 0].double().mean()) if prefix else math.nan,
+                "by chance": math.nan if before is None or gone else float(before.double().mean()),
+                "class token kept": float(kept[:, 0].double().mean()) if class_token else math.nan,
                 "entropy": float((torch.special.entr(share).sum(dim=1) / there.log()).nanmean())
                 if distribution
                 else math.nan,

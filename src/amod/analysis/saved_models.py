@@ -20,7 +20,7 @@ from amod.analysis.pictures import draw_kept_patches, draw_scores
 from amod.analysis.style import NAMES
 from amod.analysis.subjects import output_of
 from amod.deploy import picture, preparation
-from amod.dress import of_transformers
+from amod.dress import of_detection, of_transformers
 from amod.errors import UserError, one_line
 from amod.files import expanded
 from amod.hub import class_names_of
@@ -37,6 +37,8 @@ def explain_saved(cfg: ExplainConfig) -> None:
     quiet()
     folder = expanded(str(cfg.run))
     model = amod.from_pretrained(folder)
+    if of_detection(model):
+        raise UserError(f"run={cfg.run}: is a detector; name its run folder of src/train.py, whose images are drawn")
     if of_transformers(model) and model.main_input_name != "pixel_values":
         raise UserError(f"run={cfg.run}: its {type(model).__name__} reads no images alone; text= is for models of text")
     transform, mean, std = prepare(model, folder)

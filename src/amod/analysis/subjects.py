@@ -16,8 +16,10 @@ from torch.utils.data import BatchSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from amod.analysis.explain_checks import data_config, folders, saved
+from amod.analysis.measurement import blocks_of
 from amod.errors import UserError, one_line, shown
 from amod.files import check_place, expanded
+from amod.gates import is_gated
 from amod.image_files import files_below, is_image, open_rgb
 from amod.timm_models import RoutedViT
 from amod.training.config import UNROUTED, ExplainConfig, Router, TrainConfig
@@ -55,11 +57,9 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
     for i in range(max(1, len(runs))):
         config = saved(runs[i]) if runs else cfg
         source = str(denses[i]) if denses else config.model.checkpoint
-        no_gates(config.router.name)
         model = load(config, runs[i] if runs else None, num_classes)
         vit = dense(model)
         if config.router.name in UNROUTED:
-            no_gates(cfg.router.name)
             routing = {key: getattr(cfg, key) for key in ("router", "placement", "capacity", "budget")}
             config = config.model_copy(update=routing)
             model, origin = variant(vit, config), "the run itself"
@@ -70,7 +70,6 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
             other = saved(mods[i])
             if other.router.name in (*UNROUTED, config.router.name):
                 raise UserError(f"mod={mods[i]}: its router is {other.router.name}; name a run of another router")
-            no_gates(other.router.name)
             for key in (*MODEL_AND_DATA, *COMPARED) if runs else ():
                 theirs, ours = attrgetter(key)(other), attrgetter(key)(config)
                 if theirs != ours:
@@ -83,6 +82,8 @@ def subjects(cfg: ExplainConfig, num_classes: int | None) -> list[Subject]:
             others.append((other.router.name, other.capacity))
             if others[i] != others[0]:
                 raise UserError(f"mod={shown(cfg.mod)}: the runs differ in router or capacity; name runs of one kind")
+        for router, routed in models.items():
+            check_served(router, routed)
         for module in (vit, *models.values()):
             module.to(device).eval()
         found.append(Subject(config, models, vit, origin))
@@ -109,9 +110,11 @@ def output_of(cfg: ExplainConfig, name: str) -> Path:
     return folder
 
 
-def no_gates(router: str) -> None:
-    if router == "tuning":
-        raise UserError("router=tuning: explain compares tokens kept by their score, and a gate has no such number")
+def check_served(router: str, model: RoutedViT) -> None:
+    if is_gated(model):
+        raise UserError(f"router={router}: explain compares tokens kept by their score, and a gate has no such number")
+    if not blocks_of({router: model}):
+        raise UserError(f"router={router}: no block of its plan chooses among its tokens; explain one that does")
 
 
 def load(config: Trained, folder: Path | None, num_classes: int | None) -> Any:

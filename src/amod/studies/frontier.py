@@ -21,7 +21,7 @@ from torch import Tensor
 
 from amod.agreement import disagreement
 from amod.entries import Merge
-from amod.errors import UserError
+from amod.errors import UserError, writable
 from amod.files import Ledger
 from amod.judge import Gene, Judge, Shape, name_of
 from amod.plan import MERGING, Plan, as_data, from_data
@@ -52,10 +52,11 @@ than this share of the dense cost unspent, the number below is measured too, abo
 
 def frontier(cfg: FrontierConfig) -> None:
     folder, output = Path(cfg.run or ""), Path(cfg.output)
-    run, vit, data = load_run(folder, cfg.data_root)
+    with writable(f"output={cfg.output}"):
+        output.mkdir(parents=True, exist_ok=True)
+    run, vit, data = load_run(folder, cfg.data.root)
     if run.router.name != "none":
         raise UserError(f"run={cfg.run}: its router is {run.router.name}; name a run of router=none")
-    output.mkdir(parents=True, exist_ok=True)
     samples = Samples(data.splits["train"], data.eval_transform, None, False, False)
     searched_on, _ = samples.stacked(samples.drawn(cfg.search_images, cfg.seed))
     judge = Judge(vit, searched_on)

@@ -139,7 +139,7 @@ def write_report(
         lines += ["", f"The times of {'; '.join(other)} are an earlier command's."]
     lines += at_equal_agreement(clocks)
     picture(output / "frontier.png", rows, clocks)
-    typed = [part for part in sys.argv[1:] if not part.startswith(("run=", "data_root=", "output="))]
+    typed = [part for part in sys.argv[1:] if not part.startswith(("run=", "data.root=", "output="))]
     command = shlex.join(["python", "src/frontier.py", *typed])
     lines += [
         "",

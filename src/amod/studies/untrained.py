@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning import seed_everything
 from omegaconf import OmegaConf
 
-from amod.errors import UserError
+from amod.errors import UserError, writable
 from amod.files import write_atomically
 from amod.training.classification import Classifier, cost, measured
 from amod.training.config import UntrainedConfig
@@ -52,7 +52,8 @@ def _measure(cfg: UntrainedConfig, folder: Path, lock: RunLock) -> None:
             f"data={cfg.data.name}, so there is nothing to measure; give a trained run as model.checkpoint="
         )
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writable(f"run_dir={folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     lock.take()
     write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode())

@@ -25,7 +25,7 @@ from amod.training.config import (
     UntrainedConfig,
     check_classifier,
 )
-from amod.training.data import check_data
+from amod.training.data import check_data, moved
 from amod.training.folder import check_run_dir, read_config
 from amod.training.rules import parse
 from amod.training.tasks import TASKS
@@ -251,6 +251,7 @@ def check_evaluate(composed: Any) -> EvaluateConfig:
 def evaluation_config(cfg: EvaluateConfig) -> TrainConfig:
     """The run's own config with the evaluation's non-null settings over it."""
     run = read_config(Path(cfg.run or "") / "config.yaml")
+    run.data = moved(run.data, cfg.data.root)
     for group in ("data", "trainer"):
         for key, value in getattr(cfg, group):
             if value is not None:

@@ -350,6 +350,10 @@ class SearchConfig(Group):
     schedule: Schedule
 
 
+class Place(Group):
+    root: Text | None = None
+
+
 class FrontierConfig(Group):
     run: Text | None = None
     shares: list[Part] = [0.74, 0.5]
@@ -358,7 +362,7 @@ class FrontierConfig(Group):
     search_images: Annotated[int, Field(ge=8)] = 128
     effort: Positive = 60
     seed: Seed = 0
-    data_root: Text | None = None
+    data: Place = Place()
     runtimes: list[Literal["eager", "openvino", "onnx"]] = []
     batches: list[Count] = [1, 8]
     timed: list[str] = []

@@ -6,6 +6,8 @@ Importing this module costs nothing, so a missing file is reported before torch 
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +96,22 @@ def check_data(cfg: Data, test_only: bool = False) -> None:
         locate(cfg, test_only)
     elif not layout.can_download:
         raise UserError(f"data.download=true: data={cfg.name} cannot be downloaded; {layout.get}")
+
+
+def moved(data: Data, root: str | None) -> Data:
+    """A run's data in the folder where they are now; None: where they were."""
+    if root is None:
+        return data
+    layout = LAYOUTS[data.name]
+    if not layout.files:
+        raise UserError(f"data.root={root}: data={data.name} lie in no folder, {layout.get}; leave it out")
+    return data.model_copy(update={"root": root})
+
+
+def typed_root(data: Data) -> str | None:
+    """The ``data.root`` of a command that measures a run, where it is typed or not the default."""
+    typed = any(argument.startswith("data.root=") for argument in sys.argv[1:])
+    return data.root if typed or data.root != os.environ.get("AMOD_DATA", "data") else None
 
 
 def locate(cfg: Data, test_only: bool = False) -> Path:

@@ -10,6 +10,7 @@ from torch import nn
 
 from amod.errors import UserError, one_line
 from amod.training.config import TrainConfig, check_classifier
+from amod.training.data import moved
 from amod.training.folder import read_config
 from amod.training.loaders import ImageData, build_datamodule
 from amod.training.record import classes_of
@@ -23,7 +24,7 @@ def load_run(folder: Path, data_root: str | None = None) -> tuple[TrainConfig, n
     """
     run = read_config(folder / "config.yaml")
     check_classifier(run.model, f"run={folder}")
-    run.data.root = run.data.root if data_root is None else data_root
+    run.data = moved(run.data, data_root)
     inputs = input_config(run.model)
     sizes = run.schedule.batch_size, run.schedule.eval_batch_size
     data = build_datamodule(run.data, inputs, {}, *sizes, run.seed, classes_of(folder))
