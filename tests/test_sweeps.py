@@ -27,6 +27,16 @@ from tiny import DIGITS
 FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 A = "command: ['${args_no_hyphens}']\n"
 MISTAKES = [
+    (f"{A}method: grid\nparameters: {{run_dir: {{values: [a, b]}}}}", "run_dir: each run of a sweep has a folder"),
+    (f"{A}method: grid\nparameters: {{1: {{values: [1]}}}}", "1: is no setting of src/train.py"),
+    (f"{A}method: grid\nparameters: {{seed: {{value: 3, values: [1]}}}}", "seed: has value and values; leave one"),
+    (f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{values: [1], min: 3, max: 4}}}}", "has values and min"),
+    (
+        f"{A}method: random\nrun_cap: 1\nparameters: {{seed: {{distribution: int_uniform, min: 0.5, max: 2.9}}}}",
+        "seed: min=0.5, max=2.9: must be whole numbers",
+    ),
+    ("command: ${args_no_hyphens}\nmethod: grid\nparameters: {seed: {value: 1}}", "command: must be a list of words"),
+    (f"{A}method: grid\nrun_cap: true\nparameters: {{seed: {{value: 1}}}}", "run_cap=True: must be a whole number"),
     ("parameters: []", "has no parameters"),
     ("command: [a]\nparameters: {seed: {value: 1}}", "needs ${args_no_hyphens}"),
     ("command: ['${args_no_hyphens}']\nparameters: {schedule: {parameters: {lr: {value: 1}}}}", "write them flat"),

@@ -18,7 +18,7 @@ WEIGHTS, ROUTERS, CONFIG, CARD = "model.safetensors", "routers.safetensors", "co
 """Of a saved model: for whoever writes them and whoever reads them."""
 
 
-def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, keep: Path | None = None) -> None:
     """Write to a temporary name in the same folder, then rename: a reader sees the old file or the new, whole.
 
     The old file becomes ``keep``, which for a moment is the only one of the two. The temporary name is always the same

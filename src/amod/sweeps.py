@@ -71,18 +71,28 @@ def read_sweep(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict) or not sweep["parameters"]:
         raise UserError(f"{file}: has no parameters; write it like sweeps/lr.yaml")
-    if "${args_no_hyphens}" not in (sweep.get("command") or []):
+    command = sweep.get("command") or []
+    if not isinstance(command, list):
+        raise UserError(f"{file}: command: must be a list of words, as in sweeps/lr.yaml")
+    if "${args_no_hyphens}" not in command:
         raise UserError(f"{file}: the command needs ${{args_no_hyphens}}: Hydra reads key=value, not --key=value")
     refuse_unknown(sweep, KEYS, str(file))
     for program in (sweep.get("program", PROGRAM), *(c for c in map(str, sweep["command"]) if c.endswith(".py"))):
         if Path(str(program)) != Path(PROGRAM):
             raise UserError(f"{file}: program: {program}: without W&B a sweep is of {PROGRAM}")
     for key, parameter in sweep["parameters"].items():
+        if not isinstance(key, str):
+            raise UserError(f"{file}: {key}: is no setting of {PROGRAM}; write its name, as in schedule.lr")
+        if key == "run_dir":
+            raise UserError(f"{file}: run_dir: each run of a sweep has a folder of its own; leave it out")
         if not isinstance(parameter, dict) or "parameters" in parameter:
             raise UserError(f"{file}: {key}: nested keys arrive as one dictionary; write them flat, as in schedule.lr")
         refuse_unknown(parameter, PARAMETER_KEYS, f"{file}: {key}")
         if not isinstance(parameter.get("values", []), list):
             raise UserError(f"{file}: {key}: values={parameter['values']}: must be a list; one value is value: ...")
+        said = [key for key in ("value", "values", "min") if key in parameter]
+        if len(said) > 1:
+            raise UserError(f"{file}: {key}: has {' and '.join(said)}; leave one of them out")
         check_probabilities(parameter, sweep.get("method"), f"{file}: {key}")
         if any(value is None for value in (*parameter.get("values", []), parameter.get("value", 0))):
             raise UserError(f"{file}: {key}: null arrives as the word None; write 'null', with its quotes")
@@ -125,7 +135,7 @@ def combinations(sweep: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
     if method not in METHODS:
         raise UserError(f"{file}: method={method} needs W&B (`wandb sweep {file}`); here: {' or '.join(METHODS)}")
     cap = sweep.get("run_cap")
-    if not (cap is None or (isinstance(cap, int) and cap >= 1)):
+    if not (cap is None or (isinstance(cap, int) and not isinstance(cap, bool) and cap >= 1)):
         raise UserError(f"{file}: run_cap={cap}: must be a whole number of at least 1")
     if method == "random":
         if cap is None:
@@ -160,6 +170,8 @@ def sample(parameter: Mapping[str, Any], draw: random.Random, where: str) -> Any
     whole = isinstance(low, int) and isinstance(high, int)
     match parameter.get("distribution", "int_uniform" if whole else "uniform"):
         case "int_uniform":
+            if not whole:
+                raise UserError(f"{where}: min={low}, max={high}: must be whole numbers for int_uniform")
             return draw.randint(int(low), int(high))
         case "uniform":
             return draw.uniform(low, high)
@@ -219,7 +231,7 @@ def write_report(runs: Sequence[SweepRun], root: Path, failed: Mapping[str, str]
     for values, summaries in groups.items():
         done = [summary for summary in summaries if summary]
         count = f"{len(done)}" if len(done) == len(summaries) else f"{len(done)} of {len(summaries)}"
-        gflops = f"{done[0]['gflops']:.4f}" if done else "-"
+        gflops = f"{statistics.fmean(summary['gflops'] for summary in done):.4f}" if done else "-"
         lines.append(f"| {' | '.join([*values, count, gflops, spread(done, validation), spread(done, test)])} |")
     if failed:
         lines += ["", "## Failed", "", *(f"- `{name}`: {why}" for name, why in failed.items())]

@@ -36,6 +36,7 @@ def command(*overrides):
         (["study=table5", "study.metric=foo"], "study.metric=foo: no report has it; choose one of test_top1"),
         (["study=fig28", "jobs=2"], "jobs=2: study=fig28 is timed in one process here; leave it out"),
         (["dry=true", "report_only=true"], "leave one of them out"),
+        (["results=README.md/x", "report_only=true"], "README.md/x: cannot be written"),
         (["results=README.md"], "results=README.md: is a file; name a folder"),
         (["scale=medium", "scale.weights=none.pth"], "model.checkpoint=none.pth: no such file"),
     ],

@@ -453,6 +453,12 @@ def test_a_sweep_leaves_one_run_for_each_job(tmp_path):
 LATE = {
     "schedule.optimizer=adamm": "schedule.optimizer=adamm",
     "schedule.momentum=0.5": "schedule.momentum=0.5: adamw has none; leave it out",
+    "schedule.optimizer=sgd schedule.momentum=0": "schedule.momentum=0: sgd is Nesterov's here",
+    "schedule.accumulate=21": "schedule.accumulate=21: an epoch has 20 batches; choose at most that",
+    "schedule.batch_size=2000 schedule.lr_reference_batch=256": "the only batch has 1294 images",
+    "schedule.epochs=2 trainer.min_steps=41": "trainer.min_steps=41: schedule.epochs=2 are 40 steps",
+    "trainer.precision=16-mixed": "trainer.precision=16-mixed: needs a GPU, here it would be bf16-mixed",
+    "trainer.num_nodes=2 trainer.strategy=ddp": "trainer.num_nodes=2: nothing says where the first node is",
     "schedule.optimizer=adahessian": "schedule.optimizer=adahessian, schedule.lr=0.002: makes no step here",
     "schedule.lr=1e38 schedule.clip_grad=null": "schedule.lr=1e+38: makes no step here",
     "logger=wandb logger.project=a/b": "logger.project=a/b logger.run_name=None: refused by W&B",

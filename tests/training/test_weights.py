@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
+from timm.layers import DropPath
 
 import amod
 import fakes
@@ -248,6 +249,8 @@ def test_both_heads_of_a_distilled_model_are_a_head(schedule, train):
     trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert {"head", "head_dist"} <= trained
     assert (trained == {"head", "head_dist"}) == (train == "head")
+    dropped = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert any(dropped) == (train == "all")  # a frozen model's features stay as they are
 
 
 # --- the hub's cache: each in a process of its own, because the hub reads its settings when it is imported

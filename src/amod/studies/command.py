@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from amod.errors import UserError, shown
+from amod.files import check_place
 from amod.studies.plan import Run, at_scale, runs_of
 from amod.studies.runner import arguments, command, execute, finished, how_to_run, to_run
 from amod.training.checks import check_train
@@ -64,6 +65,8 @@ def reproduce(cfg: DictConfig) -> None:
     scale["typed"] = [item for item in typed if not item.startswith("scale.weights=")]  # whose folder nobody needs
     root, results = Path(cfg.runs), Path(cfg.results)
     how = how_to_run(cfg.launcher, cfg.extra)
+    if not cfg.dry:
+        check_place(results)  # before the hours of the runs
     studies = [at_scale(study, scale) for study in studies_of(_plain(cfg.study), scale["name"])]
     plans = {study["name"]: runs_of(study, scale) for study in studies if "benchmark" not in study}
     from amod.studies import clock  # pandas takes a second

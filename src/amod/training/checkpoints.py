@@ -25,7 +25,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         path = Path(path)
-        write_atomically(path, buffer.getvalue(), path.with_name("previous.ckpt") if path.name == "last.ckpt" else None)
+        before = path.with_name("previous.ckpt") if path.name == "last.ckpt" else None
+        write_atomically(path, buffer.getbuffer(), before)
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         return read_checkpoint(path)

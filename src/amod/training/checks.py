@@ -94,6 +94,11 @@ def check_train(composed: Any) -> TrainConfig:
         raise UserError("trainer.gradient_clip_algorithm=value: needs schedule.clip_grad, the value; leave it out")
     if (least := cfg.trainer.min_epochs) is not None and least > schedule.epochs:
         raise UserError(f"trainer.min_epochs={least}: schedule.epochs={schedule.epochs} are fewer; raise them")
+    if (every := cfg.trainer.check_val_every_n_epoch or 1) > schedule.epochs:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch={every}: schedule.epochs={schedule.epochs} end before the first "
+            "validation, which says what the best epoch is; choose at most that"
+        )
     if schedule.min_lr > schedule.lr:
         raise UserError(f"schedule.min_lr={schedule.min_lr}: must not exceed schedule.lr={schedule.lr}")
     if (schedule.mixup or schedule.cutmix) and schedule.batch_size % 2:
@@ -108,11 +113,6 @@ def check_train(composed: Any) -> TrainConfig:
                     f"trainer.{key}={shown(value)}: callbacks=early_stopping needs a validation at the end of an epoch "
                     "and none before; leave one of them out"
                 )
-        if (every := cfg.trainer.check_val_every_n_epoch or 1) > schedule.epochs:
-            raise UserError(
-                f"trainer.check_val_every_n_epoch={every}: schedule.epochs={schedule.epochs} end before the first "
-                "validation, which callbacks=early_stopping needs; leave one of them out"
-            )
     check_method(cfg)
     check_run_dir(cfg)
     if cfg.model.checkpoint is not None and not any(Path(cfg.run_dir).glob("checkpoints/*.ckpt")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,9 @@ def measured(model: nn.Module, data: ImageData) -> dict[str, Any]:
     """Where it is up to the image what is computed: with gates, the share kept on up to 256 test images, and the GFLOPs
     on 32 of them; where tokens halt, :func:`halting_cost`."""
     if not is_gated(model):
-        return halting_cost(model, data.test_dataloader())
+        alone = copy.copy(data)
+        alone.trainer = None  # which would share the images among its processes
+        return halting_cost(model, alone.test_dataloader())
     samples = data.samples("test", train=False)
     images, _ = samples.stacked(samples.drawn(256, 0))
     images = images.to(next(model.parameters()))  # trainer.precision=bf16-true has made it half

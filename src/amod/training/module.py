@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -91,6 +92,10 @@ def freeze(model: nn.Module, schedule: Schedule) -> int:
             parameter.requires_grad_("router" in name.rpartition(".")[0].replace("routers", "router").split("."))
         if schedule.lora is not None:
             add_lora(model, schedule.lora)
+    if schedule.train != "all":  # what is frozen stays as it is; without training, depth is not dropped
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
     if schedule.train == "head":
         model.requires_grad_(False)
         classifier: Any = getattr(model, "get_classifier", None)  # timm's models have it
@@ -112,6 +117,10 @@ def check_optimizer(schedule: Schedule, lr: float, device: torch.device) -> None
         raise UserError(f"schedule.optimizer={name}: timm has none of that name; try adamw or sgd")
     if schedule.momentum != Schedule.model_fields["momentum"].default and not get_optimizer_info(name).has_momentum:
         raise UserError(f"schedule.momentum={schedule.momentum:g}: {name} has none; leave it out")
+    if not schedule.momentum and name in ("sgd", "nesterov"):
+        raise UserError(
+            f"schedule.momentum=0: {name} is Nesterov's here, which needs it; schedule.optimizer=momentum does without"
+        )
     try:
         with torch.random.fork_rng(devices=[]):
             small = nn.Linear(4, 4).to(device)

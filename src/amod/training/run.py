@@ -18,7 +18,7 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch import profilers
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichModelSummary, RichProgressBar
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save
@@ -307,6 +307,16 @@ def make_trainer(arguments: TrainerArguments, folder: Path | None = None, **ours
             environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
     except (MisconfigurationException, ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: Lightning refuses these arguments ({one_line(error)}){srun}") from error
+    wanted = given["precision"]
+    if wanted.startswith("16-") and trainer.precision != wanted:
+        raise UserError(
+            f"trainer.precision={wanted}: needs a GPU, here it would be {trainer.precision}; choose that, or 32-true"
+        )
+    if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: nothing says where the first node is, and this one would wait for "
+            "the others; start the command by torchrun or srun on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
     if trainer.world_size > 1 and isinstance(environment, SLURMEnvironment) and "SLURM_STEP_ID" not in os.environ:
         raise UserError(
             f"trainer.devices: one process of {trainer.world_size} is here, and would wait for the others{srun}"
@@ -346,7 +356,16 @@ def check_batches(trainer: Trainer, data: DataModule, schedule: Schedule) -> Non
             f"trainer.val_check_interval={interval}: an epoch has {batches} batches and must end with a validation; "
             "choose a divisor of that, or null to validate only then"
         )
+    if (window := schedule.accumulate) > batches:  # Lightning steps at the epoch's end, and divides by what was asked
+        raise UserError(f"schedule.accumulate={window}: an epoch has {batches} batches; choose at most that")
+    if (least := trainer.min_steps or 0) > (steps := math.ceil(batches / window) * schedule.epochs):
+        raise UserError(f"trainer.min_steps={least}: schedule.epochs={schedule.epochs} are {steps} steps; raise them")
     images = min(len(train.keys), schedule.batch_size)
+    if schedule.lr_reference_batch is not None and images < schedule.batch_size:
+        raise UserError(
+            f"schedule.batch_size={schedule.batch_size}: the only batch has {images} images, and "
+            "schedule.lr_reference_batch scales the rate by what it has; choose at most that"
+        )
     if (schedule.mixup or schedule.cutmix) and images % 2:
         raise UserError(
             f"schedule.batch_size={schedule.batch_size}: the only batch has {images} images, but mixup and cutmix pair "
