@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from amod.errors import UserError, did_you_mean, writable
-from amod.files import Ledger, expanded
+from amod.errors import UserError, did_you_mean
+from amod.files import Ledger, expanded, make_folder
 from amod.training.command import launch
 from amod.training.config import choices, model_file
 from amod.training.folder import git
@@ -261,8 +261,7 @@ def job(cfg: DictConfig) -> None:
     macs = [measures.cost(cell) for cell in cells]  # builds every model without memory: mistakes show before the work
 
     output = output_of(cfg)
-    with writable(f"output={output}"):
-        output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, f"output={output}")
     store = output / "cells.jsonl"
     ledger = Ledger(store)
     finished = {identity(record["cell"]): record for record in ledger.lines}

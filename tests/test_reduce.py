@@ -135,6 +135,7 @@ def test_two_rounds_reach_budgets_that_one_does_not():
 def test_an_average_over_patches_counts_a_merged_one_as_all_that_it_stands_for():
     """Of two kinds of patches that merge among themselves alone, with nothing to tell where one stood."""
     dense = vit(depth=4, class_token=False, global_pool="avg", pos_embed="none")
+    dense.head.weight.data *= 10  # by how little the logits of random weights differ is up to the processor
     one, other = torch.randn(2, 3, 1, 4, 1, 4)
     kinds = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]]).bool()[None, None, :, None, :, None]
     x = torch.where(kinds, one, other).expand(1, 3, 4, 4, 4, 4).reshape(1, 3, 16, 16)
@@ -142,7 +143,7 @@ def test_an_average_over_patches_counts_a_merged_one_as_all_that_it_stands_for()
     tokens = model.forward_features(x)
     assert tokens.shape[1] == 16 - 6 - 3
     assert_close(model(x), dense(x), atol=1e-5, rtol=1e-4)
-    assert (model.forward_head(tokens) - dense(x)).abs().max() > 1e-3  # as if each were one patch
+    assert (model.forward_head(tokens) - dense(x)).abs().max() > 1e-2  # as if each were one patch
     assert_close(Exported(model).eval()(x)[0], dense(x), atol=1e-5, rtol=1e-4)
 
 

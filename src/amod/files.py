@@ -66,6 +66,12 @@ def check_model_folder(folder: Path, named: str | None = None) -> None:
             raise UserError(f"{named}: is a training run's folder, which is read as that run; name another")
 
 
+def make_folder(folder: Path, named: str | None = None) -> None:
+    """The folder and those above it, ``named`` as it was asked for in the UserError where it cannot be."""
+    with writable(named or f"{folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def check_place(folder: Path) -> None:
     """UserError unless a folder can be made or written in there; the folders above it are made."""
     with writable(f"{folder}"):

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from amod.agreement import check_images
 from amod.dress import of_transformers
 from amod.entries import READS_ATTENTION
-from amod.errors import UserError, writable
+from amod.errors import UserError
 from amod.families import check_model
-from amod.files import write_atomically
+from amod.files import make_folder, write_atomically
 from amod.judge import KINDS, Gene, Judge, Shape, name_of
 from amod.plan import MERGING, Plan, as_data
 from amod.vit import convert
@@ -78,8 +78,7 @@ class Found:
         about = {**costs, "disagreement": float(f"{self.disagreement:.6g}"), **self.about}
         data = {"plan": as_data(self.plan), "search": about}
         path = Path(path)
-        with writable(f"{path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, f"{path}")
         write_atomically(path, yaml.safe_dump(data, sort_keys=False).encode())
 
 

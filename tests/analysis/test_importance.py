@@ -70,6 +70,9 @@ def slowly(vit, images, labels, block, removed):
 @torch.no_grad()
 def test_every_family_agrees_with_the_loop(family, monkeypatch):
     vit, size = build(family)
+    for name, parameter in vit.named_parameters():
+        if name.startswith("head"):
+            parameter *= 3  # of many patches one changes the loss by little
     images, labels = torch.randn(2, *size), torch.tensor([3, 5])
     last = len(vit.blocks) - 1
     walk = dense_walk(vit, images, [1, last])
@@ -81,7 +84,7 @@ def test_every_family_agrees_with_the_loop(family, monkeypatch):
         found = leave_one_out(vit, walk.inputs[block], labels, block, removed)
         expected = slowly(exact, images.double(), labels, block, removed)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4, check_dtype=False)
-        assert expected.abs().max() > 1e-5  # far above what float32 leaves
+        assert expected.abs().max() > 3e-5  # far above what float32 leaves
 
 
 @pytest.mark.parametrize("family", PLAIN)

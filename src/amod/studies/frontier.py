@@ -21,8 +21,8 @@ from torch import Tensor
 
 from amod.agreement import disagreement
 from amod.entries import Merge
-from amod.errors import UserError, writable
-from amod.files import Ledger
+from amod.errors import UserError
+from amod.files import Ledger, make_folder
 from amod.judge import Gene, Judge, Shape, name_of
 from amod.plan import MERGING, Plan, as_data, from_data
 from amod.refit import HeadFit, head_fit, listen
@@ -52,8 +52,7 @@ than this share of the dense cost unspent, the number below is measured too, abo
 
 def frontier(cfg: FrontierConfig) -> None:
     folder, output = Path(cfg.run or ""), Path(cfg.output)
-    with writable(f"output={cfg.output}"):
-        output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, f"output={cfg.output}")
     run, vit, data = load_run(folder, cfg.data.root)
     if run.router.name != "none":
         raise UserError(f"run={cfg.run}: its router is {run.router.name}; name a run of router=none")

@@ -10,8 +10,8 @@ from pathlib import Path
 from lightning import seed_everything
 from omegaconf import OmegaConf
 
-from amod.errors import UserError, writable
-from amod.files import write_atomically
+from amod.errors import UserError
+from amod.files import make_folder, write_atomically
 from amod.training.classification import Classifier, cost, measured
 from amod.training.config import UntrainedConfig
 from amod.training.folder import RunLock, environment, read_summary, saved_config
@@ -52,8 +52,7 @@ def _measure(cfg: UntrainedConfig, folder: Path, lock: RunLock) -> None:
             f"data={cfg.data.name}, so there is nothing to measure; give a trained run as model.checkpoint="
         )
     module = Classifier(built.model, cfg.schedule, data.num_classes, cfg.seed)
-    with writable(f"run_dir={folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, f"run_dir={folder}")
     lock.take()
     write_atomically(folder / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(saved_config(cfg))).encode())

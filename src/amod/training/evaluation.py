@@ -14,8 +14,7 @@ from torch import Tensor
 from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from amod.errors import writable
-from amod.files import write_atomically, write_table
+from amod.files import make_folder, write_atomically, write_table
 from amod.training.checks import evaluation_config
 from amod.training.config import EvaluateConfig
 from amod.training.run import make_trainer, say_measured
@@ -41,8 +40,7 @@ def evaluate(cfg: EvaluateConfig) -> Mapping[str, float]:
         run.trainer, callbacks=[predictions] if cfg.output else [], enable_progress_bar=sys.stdout.isatty()
     )
     if cfg.output:
-        with writable(f"output={cfg.output}"):  # before the minutes of a measurement
-            Path(cfg.output).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(cfg.output), f"output={cfg.output}")  # before the minutes of a measurement
     with known_troubles("run the same command again"):
         trainer.test(module, datamodule=data, verbose=False)
     found = trainer.callback_metrics.items()  # what test() returns leaves out what no logger gets
