@@ -13,7 +13,7 @@ def job(cfg: UntrainedConfig) -> None:
     measure(cfg)
 
 
-IDLE = ("logger", "callbacks", "trainer.max_time", "trainer.limit_train_batches", "trainer.limit_val_batches")
+IDLE = ("logger", "trainer.max_time", "trainer.limit_train_batches", "trainer.limit_val_batches")
 """``schedule`` stays: a study gives one to all its runs."""
 
 if __name__ == "__main__":
